@@ -1,0 +1,27 @@
+"""LServe's attention as ops on arrays: page write, prefill, page selection and decode over a paged KV cache.
+
+Each op is one function with a definition in its docstring and several implementations (`reference`, `xla`, …). The
+package knows nothing of models, configurations or devices.
+"""
+
+from pallas_kernels.core.paging import NO_PAGE, LayerKV, PagedKV, PageTables
+from pallas_kernels.core.quantization import QuantizedArray, dequantize, quantize
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.page_select import page_select, selection_width
+from pallas_kernels.prefill_attention import prefill_attention
+
+__all__ = [
+    "NO_PAGE",
+    "LayerKV",
+    "PageTables",
+    "PagedKV",
+    "QuantizedArray",
+    "decode_attention",
+    "dequantize",
+    "kv_write",
+    "page_select",
+    "prefill_attention",
+    "quantize",
+    "selection_width",
+]

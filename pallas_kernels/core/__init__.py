@@ -1,0 +1,1 @@
+"""What the ops share: dispatch, quantised arrays, paged pools and the streaming mask."""

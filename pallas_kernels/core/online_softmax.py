@@ -1,0 +1,44 @@
+"""Softmax over blocks of keys, one at a time (Milakov & Gimelshein 2018; FlashAttention)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_LOWEST = -1e30
+"""Stands for −∞ in running maxima: finite, so that a row that has seen no key yet does not become NaN."""
+
+
+class OnlineSoftmax(NamedTuple):
+    """Running state over key blocks for rows [...]: maximum, sum of exponentials, and weighted values [..., H]; float32."""
+
+    maximum: jax.Array
+    total: jax.Array
+    values: jax.Array
+
+    @classmethod
+    def start(cls, rows: tuple[int, ...], head_dim: int) -> "OnlineSoftmax":
+        """Returns the state that has seen nothing."""
+        zeros = jnp.zeros(rows, jnp.float32)
+        return cls(zeros + _LOWEST, zeros, jnp.zeros((*rows, head_dim), jnp.float32))
+
+    def add(self, scores: jax.Array, visible: jax.Array, v: jax.Array) -> "OnlineSoftmax":
+        """Returns the state after a block.
+
+        Args:
+          scores: [K, R, S] float32; hidden ones may hold anything, NaN too.
+          visible: broadcastable to [K, R, S] bool.
+          v: [K, S, H], finite also where hidden; the product runs in its dtype and accumulates in float32.
+        """
+        scores = jnp.where(visible, scores, _LOWEST)
+        maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1))
+        weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0.0)
+        decay = jnp.exp(self.maximum - maximum)
+        products = jnp.einsum("krs,ksh->krh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return OnlineSoftmax(
+            maximum, self.total * decay + jnp.sum(weights, axis=-1), self.values * decay[..., None] + products
+        )
+
+    def finish(self) -> jax.Array:
+        """Returns the attention output [..., H] float32; zeros for rows that saw no key."""
+        return self.values / jnp.where(self.total > 0, self.total, 1.0)[..., None]

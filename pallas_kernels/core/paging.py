@@ -1,0 +1,95 @@
+"""Pytrees of the paged KV cache of one layer, and the token arithmetic of its pages.
+
+A *page* holds ``page_size`` consecutive tokens of one sequence for all KV heads of a pool. ``page_table[b, i]`` is the
+physical page of tokens ``i · page_size …`` of sequence b, or -1. A *sub-page* is the unit of key statistics.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.core.quantization import QuantizedArray
+
+NO_PAGE = -1
+
+
+class PagedKV(NamedTuple):
+    """One pool: keys and values [pages, K, page_size, H], and for retrieval heads key statistics.
+
+    ``k_min`` and ``k_max`` [pages, K, subs, H] bound the unquantised post-RoPE keys of each sub-page, channel by channel.
+    """
+
+    k: jax.Array | QuantizedArray
+    v: jax.Array | QuantizedArray
+    k_min: jax.Array | None = None
+    k_max: jax.Array | None = None
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K, the number of KV heads in this pool."""
+        return self.k.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
+        return self.k.shape[2]
+
+
+class LayerKV(NamedTuple):
+    """The two pools of a layer; a class without heads has none. Query and KV heads stand retrieval first."""
+
+    retrieval: PagedKV | None
+    streaming: PagedKV | None
+
+    @property
+    def num_retrieval(self) -> int:
+        """Number of retrieval KV heads."""
+        return 0 if self.retrieval is None else self.retrieval.num_kv_heads
+
+
+class PageTables(NamedTuple):
+    """Page tables [B, max_pages] int32 of the two pools, indexed by logical page; `NO_PAGE` where none is held."""
+
+    retrieval: jax.Array | np.ndarray
+    streaming: jax.Array | np.ndarray
+
+
+def pools(kv: LayerKV, tables: PageTables) -> list[tuple[str, PagedKV, jax.Array, slice]]:
+    """Returns (class, pool, page table, its KV heads) for each head class that the layer has."""
+    found = []
+    if kv.retrieval is not None:
+        found.append(("retrieval", kv.retrieval, tables.retrieval, slice(0, kv.num_retrieval)))
+    if kv.streaming is not None:
+        found.append(("streaming", kv.streaming, tables.streaming, slice(kv.num_retrieval, None)))
+    return found
+
+
+def is_visible(queries: jax.Array, keys: jax.Array, sink: int | None, local: int | None) -> jax.Array:
+    """Returns whether the query at one position sees the key at another (LServe section 3.2, token-exact).
+
+    Causal; with ``local``, also ``key > query − local or key < sink``. Positions broadcast against each other.
+    """
+    causal = keys <= queries
+    if local is None:
+        return causal
+    return causal & ((keys > queries - local) | (keys < sink))
+
+
+def streaming_page_count(sink: int, local: int, page_size: int) -> int:
+    """Returns how many pages the sink and the window of one query can touch at most, over all alignments."""
+    return -(-sink // page_size) + (local + page_size - 2) // page_size + 1
+
+
+def streaming_pages(lengths: jax.Array, sink: int, local: int, page_size: int) -> jax.Array:
+    """Returns the logical pages [B, `streaming_page_count`] int32 that the last token of each sequence sees.
+
+    Ascending, without repeats, padded at the end with `NO_PAGE`.
+    """
+    sinks = -(-sink // page_size)
+    last = (lengths - 1) // page_size
+    first = jnp.maximum(jnp.maximum(lengths - local, 0) // page_size, sinks)
+    index = jnp.arange(streaming_page_count(sink, local, page_size), dtype=jnp.int32)
+    logical = jnp.where(index < sinks, index, first[:, None] + index - sinks)
+    return jnp.where(logical <= last[:, None], logical, NO_PAGE).astype(jnp.int32)

@@ -1,0 +1,68 @@
+"""Arrays quantised along their last axis to 8 or 4 bits, asymmetric, one scale and zero a row (LServe section 3.3; QServe)."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+_SMALLEST_RELATIVE_SCALE = 2.0**-20
+"""Floor of ``scale / max|x|``: a constant row would divide by zero, a nearly constant one would overflow its zero point."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class QuantizedArray:
+    """``x ≈ (code − zero) · scale`` with unsigned codes.
+
+    Attributes:
+      codes: [..., H] uint8 for 8 bits; [..., H // 2] uint8 for 4 bits, element i in the low half of byte i and element
+        i + H // 2 in its high half.
+      scale: [...] float32.
+      zero: [...] float32, not rounded.
+      bits: 8 or 4.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array
+    bits: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that this stands for."""
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * (8 // self.bits))
+
+
+def quantize(x: jax.Array, bits: int) -> QuantizedArray:
+    """Returns ``x`` [..., H] quantised row by row: ``code = clip(round(x / scale + zero), 0, 2**bits − 1)``.
+
+    ``scale = (max − min) / (2**bits − 1)`` and ``zero = −min / scale``, computed in float32; a constant row is exact.
+
+    Raises:
+      ValueError: if ``bits`` is neither 8 nor 4, or H is odd.
+    """
+    if bits not in (8, 4):
+        raise ValueError(f"{bits=} must be 8 or 4")
+    if x.shape[-1] % 2:
+        raise ValueError(f"last axis of {x.shape} must be even")
+    x = x.astype(jnp.float32)
+    low, high = jnp.min(x, axis=-1), jnp.max(x, axis=-1)
+    largest = jnp.maximum(jnp.maximum(high, -low), jnp.finfo(jnp.float32).tiny / _SMALLEST_RELATIVE_SCALE)
+    scale = jnp.maximum((high - low) / (2**bits - 1), largest * _SMALLEST_RELATIVE_SCALE)
+    zero = -low / scale
+    codes = jnp.clip(jnp.round(x / scale[..., None] + zero[..., None]), 0, 2**bits - 1).astype(jnp.uint8)
+    if bits == 4:
+        first, second = jnp.split(codes, 2, axis=-1)
+        codes = first | (second << 4)
+    return QuantizedArray(codes=codes, scale=scale, zero=zero, bits=bits)
+
+
+def dequantize(array: jax.Array | QuantizedArray, dtype: jnp.dtype) -> jax.Array:
+    """Returns ``(code − zero) · scale`` as ``dtype``, computed in float32; an ordinary array is only converted."""
+    if not isinstance(array, QuantizedArray):
+        return array.astype(dtype)
+    codes = array.codes
+    if array.bits == 4:
+        codes = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+    wide = (codes.astype(jnp.float32) - array.zero[..., None]) * array.scale[..., None]
+    return wide.astype(dtype)

@@ -1,0 +1,92 @@
+"""`decode_attention` for any device: sequence by sequence, a few pages at a time, online softmax in float32.
+
+The trip counts are data: a sequence costs what it reads, an empty slot nothing, and longer contexts recompile nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core.online_softmax import OnlineSoftmax
+from pallas_kernels.core.paging import (
+    NO_PAGE,
+    LayerKV,
+    PagedKV,
+    PageTables,
+    is_visible,
+    pools,
+    streaming_pages,
+)
+from pallas_kernels.core.quantization import dequantize
+
+PAGES_PER_BLOCK = 8
+
+
+def decode_attention(
+    q: jax.Array,
+    kv: LayerKV,
+    tables: PageTables,
+    lengths: jax.Array,
+    selected: jax.Array | None,
+    *,
+    sink: int,
+    local: int,
+    pages_per_block: int = PAGES_PER_BLOCK,
+) -> jax.Array:
+    """Returns what `pallas_kernels.decode_attention` defines; ``pages_per_block`` changes speed and rounding only."""
+    num_heads = sum(pool.num_kv_heads for _, pool, _, _ in pools(kv, tables))
+    grouped = q.reshape(q.shape[0], num_heads, -1, q.shape[-1])
+    outputs = []
+    for name, pool, table, heads in pools(kv, tables):
+        if name == "streaming":
+            logical = streaming_pages(lengths, sink, local, pool.page_size)[:, None]
+            window = (sink, local)
+        else:
+            every = jnp.arange(table.shape[1], dtype=jnp.int32)[None, None]
+            logical = jnp.broadcast_to(every, (q.shape[0], 1, every.size)) if selected is None else selected
+            window = (None, None)
+        outputs.append(_attend(grouped[:, heads], pool, table, logical, lengths, window, pages_per_block))
+    return jnp.concatenate(outputs, axis=1).reshape(q.shape).astype(q.dtype)
+
+
+def _attend(
+    q: jax.Array,
+    pool: PagedKV,
+    table: jax.Array,
+    logical: jax.Array,
+    lengths: jax.Array,
+    window: tuple[int | None, int | None],
+    pages_per_block: int,
+) -> jax.Array:
+    """Returns [B, K, G, H] float32 for q of that shape, reading logical pages [B, K or 1, n] (ascending, -1 last)."""
+    batch, heads, group, head_dim = q.shape
+    page_size = pool.page_size
+    scale = head_dim**-0.5
+    block = min(pages_per_block, logical.shape[-1])
+    logical = jnp.where(logical * page_size < lengths[:, None, None], logical, NO_PAGE)
+    counts = jnp.max(jnp.sum(logical >= 0, axis=-1), axis=-1)
+    logical = jnp.pad(logical, ((0, 0), (0, 0), (0, -logical.shape[-1] % block)), constant_values=NO_PAGE)
+
+    def attend_sequence(b: jax.Array) -> jax.Array:
+        queries = q[b].astype(jnp.float32)
+
+        def attend_block(index: jax.Array, state: OnlineSoftmax) -> OnlineSoftmax:
+            pages = jax.lax.dynamic_slice_in_dim(logical[b], index * block, block, axis=1)
+            physical = jnp.where(pages >= 0, table[b][jnp.maximum(pages, 0)], NO_PAGE)
+            positions = (pages[..., None] * page_size + jnp.arange(page_size)).reshape(pages.shape[0], -1)
+            is_held = jnp.repeat(physical >= 0, page_size, axis=-1)
+            visible = is_held & is_visible(lengths[b] - 1, positions, *window)
+            k, v = (_gather(x, physical, heads) for x in (pool.k, pool.v))
+            scores = jnp.einsum("kgh,ksh->kgs", queries, k) * scale
+            return state.add(scores, visible[:, None], jnp.where(visible[..., None], v, 0.0))
+
+        blocks = (counts[b] + block - 1) // block
+        return jax.lax.fori_loop(0, blocks, attend_block, OnlineSoftmax.start((heads, group), head_dim)).finish()
+
+    return jax.lax.map(attend_sequence, jnp.arange(batch))
+
+
+def _gather(pages: jax.Array, physical: jax.Array, heads: int) -> jax.Array:
+    """Returns tokens [K, n · page_size, H] float32 of physical pages [K or 1, n]."""
+    index = (jnp.maximum(physical, 0), jnp.arange(heads)[:, None])
+    rows = dequantize(jax.tree.map(lambda x: x[index], pages), jnp.float32)
+    return rows.reshape(heads, -1, rows.shape[-1])

@@ -1,0 +1,73 @@
+"""The public op `page_select`."""
+
+import jax
+
+from pallas_kernels.core.dispatch import dispatch
+from pallas_kernels.core.paging import PagedKV
+from pallas_kernels.page_select import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.page_select, "reference": reference.page_select}
+
+
+def selection_width(num_selected: int, interval: int, page_size: int) -> int:
+    """Returns the entries of one page list: the selected pages, and those that may begin before the next selection."""
+    return num_selected + -(-(interval - 1) // page_size)
+
+
+def page_select(
+    q: jax.Array,
+    pages: PagedKV,
+    table: jax.Array,
+    lengths: jax.Array,
+    previous: jax.Array,
+    is_refresh: jax.Array,
+    *,
+    num_selected: int,
+    interval: int,
+    sink_pages: int,
+    reduction: str = "max",
+    implementation: str | None = None,
+) -> jax.Array:
+    """Returns the logical pages [B, K, `selection_width`] int32 that each KV head reads until the next selection.
+
+    Ascending, padded at the end with -1. Sequences whose step is no refresh keep ``previous`` and cost nothing. Else
+    (LServe section 3.5.2, equation 2; Quest), with p the position of the current token:
+
+        score(sub)  = Σ_d max(q[d] · k_max[sub, d], q[d] · k_min[sub, d])     float32; bounds q · k from above
+        score(page) = max over the query heads of the KV head (reduction "max", or "mean") of
+                      max over its sub-pages with a token <= p
+        selected    = the sink pages, the pages of tokens p − interval + 1 … p, and of the others the ``num_selected``
+                      best in all (earlier page first among equals); all pages if there are no more than that
+        then, as reserve, the pages after p's that tokens up to p + interval − 1 will begin
+
+    Args:
+      q: [B, K · G, H] queries of the retrieval heads.
+      pages: the retrieval pool, with ``k_min`` and ``k_max``.
+      table: its page table [B, max_pages] int32.
+      lengths: [B] int32 tokens of each sequence with the current one.
+      previous: [B, K, width] int32, the last result.
+      is_refresh: [B] bool.
+      num_selected: pages to select, at least the forced ones.
+      interval: decode steps from one selection to the next; 1 selects at every step.
+      sink_pages: first pages, always selected.
+      reduction: "max" or "mean" over the query heads of a group.
+      implementation: a backend name, or None for the first that accepts.
+
+    Raises:
+      ValueError: if ``reduction`` is unknown, or ``num_selected`` is smaller than the forced pages.
+    """
+    forced = sink_pages + (interval + pages.page_size - 2) // pages.page_size + 1
+    if num_selected < forced:
+        raise ValueError(f"{num_selected=} must be at least the {forced} pages that are always read")
+    if reduction not in ("max", "mean"):
+        raise ValueError(f'{reduction=} must be "max" or "mean"')
+    return dispatch(
+        "page_select",
+        IMPLEMENTATIONS,
+        implementation,
+        *(q, pages, table, lengths, previous, is_refresh),
+        num_selected=num_selected,
+        interval=interval,
+        sink_pages=sink_pages,
+        reduction=reduction,
+    )

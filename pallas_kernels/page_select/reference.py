@@ -1,0 +1,57 @@
+"""The specification of `page_select`: one sequence and head after the other with numpy. Not for jit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.core.paging import NO_PAGE, PagedKV
+
+
+def page_select(
+    q: jax.Array,
+    pages: PagedKV,
+    table: jax.Array,
+    lengths: jax.Array,
+    previous: jax.Array,
+    is_refresh: jax.Array,
+    *,
+    num_selected: int,
+    interval: int,
+    sink_pages: int,
+    reduction: str,
+) -> jax.Array:
+    """Returns what `pallas_kernels.page_select` defines."""
+    result = np.array(previous)
+    for b in range(q.shape[0]):
+        length, page_size = int(lengths[b]), pages.page_size
+        if not is_refresh[b] or length == 0:
+            continue
+        last, count = (length - 1) // page_size, -(-length // page_size)
+        recent = range(max(length - interval, 0) // page_size, count)
+        reserve = range(last + 1, (length + interval - 2) // page_size + 1)
+        for head in range(pages.num_kv_heads):
+            score = page_scores(q, pages, table, b, head, length, reduction)
+            order = sorted(
+                range(count), key=lambda i: (not (i < sink_pages or i in recent), -score[i], i)
+            )
+            chosen = [*sorted(order[:num_selected]), *reserve]
+            result[b, head] = chosen + [NO_PAGE] * (result.shape[2] - len(chosen))
+    return jnp.asarray(result)
+
+
+def page_scores(
+    q: jax.Array, pages: PagedKV, table: jax.Array, b: int, head: int, length: int, reduction: str
+) -> np.ndarray:
+    """Returns the scores [pages with a token] float32 of one sequence and KV head."""
+    assert pages.k_min is not None and pages.k_max is not None
+    sub_size = pages.page_size // pages.k_min.shape[2]
+    queries = np.asarray(q[b], np.float32).reshape(pages.num_kv_heads, -1, q.shape[-1])[head]
+    scores = []
+    for logical in range(-(-length // pages.page_size)):
+        page = int(table[b, logical])
+        subs = -(-min(length - logical * pages.page_size, pages.page_size) // sub_size)
+        low, high = (np.asarray(x[page, head, :subs], np.float32) for x in (pages.k_min, pages.k_max))
+        bounds = np.maximum(queries[:, None] * low, queries[:, None] * high).sum(-1)  # [G, subs]
+        best = bounds.max(axis=1)
+        scores.append(best.max() if reduction == "max" else best.mean())
+    return np.array(scores, np.float32)

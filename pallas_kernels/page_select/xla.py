@@ -1,0 +1,86 @@
+"""`page_select` for any device: two small products a block of pages, then one top-k over page scores.
+
+``max(q·k_max, q·k_min)`` of one channel is ``q·k_max`` where q is positive and ``q·k_min`` where it is negative, so the
+sum over channels is ``max(q, 0) · k_max + min(q, 0) · k_min``: matrix products, with no intermediate of [G, subs, H].
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core.paging import NO_PAGE, PagedKV
+
+_PAGES_PER_BLOCK = 64
+
+
+def page_select(
+    q: jax.Array,
+    pages: PagedKV,
+    table: jax.Array,
+    lengths: jax.Array,
+    previous: jax.Array,
+    is_refresh: jax.Array,
+    *,
+    num_selected: int,
+    interval: int,
+    sink_pages: int,
+    reduction: str,
+) -> jax.Array:
+    """Returns what `pallas_kernels.page_select` defines."""
+    page_size, max_pages = pages.page_size, table.shape[1]
+    logical = jnp.arange(max_pages, dtype=jnp.int32)
+
+    def select(b: jax.Array) -> jax.Array:
+        """Scores and selects the pages of sequence b."""
+        length = lengths[b]
+        first_recent, count = jnp.maximum(length - interval, 0) // page_size, -(-length // page_size)
+        is_forced = (logical < sink_pages) | (logical >= first_recent)
+        scores = _page_scores(q[b], pages, table[b], length, reduction)
+        scores = jnp.where(is_forced, jnp.inf, scores)
+        scores = jnp.where(logical < count, scores, -jnp.inf)
+        best, chosen = jax.lax.top_k(scores, min(num_selected, max_pages))
+        return jnp.where(best > -jnp.inf, chosen.astype(jnp.int32), max_pages)
+
+    def every_page(b: jax.Array) -> jax.Array:
+        """Selects all pages: there are no more than may be selected, and no score is needed."""
+        index = jnp.arange(min(num_selected, max_pages), dtype=jnp.int32)
+        index = jnp.where(index * page_size < lengths[b], index, max_pages)
+        return jnp.broadcast_to(index, (pages.num_kv_heads, index.size))
+
+    def refreshed(b: jax.Array) -> jax.Array:
+        chosen = jax.lax.cond(lengths[b] > num_selected * page_size, select, every_page, b)
+        reserve = (lengths[b] - 1) // page_size + 1 + jnp.arange(previous.shape[2] - num_selected, dtype=jnp.int32)
+        reserve = jnp.where(reserve * page_size < lengths[b] + interval - 1, reserve, max_pages)
+        reserve = jnp.broadcast_to(reserve, (pages.num_kv_heads, reserve.size))
+        ordered = jnp.sort(jnp.concatenate([chosen, reserve], axis=1), axis=1)
+        ordered = jnp.pad(ordered, ((0, 0), (0, previous.shape[2] - ordered.shape[1])), constant_values=max_pages)
+        return jnp.where(ordered < max_pages, ordered, NO_PAGE)
+
+    def sequence(b: jax.Array) -> jax.Array:
+        return jax.lax.cond(is_refresh[b] & (lengths[b] > 0), refreshed, lambda b: previous[b], b)
+
+    return jax.lax.map(sequence, jnp.arange(q.shape[0]))
+
+
+def _page_scores(q: jax.Array, pages: PagedKV, table: jax.Array, length: jax.Array, reduction: str) -> jax.Array:
+    """Returns the page scores [K, max_pages] float32 of one sequence; -inf past its end."""
+    assert pages.k_min is not None and pages.k_max is not None
+    heads, subs, head_dim = pages.k_min.shape[1:]
+    page_size, sub_size = pages.page_size, pages.page_size // subs
+    max_pages = table.size
+    block = min(_PAGES_PER_BLOCK, max_pages)
+    table = jnp.pad(table, (0, -table.size % block), constant_values=NO_PAGE)
+    queries = q.astype(jnp.float32).reshape(heads, -1, head_dim)
+    rising, falling = jnp.maximum(queries, 0), jnp.minimum(queries, 0)
+
+    def score_block(index: jax.Array, scores: jax.Array) -> jax.Array:
+        physical = jnp.maximum(jax.lax.dynamic_slice_in_dim(table, index * block, block), 0)
+        high, low = (jnp.swapaxes(x[physical].astype(jnp.float32), 0, 1) for x in (pages.k_max, pages.k_min))
+        bounds = jnp.einsum("kgh,kpsh->kgps", rising, high) + jnp.einsum("kgh,kpsh->kgps", falling, low)
+        first = (index * block + jnp.arange(block))[:, None] * page_size + jnp.arange(subs) * sub_size
+        best = jnp.max(jnp.where(first < length, bounds, -jnp.inf), axis=-1)
+        best = jnp.max(best, axis=1) if reduction == "max" else jnp.mean(best, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(scores, best, index * block, axis=1)
+
+    blocks = -(-length // (page_size * block))
+    scores = jnp.full((heads, table.size), -jnp.inf)
+    return jax.lax.fori_loop(0, blocks, score_block, scores)[:, :max_pages]

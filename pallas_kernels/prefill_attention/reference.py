@@ -1,0 +1,43 @@
+"""The specification of `prefill_attention`: gathers everything, in float32."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core.paging import LayerKV, PageTables, is_visible, pools
+from pallas_kernels.core.quantization import dequantize
+
+
+def prefill_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv: LayerKV,
+    tables: PageTables,
+    starts: jax.Array,
+    counts: jax.Array,
+    *,
+    sink: int,
+    local: int,
+) -> jax.Array:
+    """Returns what `pallas_kernels.prefill_attention` defines."""
+    batch, tokens, num_heads, head_dim = q.shape
+    grouped = q.reshape(batch, tokens, k.shape[2], -1, head_dim).astype(jnp.float32)
+    chunk = jnp.arange(tokens)
+    positions = starts[:, None] + chunk
+    outputs = []
+    for name, pool, table, heads in pools(kv, tables):
+        history = jnp.arange(table.shape[1] * pool.page_size)[None]
+        keys = jnp.concatenate([jnp.broadcast_to(history, (batch, history.size)), positions], axis=1)
+        exists = jnp.concatenate([history < starts[:, None], chunk < counts[:, None]], axis=1)
+        window = (sink, local) if name == "streaming" else (None, None)
+        visible = exists[:, None] & is_visible(positions[:, :, None], keys[:, None], *window)  # [B, T, S]
+        visible = visible[:, None, None]
+        both = []
+        for pages, new in ((pool.k, k), (pool.v, v)):
+            old = jnp.swapaxes(dequantize(pages, jnp.float32)[table], 2, 3).reshape(batch, -1, pool.num_kv_heads, head_dim)
+            joined = jnp.concatenate([old, new[:, :, heads].astype(jnp.float32)], axis=1)
+            both.append(jnp.where(jnp.any(visible, axis=(1, 2, 3))[..., None, None], joined, 0.0))
+        scores = jnp.einsum("btkgh,bskh->bkgts", grouped[:, :, heads], both[0]) / jnp.sqrt(jnp.float32(head_dim))
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        outputs.append(jnp.einsum("bkgts,bskh->btkgh", jnp.where(visible, weights, 0.0), both[1]))
+    return jnp.concatenate(outputs, axis=2).reshape(q.shape).astype(q.dtype)
