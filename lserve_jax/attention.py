@@ -1,0 +1,71 @@
+"""The one seam between model and cache: `attend` callables that write to and read from the paged KV cache."""
+
+import jax
+
+from lserve_jax.cache import LayerCache
+from lserve_jax.inference_config import InferenceConfig
+from lserve_jax.models.llama import Attend
+from pallas_kernels import PageTables, decode_attention, kv_write, page_select, prefill_attention
+
+
+def prefill_attend(config: InferenceConfig, tables: PageTables, starts: jax.Array, counts: jax.Array) -> Attend:
+    """Returns the attention of a prompt chunk: tokens ``starts[b] … starts[b] + counts[b] − 1`` of each sequence."""
+
+    def attend(
+        layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
+        # Written first, read after: the order that lets XLA update the donated pages in place.
+        kv = kv_write(k, v, state.kv, tables, starts, counts, implementation=config.implementation)
+        out = prefill_attention(
+            *(q, k, v, kv, tables, starts, counts),
+            sink=config.attention.sink,
+            local=config.attention.prefill_local,
+            implementation=config.implementation,
+        )
+        return out, state._replace(kv=kv)
+
+    return attend
+
+
+def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Array, decode_steps: jax.Array) -> Attend:
+    """Returns the attention of one new token a sequence.
+
+    Args:
+      config: static settings.
+      tables: page tables [B, max_pages].
+      lengths: [B] tokens of each sequence with the new one; 0 for an empty slot.
+      decode_steps: [B] decode steps of each sequence since its prefill: pages are selected at every
+        ``selector_interval``-th, beginning with step 0.
+    """
+    attention = config.attention
+
+    def attend(
+        layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
+        is_used = (lengths > 0).astype(lengths.dtype)
+        kv = kv_write(k, v, state.kv, tables, lengths - is_used, is_used, implementation=config.implementation)
+        num_selected, selected = config.num_selected(layer), None
+        if state.selected is not None and num_selected is not None and tables.retrieval.shape[1] > num_selected:
+            assert kv.retrieval is not None
+            group = q.shape[2] // k.shape[2]
+            state = state._replace(
+                selected=page_select(
+                    *(q[:, 0, : kv.num_retrieval * group], kv.retrieval, tables.retrieval, lengths, state.selected),
+                    decode_steps % attention.selector_interval == 0,
+                    num_selected=num_selected,
+                    interval=attention.selector_interval,
+                    sink_pages=attention.sink_pages,
+                    reduction=attention.group_reduction,
+                    implementation=config.implementation,
+                )
+            )
+            selected = state.selected
+        out = decode_attention(
+            *(q[:, 0], kv, tables, lengths, selected),
+            sink=attention.sink,
+            local=attention.local,
+            implementation=config.implementation,
+        )
+        return out[:, None], state._replace(kv=kv)
+
+    return attend

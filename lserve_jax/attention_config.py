@@ -1,0 +1,115 @@
+"""The sparsity policy: which tokens streaming heads see, how many pages a decoded token reads, how pages are stored."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+KV_DTYPES = ("bfloat16", "float32", "int8", "int4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """How attention is thinned out (LServe sections 3.2–3.5). Dense attention is a setting of it.
+
+    Attributes:
+      preset: name of the preset that this started from.
+      token_budget: tokens whose pages a retrieval head reads for one decoded token; None reads all.
+      page_size: tokens a page.
+      sub_page_size: tokens that share key statistics (the paper's logical page).
+      selector_interval: decode steps of a sequence from one page selection to the next.
+      sink: tokens at the start that streaming heads see.
+      local: tokens at the end, the current one included, that streaming heads see while decoding.
+      prefill_local: the same during prefill.
+      static_sparsity: share of the model's KV heads that stream, 0 … 1.
+      dense_layers: layers whose retrieval heads always read everything.
+      kv_dtype: element type of the pages; "auto" is the model's own.
+      is_sink_forced: whether the sink's pages are selected whatever their score.
+      group_reduction: how the scores of a KV head's query heads become one, "max" or "mean".
+    """
+
+    preset: str = "lserve"
+    token_budget: int | None = 4096
+    page_size: int = 64
+    sub_page_size: int = 16
+    selector_interval: int = 4
+    sink: int = 128
+    local: int = 256
+    prefill_local: int = 4096
+    static_sparsity: float = 0.5
+    dense_layers: tuple[int, ...] = ()
+    kv_dtype: str = "auto"
+    is_sink_forced: bool = True
+    group_reduction: str = "max"
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "sub_page_size", "selector_interval", "local", "prefill_local"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.sink < 0:
+            raise ValueError(f"sink={self.sink} must not be negative")
+        if self.page_size % self.sub_page_size:
+            raise ValueError(f"page_size={self.page_size} must be a multiple of sub_page_size={self.sub_page_size}")
+        if not 0 <= self.static_sparsity <= 1:
+            raise ValueError(f"static_sparsity={self.static_sparsity} must be between 0 and 1")
+        if self.kv_dtype not in ("auto", *KV_DTYPES):
+            raise ValueError(f"kv_dtype={self.kv_dtype!r} must be auto or one of {', '.join(KV_DTYPES)}")
+        if self.group_reduction not in ("max", "mean"):
+            raise ValueError(f'group_reduction={self.group_reduction!r} must be "max" or "mean"')
+        if any(layer < 0 for layer in self.dense_layers):
+            raise ValueError(f"dense_layers={self.dense_layers} must not be negative")
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self.token_budget is None:
+            return
+        if self.token_budget < 1:
+            raise ValueError(f"token_budget={self.token_budget} must be at least 1")
+        needed = self.forced_pages * self.page_size
+        if self.token_budget < needed:
+            raise ValueError(
+                f"token_budget={self.token_budget} must be at least {needed}: the {self.forced_pages} pages of "
+                f"{self.page_size} tokens with the sink and the newest tokens are always read"
+            )
+
+    @property
+    def sink_pages(self) -> int:
+        """Pages at the start that are always selected."""
+        return -(-self.sink // self.page_size) if self.is_sink_forced else 0
+
+    @property
+    def forced_pages(self) -> int:
+        """Pages that every selection holds: the sink's and those written since the last selection."""
+        return self.sink_pages + (self.selector_interval + self.page_size - 2) // self.page_size + 1
+
+    @property
+    def num_selected(self) -> int | None:
+        """Pages a selection; None for all."""
+        return None if self.token_budget is None else self.token_budget // self.page_size
+
+
+_NO_SELECTOR: dict[str, Any] = {"token_budget": None}
+_NO_STREAMING: dict[str, Any] = {"static_sparsity": 0.0}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "lserve": {},
+    "dense": {**_NO_SELECTOR, **_NO_STREAMING},
+    "streaming": {**_NO_SELECTOR},
+    "quest": {**_NO_STREAMING, "page_size": 16, "selector_interval": 1, "dense_layers": (0, 1)},
+    "qserve": {**_NO_SELECTOR, **_NO_STREAMING, "kv_dtype": "int4"},
+}
+"""Systems as fields that differ from the defaults: LServe, vLLM-like, DuoAttention, Quest, QServe."""
+
+
+def from_preset(preset: str, **overrides: Any) -> AttentionConfig:
+    """Returns a preset with some fields replaced; overrides that are None keep the preset's value.
+
+    Raises:
+      ValueError: if the preset or a field is unknown, or a value is out of range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"attention={preset!r} must be one of {', '.join(PRESETS)}")
+    known = {field.name for field in fields(AttentionConfig)} - {"preset"}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(f"unknown attention option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return AttentionConfig(preset=preset, **{**PRESETS[preset], **given})

@@ -1,0 +1,61 @@
+"""Everything static about a compiled step: model, sparsity, head classes, number types and kernels."""
+
+from dataclasses import dataclass
+
+from lserve_jax.attention_config import AttentionConfig
+from lserve_jax.config import ModelConfig
+from lserve_jax.heads import HeadClasses
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """The static argument of `init_cache`, `prefill_step` and `decode_step`; hashable.
+
+    Attributes:
+      model: what the checkpoint says.
+      attention: the sparsity policy.
+      heads: which KV heads are retrieval and which streaming heads; None makes all retrieval heads.
+      dtype: of weights and activations, "bfloat16" or "float32"; "auto" is the checkpoint's.
+      implementation: kernels' backend name; None takes the first that accepts.
+    """
+
+    model: ModelConfig
+    attention: AttentionConfig = AttentionConfig()
+    heads: HeadClasses | None = None
+    dtype: str = "auto"
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"dtype={self.dtype!r} must be auto or one of {', '.join(DTYPES)}")
+        if self.dtype == "auto":
+            object.__setattr__(self, "dtype", self.model.dtype)
+        if self.heads is None:
+            heads = HeadClasses.all_retrieval(self.model.num_layers, self.model.num_kv_heads)
+            object.__setattr__(self, "heads", heads)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        layers = self.model.num_layers
+        if len(self.num_retrieval) != layers:
+            raise ValueError(f"head classes of {len(self.num_retrieval)} layers do not fit a model of {layers} layers")
+        beyond = [layer for layer in self.attention.dense_layers if layer >= layers]
+        if beyond:
+            raise ValueError(f"dense_layers={beyond} do not exist: the model has layers 0 … {layers - 1}")
+
+    @property
+    def num_retrieval(self) -> tuple[int, ...]:
+        """Retrieval KV heads, layer by layer."""
+        assert self.heads is not None
+        return self.heads.num_retrieval
+
+    @property
+    def kv_dtype(self) -> str:
+        """Element type of the pages: "bfloat16", "float32", "int8" or "int4"."""
+        return self.dtype if self.attention.kv_dtype == "auto" else self.attention.kv_dtype
+
+    def num_selected(self, layer: int) -> int | None:
+        """Returns how many pages a retrieval head of the layer reads for one token; None for all."""
+        return None if layer in self.attention.dense_layers else self.attention.num_selected

@@ -1,0 +1,12 @@
+"""Shapes of published models by name, for memory plans and benches that need no weights (`known.json`)."""
+
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+
+@cache
+def known_configs() -> dict[str, dict[str, Any]]:
+    """The `config.json` facts of each known model by its lower-case name; treat them as read-only."""
+    return json.loads(resources.files("lserve_jax.models").joinpath("known.json").read_text(encoding="utf-8"))

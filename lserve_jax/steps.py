@@ -1,0 +1,196 @@
+"""The compiled programs: a prompt chunk, one decode step, and a loop of decode steps with sampling.
+
+Pure functions of pytrees. ``cache`` is donated: use the one that is returned. Shapes are those of the arguments; context
+lengths, page tables, sampling settings and the number of steps are data, so nothing recompiles as they change.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lserve_jax.attention import decode_attend, prefill_attend
+from lserve_jax.cache import KVCache
+from lserve_jax.inference_config import InferenceConfig
+from lserve_jax.models.llama import Attend, Llama
+from lserve_jax.sampling import SamplingState, sample
+from pallas_kernels import PageTables
+
+type Params = dict[str, Any]
+
+
+class DecodeState(NamedTuple):
+    """One row a slot.
+
+    Attributes:
+      tokens: [B] int32 each sequence's newest token, which the cache does not hold yet.
+      lengths: [B] int32 tokens of each sequence, the newest included.
+      decode_steps: [B] int32 decode steps since the sequence's prefill: the phase of its page selection.
+      remaining: [B] int32 tokens that may still be generated; 0 for an empty slot.
+      stop_tokens: [B, S] int32 tokens that end a sequence, padded with -1.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    decode_steps: jax.Array
+    remaining: jax.Array
+    stop_tokens: jax.Array
+
+
+class Generated(NamedTuple):
+    """Tokens [steps, B] int32 (-1 where a slot had ended) and their log-probabilities [steps, B] float32."""
+
+    tokens: jax.Array
+    logprobs: jax.Array
+
+
+def _run(
+    params: Params, cache: KVCache, tokens: jax.Array, positions: jax.Array, attend: Attend, config: InferenceConfig
+) -> tuple[jax.Array, KVCache]:
+    model = Llama(config.model, jnp.dtype(config.dtype))
+    hidden, cache = model.apply({"params": params}, tokens, positions, cache, attend)
+    return hidden, cache
+
+
+def _unembed(params: Params, hidden: jax.Array, config: InferenceConfig) -> jax.Array:
+    model = Llama(config.model, jnp.dtype(config.dtype))
+    return model.apply({"params": params}, hidden, method="unembed")
+
+
+@partial(jax.jit, static_argnames=("config", "has_all_logits"), donate_argnames="cache")
+def prefill_step(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    starts: jax.Array,
+    counts: jax.Array,
+    tables: PageTables,
+    *,
+    config: InferenceConfig,
+    has_all_logits: bool = False,
+) -> tuple[jax.Array, KVCache]:
+    """Returns the logits [B, V] float32 of each sequence's last token of a chunk, and the cache with the chunk in it.
+
+    Args:
+      params: the model's parameters, heads permuted as ``config.heads`` says.
+      cache: from `init_cache`; donated.
+      tokens: [B, T] int32; T is the chunk size, a static shape.
+      starts: [B] int32 tokens of each sequence that the cache holds already.
+      counts: [B] int32 valid tokens of each row, 0 … T.
+      tables: page tables [B, max_pages] int32 with the pages of the history that is still visible and of the chunk.
+      config: static settings.
+      has_all_logits: return the logits of every token, [B, T, V].
+    """
+    positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    hidden, cache = _run(params, cache, tokens, positions, prefill_attend(config, tables, starts, counts), config)
+    if not has_all_logits:
+        last = jnp.maximum(counts - 1, 0)[:, None, None]
+        hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    return _unembed(params, hidden, config), cache
+
+
+def _decode(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    decode_steps: jax.Array,
+    tables: PageTables,
+    config: InferenceConfig,
+) -> tuple[jax.Array, KVCache]:
+    positions = jnp.maximum(lengths - 1, 0)[:, None]
+    attend = decode_attend(config, tables, lengths, decode_steps)
+    hidden, cache = _run(params, cache, tokens[:, None], positions, attend, config)
+    return _unembed(params, hidden[:, 0], config), cache
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def decode_step(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    decode_steps: jax.Array,
+    tables: PageTables,
+    *,
+    config: InferenceConfig,
+) -> tuple[jax.Array, KVCache]:
+    """Returns the logits [B, V] float32 after one new token a sequence, and the cache with these tokens in it.
+
+    Args:
+      params: the model's parameters, heads permuted as ``config.heads`` says.
+      cache: from `init_cache` with B slots; donated. Row b of every argument belongs to slot b.
+      tokens: [B] int32 the new tokens.
+      lengths: [B] int32 tokens of each sequence, the new one included; 0 for an empty slot.
+      decode_steps: [B] int32 decode steps of each sequence since its prefill.
+      tables: page tables [B, max_pages] int32 with a page for the new token.
+      config: static settings.
+    """
+    return _decode(params, cache, tokens, lengths, decode_steps, tables, config)
+
+
+@partial(jax.jit, static_argnames=("config", "max_steps"), donate_argnames="cache")
+def decode_loop(
+    params: Params,
+    cache: KVCache,
+    state: DecodeState,
+    tables: PageTables,
+    sampling: SamplingState,
+    num_steps: jax.Array,
+    *,
+    config: InferenceConfig,
+    max_steps: int,
+) -> tuple[Generated, DecodeState, KVCache]:
+    """Returns what up to ``num_steps`` decode steps generate, the state after them, and the cache.
+
+    A sequence ends at a stop token or when nothing remains; the loop ends with its last sequence. The host is asked for
+    nothing in between, so the tables must hold the pages of all steps.
+
+    Args:
+      params: the model's parameters.
+      cache: donated.
+      state: where each slot stands.
+      tables: page tables [B, max_pages] int32.
+      sampling: settings of each slot.
+      num_steps: scalar int32, at most ``max_steps``.
+      config: static settings.
+      max_steps: rows of the result.
+    """
+    slots = state.tokens.shape[0]
+    nothing = Generated(jnp.full((max_steps, slots), -1, jnp.int32), jnp.zeros((max_steps, slots), jnp.float32))
+
+    def is_running(carry: tuple[jax.Array, Generated, DecodeState, KVCache]) -> jax.Array:
+        return (carry[0] < num_steps) & jnp.any(carry[2].remaining > 0)
+
+    def step(
+        carry: tuple[jax.Array, Generated, DecodeState, KVCache],
+    ) -> tuple[jax.Array, Generated, DecodeState, KVCache]:
+        index, out, state, cache = carry
+        is_active = state.remaining > 0
+        lengths = jnp.where(is_active, state.lengths, 0)
+        logits, cache = _decode(params, cache, state.tokens, lengths, state.decode_steps, tables, config)
+        tokens, logprobs = sample(logits, state.lengths, sampling)
+        tokens = jnp.where(is_active, tokens, -1)
+        is_stop = jnp.any(tokens[:, None] == state.stop_tokens, axis=1)
+        one = is_active.astype(jnp.int32)
+        state = DecodeState(
+            tokens=jnp.where(is_active, tokens, state.tokens),
+            lengths=state.lengths + one,
+            decode_steps=state.decode_steps + one,
+            remaining=jnp.where(is_stop, 0, state.remaining - one),
+            stop_tokens=state.stop_tokens,
+        )
+        out = Generated(out.tokens.at[index].set(tokens), out.logprobs.at[index].set(logprobs))
+        return index + 1, out, state, cache
+
+    _, out, state, cache = jax.lax.while_loop(is_running, step, (jnp.int32(0), nothing, state, cache))
+    return out, state, cache
+
+
+@jax.jit
+def sample_first(
+    logits: jax.Array, positions: jax.Array, sampling: SamplingState
+) -> tuple[jax.Array, jax.Array]:
+    """Returns tokens [B] int32 and log-probabilities [B] float32 drawn from prefill logits [B, V] (see `sample`)."""
+    return sample(logits, positions, sampling)
