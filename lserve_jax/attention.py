@@ -1,6 +1,7 @@
 """The one seam between model and cache: `attend` callables that write to and read from the paged KV cache."""
 
 import jax
+import jax.numpy as jnp
 
 from lserve_jax.cache import LayerCache
 from lserve_jax.inference_config import InferenceConfig
@@ -8,18 +9,23 @@ from lserve_jax.models.llama import Attend
 from pallas_kernels import PageTables, decode_attention, kv_write, page_select, prefill_attention
 
 
+def _window(config: InferenceConfig, tables: PageTables, local: int) -> tuple[int, int]:
+    """Returns sink and window, cut to what the page tables can hold: nothing may grow with a setting past that."""
+    longest = tables.streaming.shape[1] * config.attention.page_size
+    return min(config.attention.sink, longest), min(local, longest)
+
+
 def prefill_attend(config: InferenceConfig, tables: PageTables, starts: jax.Array, counts: jax.Array) -> Attend:
     """Returns the attention of a prompt chunk: tokens ``starts[b] … starts[b] + counts[b] − 1`` of each sequence."""
+    sink, local = _window(config, tables, config.attention.prefill_local)
 
-    def attend(
-        layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
-    ) -> tuple[jax.Array, LayerCache]:
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache) -> tuple[jax.Array, LayerCache]:
         # Written first, read after: the order that lets XLA update the donated pages in place.
         kv = kv_write(k, v, state.kv, tables, starts, counts, implementation=config.implementation)
         out = prefill_attention(
             *(q, k, v, kv, tables, starts, counts),
-            sink=config.attention.sink,
-            local=config.attention.prefill_local,
+            sink=sink,
+            local=local,
             implementation=config.implementation,
         )
         return out, state._replace(kv=kv)
@@ -38,10 +44,9 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
         ``selector_interval``-th, beginning with step 0.
     """
     attention = config.attention
+    sink, local = _window(config, tables, attention.local)
 
-    def attend(
-        layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
-    ) -> tuple[jax.Array, LayerCache]:
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache) -> tuple[jax.Array, LayerCache]:
         is_used = (lengths > 0).astype(lengths.dtype)
         kv = kv_write(k, v, state.kv, tables, lengths - is_used, is_used, implementation=config.implementation)
         num_selected, selected = config.num_selected(layer), None
@@ -50,7 +55,8 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
             group = q.shape[2] // k.shape[2]
             state = state._replace(
                 selected=page_select(
-                    *(q[:, 0, : kv.num_retrieval * group], kv.retrieval, tables.retrieval, lengths, state.selected),
+                    *(q[:, 0, : kv.num_retrieval * group], kv.retrieval, jnp.asarray(tables.retrieval)),
+                    *(lengths, state.selected),
                     decode_steps % attention.selector_interval == 0,
                     num_selected=num_selected,
                     interval=attention.selector_interval,
@@ -62,8 +68,8 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
             selected = state.selected
         out = decode_attention(
             *(q[:, 0], kv, tables, lengths, selected),
-            sink=attention.sink,
-            local=attention.local,
+            sink=sink,
+            local=local,
             implementation=config.implementation,
         )
         return out[:, None], state._replace(kv=kv)

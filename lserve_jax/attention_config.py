@@ -1,9 +1,11 @@
 """The sparsity policy: which tokens streaming heads see, how many pages a decoded token reads, how pages are stored."""
 
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 KV_DTYPES = ("bfloat16", "float32", "int8", "int4")
+_LEAST = {"page_size": 1, "sub_page_size": 1, "selector_interval": 1, "sink": 0, "local": 1, "prefill_local": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,28 +43,25 @@ class AttentionConfig:
     group_reduction: str = "max"
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "sub_page_size", "selector_interval", "local", "prefill_local"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.sink < 0:
-            raise ValueError(f"sink={self.sink} must not be negative")
+        for name, least in _LEAST.items():
+            object.__setattr__(self, name, _whole(name, getattr(self, name), least))
         if self.page_size % self.sub_page_size:
             raise ValueError(f"page_size={self.page_size} must be a multiple of sub_page_size={self.sub_page_size}")
-        if not 0 <= self.static_sparsity <= 1:
-            raise ValueError(f"static_sparsity={self.static_sparsity} must be between 0 and 1")
+        if not (isinstance(self.static_sparsity, Real) and 0 <= self.static_sparsity <= 1):
+            raise ValueError(f"static_sparsity={self.static_sparsity!r} must be a number from 0 to 1")
+        object.__setattr__(self, "static_sparsity", float(self.static_sparsity))
         if self.kv_dtype not in ("auto", *KV_DTYPES):
             raise ValueError(f"kv_dtype={self.kv_dtype!r} must be auto or one of {', '.join(KV_DTYPES)}")
         if self.group_reduction not in ("max", "mean"):
             raise ValueError(f'group_reduction={self.group_reduction!r} must be "max" or "mean"')
-        if any(layer < 0 for layer in self.dense_layers):
-            raise ValueError(f"dense_layers={self.dense_layers} must not be negative")
+        # A tuple, whatever it was: the configuration is a static argument of the compiled steps and must hash.
+        object.__setattr__(self, "dense_layers", tuple(_whole("dense_layers", layer, 0) for layer in self.dense_layers))
         self._check_budget()
 
     def _check_budget(self) -> None:
         if self.token_budget is None:
             return
-        if self.token_budget < 1:
-            raise ValueError(f"token_budget={self.token_budget} must be at least 1")
+        object.__setattr__(self, "token_budget", _whole("token_budget", self.token_budget, 1))
         needed = self.forced_pages * self.page_size
         if self.token_budget < needed:
             raise ValueError(
@@ -86,6 +85,13 @@ class AttentionConfig:
         return None if self.token_budget is None else self.token_budget // self.page_size
 
 
+def _whole(name: str, value: Any, least: int) -> int:
+    """Returns the value as a plain `int`; ValueError unless it is a whole number from ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number from {least}")
+    return int(value)
+
+
 _NO_SELECTOR: dict[str, Any] = {"token_budget": None}
 _NO_STREAMING: dict[str, Any] = {"static_sparsity": 0.0}
 
@@ -99,7 +105,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Systems as fields that differ from the defaults: LServe, vLLM-like, DuoAttention, Quest, QServe."""
 
 
-def from_preset(preset: str, **overrides: Any) -> AttentionConfig:
+def from_preset(preset: str, /, **overrides: Any) -> AttentionConfig:
     """Returns a preset with some fields replaced; overrides that are None keep the preset's value.
 
     Raises:

@@ -14,7 +14,8 @@ _BITS = {"int8": 8, "int4": 4}
 class LayerCache(NamedTuple):
     """One layer: its pools, and the pages that each slot's retrieval heads chose last.
 
-    ``selected`` is [slots, K_retrieval, width] int32 (see `pallas_kernels.page_select`), or None where all are read.
+    ``selected`` is [slots, K_retrieval, width] int32 (see `pallas_kernels.page_select`), or None where all are read:
+    also where the whole pool has no more pages than a selection.
     """
 
     kv: LayerKV
@@ -44,9 +45,7 @@ def init_cache(config: InferenceConfig, *, slots: int, retrieval_pages: int, str
     )
 
 
-def _layer(
-    config: InferenceConfig, layer: int, slots: int, retrieval_pages: int, streaming_pages: int
-) -> LayerCache:
+def _layer(config: InferenceConfig, layer: int, slots: int, retrieval_pages: int, streaming_pages: int) -> LayerCache:
     retrieval = config.num_retrieval[layer]
     streaming = config.model.num_kv_heads - retrieval
     kv = LayerKV(
@@ -54,7 +53,7 @@ def _layer(
         streaming=_pool(config, streaming_pages, streaming, has_statistics=False) if streaming else None,
     )
     num_selected = config.num_selected(layer)
-    if num_selected is None or not retrieval:
+    if num_selected is None or num_selected >= retrieval_pages or not retrieval:
         return LayerCache(kv, None)
     width = selection_width(num_selected, config.attention.selector_interval, config.attention.page_size)
     return LayerCache(kv, jnp.full((slots, retrieval, width), NO_PAGE, jnp.int32))

@@ -1,6 +1,6 @@
 """Everything static about a compiled step: model, sparsity, head classes, number types and kernels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lserve_jax.attention_config import AttentionConfig
 from lserve_jax.config import ModelConfig
@@ -22,7 +22,7 @@ class InferenceConfig:
     """
 
     model: ModelConfig
-    attention: AttentionConfig = AttentionConfig()
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     heads: HeadClasses | None = None
     dtype: str = "auto"
     implementation: str | None = None
@@ -38,9 +38,14 @@ class InferenceConfig:
         self._check_layers()
 
     def _check_layers(self) -> None:
-        layers = self.model.num_layers
-        if len(self.num_retrieval) != layers:
-            raise ValueError(f"head classes of {len(self.num_retrieval)} layers do not fit a model of {layers} layers")
+        layers, heads = self.model.num_layers, self.model.num_kv_heads
+        assert self.heads is not None
+        given = self.heads
+        if (given.num_layers, given.num_kv_heads) != (layers, heads):
+            raise ValueError(
+                f"head classes of {given.num_layers} layers of {given.num_kv_heads} KV heads do not fit a model of "
+                f"{layers} layers of {heads}"
+            )
         beyond = [layer for layer in self.attention.dense_layers if layer >= layers]
         if beyond:
             raise ValueError(f"dense_layers={beyond} do not exist: the model has layers 0 … {layers - 1}")

@@ -14,28 +14,31 @@ _MIN_CPU_ROWS = 4
 """XLA's CPU bfloat16 product of fewer rows than this runs at 1 GFLOP/s (36 ms against 3 ms for the embedded model's logits)."""
 
 
-def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns ``x @ kernel`` over the last axis of ``x`` and the first of ``kernel``.
+def project(x: jax.Array, kernel: jax.Array, *, axis: int = 0) -> jax.Array:
+    """Returns the product of the last axis of ``x`` with one axis of a matrix.
 
     Args:
       x: [..., D].
-      kernel: [D, ...], of the dtype of ``x``.
+      kernel: [D, F], or [F, D] with ``axis=1``; of the dtype of ``x``. Never transposed in memory.
+      axis: the axis of ``kernel`` that is summed over.
 
     Returns:
-      [..., *kernel.shape[1:]], of the dtype of ``x``; accumulated in float32.
+      [..., F], of the dtype of ``x``; accumulated in float32.
     """
     rows = x.reshape(-1, x.shape[-1])
-    matrix = kernel.reshape(kernel.shape[0], -1)
     missing = _MIN_CPU_ROWS - rows.shape[0]
+
+    def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(rows, kernel, (((1,), (axis,)), ((), ())))
+
+    def padded_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+        return product(jnp.pad(rows, ((0, missing), (0, 0))), kernel)[:-missing]
+
     if x.dtype == jnp.bfloat16 and missing > 0:
-
-        def padded(rows: jax.Array, matrix: jax.Array) -> jax.Array:
-            return (jnp.pad(rows, ((0, missing), (0, 0))) @ matrix)[:-missing]
-
-        product = jax.lax.platform_dependent(rows, matrix, cpu=padded, default=jnp.matmul)
+        result = jax.lax.platform_dependent(rows, kernel, cpu=padded_product, default=product)
     else:
-        product = rows @ matrix
-    return product.reshape(*x.shape[:-1], *kernel.shape[1:])
+        result = product(rows, kernel)
+    return result.reshape(*x.shape[:-1], kernel.shape[1 - axis])
 
 
 class Linear(nn.Module):
@@ -48,11 +51,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        inputs = x.shape[x.ndim - self.in_axes :]
-        x = x.reshape(*x.shape[: x.ndim - self.in_axes], -1)
-        shape = (*inputs, *self.features)
-        kernel = self.param("kernel", nn.initializers.normal(1 / math.sqrt(x.shape[-1])), shape, self.dtype)
-        y = project(x, kernel.reshape(x.shape[-1], *self.features))
+        split = x.ndim - self.in_axes
+        batch, inputs = x.shape[:split], x.shape[split:]
+        size = math.prod(inputs)
+        initializer = nn.initializers.normal(1 / math.sqrt(size))
+        kernel = self.param("kernel", initializer, (*inputs, *self.features), self.dtype)
+        y = project(x.reshape(*batch, size), kernel.reshape(size, -1)).reshape(*batch, *self.features)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, tuple(self.features), self.dtype)
         return y
@@ -77,9 +81,11 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float
 
     Kinds: ``default`` (Su et al. 2021), ``linear`` (position interpolation), ``llama3`` (Llama 3.1: long wavelengths
     stretched, a smooth ramp between), ``yarn`` (Peng et al. 2023, section 3: a ramp over dimensions, and attention
-    temperature).
+    temperature). Rounded to float32 step by step, as in training: at position p, one last digit of a frequency is p of
+    them in the angle.
     """
-    frequencies = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = 1 / (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
     scaling = 1.0
     if rope.kind == "linear":
         frequencies = frequencies / rope.factor
@@ -87,14 +93,15 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float
         frequencies = _llama3_frequencies(rope, frequencies)
     elif rope.kind == "yarn":
         frequencies, scaling = _yarn_frequencies(rope, frequencies, head_dim), _yarn_scaling(rope)
-    return frequencies.astype(np.float32), scaling
+    assert frequencies.dtype == np.float32
+    return frequencies, scaling
 
 
 def _llama3_frequencies(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
     assert rope.original_max_position is not None
     turns = rope.original_max_position * frequencies / (2 * math.pi)  # in the original context
-    keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
-    return frequencies * (keep + (1 - keep) / rope.factor)
+    keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    return (1 - keep) * frequencies / rope.factor + keep * frequencies
 
 
 def _yarn_frequencies(rope: RopeConfig, frequencies: np.ndarray, head_dim: int) -> np.ndarray:
@@ -109,8 +116,9 @@ def _yarn_frequencies(rope: RopeConfig, frequencies: np.ndarray, head_dim: int) 
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
-    return frequencies * (1 - ramp) + frequencies / rope.factor * ramp
+    width = high - low if high != low else 1e-3
+    keep = 1 - np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
+    return frequencies / rope.factor * (1 - keep) + frequencies * keep
 
 
 def _yarn_scaling(rope: RopeConfig) -> float:

@@ -153,7 +153,7 @@ def plan_memory(
         return weights + pools(length).retrieval * retrieval + pools(length).streaming * streaming
 
     page = config.attention.page_size
-    low, high = 0, 2**31 // page  # positions are int32; in pages
+    low, high = 0, (2**31 - 1) // page  # lengths are int32; in pages
     while low < high:
         middle = (low + high + 1) // 2
         fits = needed(middle * page) <= available * _HEADROOM

@@ -1,21 +1,23 @@
 """The compiled programs: a prompt chunk, one decode step, and a loop of decode steps with sampling.
 
-Pure functions of pytrees. ``cache`` is donated: use the one that is returned. Shapes are those of the arguments; context
-lengths, page tables, sampling settings and the number of steps are data, so nothing recompiles as they change.
+Pure functions of pytrees. ``cache`` is donated: use the one that is returned. Shapes are those of the arguments; the
+lengths of contexts, page tables, sampling settings and numbers of steps are data: nothing recompiles as they change.
 """
 
+import json
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from lserve_jax.attention import decode_attend, prefill_attend
-from lserve_jax.cache import KVCache
+from lserve_jax.cache import KVCache, LayerCache
 from lserve_jax.inference_config import InferenceConfig
 from lserve_jax.models.llama import Attend, Llama
 from lserve_jax.sampling import SamplingState, sample
-from pallas_kernels import PageTables
+from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray
 
 type Params = dict[str, Any]
 
@@ -49,13 +51,14 @@ def _run(
     params: Params, cache: KVCache, tokens: jax.Array, positions: jax.Array, attend: Attend, config: InferenceConfig
 ) -> tuple[jax.Array, KVCache]:
     model = Llama(config.model, jnp.dtype(config.dtype))
-    hidden, cache = model.apply({"params": params}, tokens, positions, cache, attend)
-    return hidden, cache
+    result: Any = model.apply({"params": params}, tokens, positions, cache, attend)
+    return result
 
 
 def _unembed(params: Params, hidden: jax.Array, config: InferenceConfig) -> jax.Array:
     model = Llama(config.model, jnp.dtype(config.dtype))
-    return model.apply({"params": params}, hidden, method="unembed")
+    logits: Any = model.apply({"params": params}, hidden, method="unembed")
+    return logits
 
 
 @partial(jax.jit, static_argnames=("config", "has_all_logits"), donate_argnames="cache")
@@ -189,8 +192,17 @@ def decode_loop(
 
 
 @jax.jit
-def sample_first(
-    logits: jax.Array, positions: jax.Array, sampling: SamplingState
-) -> tuple[jax.Array, jax.Array]:
+def sample_first(logits: jax.Array, positions: jax.Array, sampling: SamplingState) -> tuple[jax.Array, jax.Array]:
     """Returns tokens [B] int32 and log-probabilities [B] float32 drawn from prefill logits [B, V] (see `sample`)."""
     return sample(logits, positions, sampling)
+
+
+# An exported step (`jax.export`) can be written to a file only if its arguments' types are registered by name.
+for _kind in (LayerCache, LayerKV, PagedKV, PageTables, SamplingState, DecodeState, Generated):
+    export.register_namedtuple_serialization(_kind, serialized_name=f"lserve_jax.{_kind.__name__}")
+export.register_pytree_node_serialization(
+    QuantizedArray,
+    serialized_name="lserve_jax.QuantizedArray",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda text: tuple(json.loads(text)),
+)

@@ -72,7 +72,7 @@ def is_visible(queries: jax.Array, keys: jax.Array, sink: int | None, local: int
     Causal; with ``local``, also ``key > query − local or key < sink``. Positions broadcast against each other.
     """
     causal = keys <= queries
-    if local is None:
+    if local is None or sink is None:
         return causal
     return causal & ((keys > queries - local) | (keys < sink))
 

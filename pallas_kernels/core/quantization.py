@@ -34,9 +34,10 @@ class QuantizedArray:
 
 
 def quantize(x: jax.Array, bits: int) -> QuantizedArray:
-    """Returns ``x`` [..., H] quantised row by row: ``code = clip(round(x / scale + zero), 0, 2**bits − 1)``.
+    """Returns ``x`` [..., H] quantised row by row: ``code = clip(round((x − min) / scale), 0, 2**bits − 1)``.
 
     ``scale = (max − min) / (2**bits − 1)`` and ``zero = −min / scale``, computed in float32; a constant row is exact.
+    The code is ``round(x / scale + zero)``, written so that no compiler fuses it into another rounding somewhere.
 
     Raises:
       ValueError: if ``bits`` is neither 8 nor 4, or H is odd.
@@ -48,9 +49,9 @@ def quantize(x: jax.Array, bits: int) -> QuantizedArray:
     x = x.astype(jnp.float32)
     low, high = jnp.min(x, axis=-1), jnp.max(x, axis=-1)
     largest = jnp.maximum(jnp.maximum(high, -low), jnp.finfo(jnp.float32).tiny / _SMALLEST_RELATIVE_SCALE)
-    scale = jnp.maximum((high - low) / (2**bits - 1), largest * _SMALLEST_RELATIVE_SCALE)
+    scale = jnp.maximum((high - low) * (1 / (2**bits - 1)), largest * _SMALLEST_RELATIVE_SCALE)
     zero = -low / scale
-    codes = jnp.clip(jnp.round(x / scale[..., None] + zero[..., None]), 0, 2**bits - 1).astype(jnp.uint8)
+    codes = jnp.clip(jnp.round((x - low[..., None]) / scale[..., None]), 0, 2**bits - 1).astype(jnp.uint8)
     if bits == 4:
         first, second = jnp.split(codes, 2, axis=-1)
         codes = first | (second << 4)

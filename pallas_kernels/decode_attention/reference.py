@@ -39,6 +39,6 @@ def _attend(q: jax.Array, pool: PagedKV, table: jax.Array, visible: jax.Array) -
     k, v = (jnp.moveaxis(dequantize(x, jnp.float32)[table], 2, 1) for x in (pool.k, pool.v))
     k, v = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (k, v))
     k, v = (jnp.where(visible[..., None], x, 0.0) for x in (k, v))
-    scores = jnp.einsum("bkgh,bksh->bkgs", q, k) / jnp.sqrt(jnp.float32(q.shape[-1]))
+    scores = jnp.einsum("bkgh,bksh->bkgs", q, k, precision="highest") / jnp.sqrt(jnp.float32(q.shape[-1]))
     weights = jax.nn.softmax(jnp.where(visible[:, :, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bkgs,bksh->bkgh", jnp.where(visible[:, :, None], weights, 0.0), v)
+    return jnp.einsum("bkgs,bksh->bkgh", jnp.where(visible[:, :, None], weights, 0.0), v, precision="highest")

@@ -76,7 +76,7 @@ def _attend(
             is_held = jnp.repeat(physical >= 0, page_size, axis=-1)
             visible = is_held & is_visible(lengths[b] - 1, positions, *window)
             k, v = (_gather(x, physical, heads) for x in (pool.k, pool.v))
-            scores = jnp.einsum("kgh,ksh->kgs", queries, k) * scale
+            scores = jnp.einsum("kgh,ksh->kgs", queries, k, precision="highest") * scale
             return state.add(scores, visible[:, None], jnp.where(visible[..., None], v, 0.0))
 
         blocks = (counts[b] + block - 1) // block

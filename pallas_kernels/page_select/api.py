@@ -38,7 +38,7 @@ def page_select(
                       max over its sub-pages with a token <= p
         selected    = the sink pages, the pages of tokens p − interval + 1 … p, and of the others the ``num_selected``
                       best in all (earlier page first among equals); all pages if there are no more than that
-        then, as reserve, the pages after p's that tokens up to p + interval − 1 will begin
+        then, as reserve, the pages after p's that tokens up to p + interval − 1 will begin, if the table has them
 
     Args:
       q: [B, K · G, H] queries of the retrieval heads.

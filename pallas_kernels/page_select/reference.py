@@ -28,7 +28,7 @@ def page_select(
             continue
         last, count = (length - 1) // page_size, -(-length // page_size)
         recent = range(max(length - interval, 0) // page_size, count)
-        reserve = range(last + 1, (length + interval - 2) // page_size + 1)
+        reserve = range(last + 1, min((length + interval - 2) // page_size + 1, table.shape[1]))
         for head in range(pages.num_kv_heads):
             score = page_scores(q, pages, table, b, head, length, reduction)
             order = sorted(

@@ -75,7 +75,8 @@ def _page_scores(q: jax.Array, pages: PagedKV, table: jax.Array, length: jax.Arr
     def score_block(index: jax.Array, scores: jax.Array) -> jax.Array:
         physical = jnp.maximum(jax.lax.dynamic_slice_in_dim(table, index * block, block), 0)
         high, low = (jnp.swapaxes(x[physical].astype(jnp.float32), 0, 1) for x in (pages.k_max, pages.k_min))
-        bounds = jnp.einsum("kgh,kpsh->kgps", rising, high) + jnp.einsum("kgh,kpsh->kgps", falling, low)
+        bounds = jnp.einsum("kgh,kpsh->kgps", rising, high, precision="highest")
+        bounds = bounds + jnp.einsum("kgh,kpsh->kgps", falling, low, precision="highest")
         first = (index * block + jnp.arange(block))[:, None] * page_size + jnp.arange(subs) * sub_size
         best = jnp.max(jnp.where(first < length, bounds, -jnp.inf), axis=-1)
         best = jnp.max(best, axis=1) if reduction == "max" else jnp.mean(best, axis=1)

@@ -104,7 +104,7 @@ def _walk(
         index = jnp.where(step < sinks, step, low + step - sinks)
         keys, values, exists = source.fetch(index)
         at = source.first + index * source.block + jnp.arange(source.block)
-        scores = jnp.einsum("krh,ksh->krs", queries, keys, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("krh,ksh->krs", queries, keys, precision="highest", preferred_element_type=jnp.float32)
         visible = exists & is_visible(positions[:, None], at, *window)
         values = jnp.where(exists[:, None], values, jnp.zeros((), values.dtype))
         return state.add(scores * queries.shape[-1] ** -0.5, visible, values)
@@ -117,14 +117,15 @@ def visible_blocks(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (s, low, high): the queries ``position … position + block − 1`` see key blocks 0 … s − 1 and low … high − 1.
 
-    Every block in the ranges holds a key that one of the queries sees.
+    Every block in the ranges holds a key that one of the queries sees, and no other block does.
     """
     end = jnp.minimum(source.end, position + block)
     high = jnp.maximum(-(-(end - source.first) // source.block), 0)
     if window.local is None or window.sink is None:
         return jnp.zeros_like(high), jnp.zeros_like(high), high
     sinks = jnp.clip(-(-(window.sink - source.first) // source.block), 0, high)
-    low = jnp.clip((position - window.local + 1 - source.first) // source.block, sinks, high)
+    oldest = position - window.local + 1
+    low = jnp.where(oldest < end, jnp.clip((oldest - source.first) // source.block, sinks, high), high)
     return sinks, low, high
 
 

@@ -1,0 +1,52 @@
+# Each target does its own set-up from a clean clone. `make help` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format typecheck pytest lock clean
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON := .venv/bin/python
+JOBS ?= 2
+ARGS ?=
+INPUTS := pyproject.toml constraints.txt scripts/install.sh scripts/find_python.sh
+
+# An environment whose interpreter has gone is no environment: its stamps are void.
+ifneq ($(shell $(PYTHON) -c 'import sys, pip; print(sys.version_info >= (3, 12))' 2>/dev/null),True)
+$(shell rm -f .venv/.installed .venv/.installed-dev)
+endif
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.installed ## answer a question about a document with the embedded model
+	@$(PYTHON) -m lserve_jax.demo $(ARGS)
+
+test: lint typecheck pytest ## everything that must hold: style, types, tests
+
+lint: .venv/.installed-dev ## ruff: rules and format
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+
+typecheck: .venv/.installed-dev ## pyright
+	@$(PYTHON) -m pyright
+
+pytest: .venv/.installed-dev ## the tests alone; JOBS=n processes, ARGS="-k name" passes on
+	@$(PYTHON) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+format: .venv/.installed-dev ## rewrite the sources as `make lint` wants them
+	@$(PYTHON) -m ruff check --fix .
+	@$(PYTHON) -m ruff format .
+
+lock: ## resolve constraints.txt anew, keeping jax at the tested version
+	@scripts/lock.sh
+
+clean: ## remove the environment, builds and caches
+	rm -rf .venv .cache .hypothesis .pytest_cache .ruff_cache build dist
+	find lserve_jax pallas_kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+.venv/.installed: $(INPUTS)
+	@scripts/install.sh
+	@touch $@
+
+.venv/.installed-dev: $(INPUTS)
+	@scripts/install.sh dev,bench,hub
+	@touch $@ .venv/.installed

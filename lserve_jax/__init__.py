@@ -1,0 +1,34 @@
+"""LServe in JAX: long-sequence LLM inference with unified sparse attention.
+
+`LLM` generates text; underneath are pure functions on pytrees: `init_cache`, `prefill_step`, `decode_step`.
+"""
+
+from lserve_jax.attention_config import AttentionConfig, from_preset
+from lserve_jax.cache import init_cache
+from lserve_jax.config import ModelConfig, RopeConfig
+from lserve_jax.heads import HeadClasses, classify, load_gates
+from lserve_jax.inference_config import InferenceConfig
+from lserve_jax.llm import LLM
+from lserve_jax.outputs import RequestOutput
+from lserve_jax.sampling import SamplingParams
+from lserve_jax.steps import decode_loop, decode_step, prefill_step
+from lserve_jax.weights.load import open_checkpoint
+
+__all__ = [
+    "LLM",
+    "AttentionConfig",
+    "HeadClasses",
+    "InferenceConfig",
+    "ModelConfig",
+    "RequestOutput",
+    "RopeConfig",
+    "SamplingParams",
+    "classify",
+    "decode_loop",
+    "decode_step",
+    "from_preset",
+    "init_cache",
+    "load_gates",
+    "open_checkpoint",
+    "prefill_step",
+]

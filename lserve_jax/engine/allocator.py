@@ -1,0 +1,179 @@
+"""Which physical pages of the two KV-cache pools each sequence holds (LServe, arXiv 2502.14866).
+
+The retrieval pool keeps every page of a sequence. The streaming pool keeps only pages that the attention sink or the
+local window of a query still to come can touch. Page ids count for all layers at once.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lserve_jax.engine.request import Sequence
+
+NO_PAGE = -1
+
+
+def retrieval_pages(length: int, page_size: int) -> int:
+    """Returns how many retrieval pages hold `length` tokens."""
+    return -(-length // page_size)
+
+
+def streaming_pages(sink: int, window: int, in_flight: int, page_size: int) -> int:
+    """Returns the most streaming pages that one call of `in_flight` queries can touch, over all its positions.
+
+    The queries' windows together are `window + in_flight - 1` successive positions, which straddle the most pages when
+    the first of them is the last of its page; the sink's pages come on top once the window has left them. Tight: a
+    long sequence does hold this many. 7 for a decode step at the defaults (sink 128, window 256, page 64).
+    """
+    span = window + in_flight - 1
+    return -(-sink // page_size) + (span + page_size - 2) // page_size + 1
+
+
+def visible_pages(
+    start: int, count: int, *, sink: int, window: int, page_size: int, num_pages: int
+) -> NDArray[np.bool_]:
+    """Returns which of `num_pages` logical pages queries `start … start + count - 1` of a streaming head see.
+
+    A page counts when it holds a position `j <= start + count - 1` with `j < sink` or `j > start - window`: what any of
+    the queries sees, as the first one's window begins earliest and the last one's ends latest.
+    """
+    first = np.arange(num_pages) * page_size
+    last = first + page_size - 1
+    return (first < start + count) & ((first < sink) | (last > start - window))
+
+
+class PagePool:
+    """The free list of one pool's pages, ids `0 … num_pages - 1`; the page given back last is taken first."""
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages < 1:
+            raise ValueError(f"a page pool must have at least 1 page, got {num_pages}")
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._is_free = [True] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        """Returns how many pages nobody holds."""
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Returns `count` pages that nobody holds. The caller has made sure that there are as many."""
+        if not 0 <= count <= self.num_free:
+            raise ValueError(f"cannot take {count} pages: {self.num_free} of {self.num_pages} are free")
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._is_free[page] = False
+        return pages
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        """Frees `pages`; all or none.
+
+        Raises:
+            ValueError: a page is foreign to this pool, free already, or named twice.
+        """
+        pages = list(pages)
+        if len(set(pages)) != len(pages):
+            raise ValueError(f"pages are given back twice in one call: {pages}")
+        for page in pages:
+            if not 0 <= page < self.num_pages:
+                raise ValueError(f"page {page} is not of this pool, whose ids are 0 to {self.num_pages - 1}")
+            if self._is_free[page]:
+                raise ValueError(f"page {page} is given back, but it is free already")
+        for page in pages:
+            self._is_free[page] = True
+        self._free += pages
+
+
+class PageAllocator:
+    """The owner of both pools; it alone writes the page tables of sequences.
+
+    A pool is None where the model has no heads of that kind; the tables of that kind then stay empty.
+    """
+
+    def __init__(self, *, retrieval: PagePool | None, streaming: PagePool | None, sink: int, page_size: int) -> None:
+        if page_size < 1 or sink < 0:
+            raise ValueError(f"page_size must be at least 1 and sink at least 0, got {page_size=}, {sink=}")
+        self.retrieval = retrieval
+        self.streaming = streaming
+        self.sink = sink
+        self.page_size = page_size
+
+    def reserve(self, sequence: Sequence, start: int, count: int, window: int) -> bool:
+        """Returns whether the tables now suit a call of queries `start … start + count - 1`; False changed nothing.
+
+        The retrieval table then holds every page up to the last query's, and the streaming table exactly the pages that
+        one of the queries sees; what else it held has gone back. False means that a pool lacks pages.
+
+        During a prefill `window` must be `max(prefill_local, local)`: with a shorter prefill window, the pages that the
+        first decode step looks back on would be gone before the prefill ends.
+        """
+        assert count >= 1 and window >= 1, (count, window)
+        assert start + count <= sequence.retrieval_table.size * self.page_size, "past the sequence's own last page"
+        changes = [
+            (pool, table, np.flatnonzero(wanted & (table == NO_PAGE)), np.flatnonzero(~wanted & (table != NO_PAGE)))
+            for pool, table, wanted in self._wanted(sequence, start, count, window)
+        ]
+        if any(new.size > pool.num_free + unseen.size for pool, _, new, unseen in changes):
+            return False
+        for pool, table, new, unseen in changes:
+            _give_back(pool, table, unseen)
+            table[new] = pool.take(new.size)
+        return True
+
+    def release_unseen(self, sequence: Sequence, position: int, window: int) -> None:
+        """Gives back the pages that the query at `position`, the next to come, cannot see.
+
+        Those are streaming pages that its sink and window no longer touch, and pages of both pools beyond `position`
+        that the last call reserved and, ending early, did not fill.
+        """
+        for pool, table, wanted in self._wanted(sequence, position, 1, window):
+            _give_back(pool, table, np.flatnonzero(~wanted & (table != NO_PAGE)))
+
+    def free(self, sequence: Sequence) -> None:
+        """Gives back everything that `sequence` holds."""
+        for pool, table in self._tables(sequence):
+            _give_back(pool, table, np.flatnonzero(table != NO_PAGE))
+
+    def _tables(self, sequence: Sequence) -> Iterator[tuple[PagePool, NDArray[np.int32]]]:
+        if self.retrieval is not None:
+            yield self.retrieval, sequence.retrieval_table
+        if self.streaming is not None:
+            yield self.streaming, sequence.streaming_table
+
+    def _wanted(
+        self, sequence: Sequence, start: int, count: int, window: int
+    ) -> Iterator[tuple[PagePool, NDArray[np.int32], NDArray[np.bool_]]]:
+        """Yields each pool with the sequence's table and the logical pages that the queries need in it."""
+        for pool, table in self._tables(sequence):
+            # A window as long as the context is the causal mask of retrieval heads.
+            reach = window if pool is self.streaming else start + count
+            yield (
+                pool,
+                table,
+                visible_pages(
+                    start, count, sink=self.sink, window=reach, page_size=self.page_size, num_pages=table.size
+                ),
+            )
+
+
+def _give_back(pool: PagePool, table: NDArray[np.int32], logical: NDArray[np.intp]) -> None:
+    pool.give_back(table[logical].tolist())
+    table[logical] = NO_PAGE
+
+
+def stack_tables(
+    sequences: Iterable[Sequence], num_slots: int, num_pages: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Returns fresh retrieval and streaming page tables `[num_slots, num_pages]` of a batch, one row a slot.
+
+    Rows of other slots and columns past a sequence's own table are -1. The arrays are copies, so that a device call in
+    flight never sees a later change.
+    """
+    retrieval, streaming = np.full((2, num_slots, num_pages), NO_PAGE, np.int32)
+    for sequence in sequences:
+        assert sequence.slot is not None
+        retrieval[sequence.slot, : sequence.retrieval_table.size] = sequence.retrieval_table
+        streaming[sequence.slot, : sequence.streaming_table.size] = sequence.streaming_table
+    return retrieval, streaming

@@ -1,0 +1,270 @@
+"""The loop between scheduler and device: one plan, one call of a compiled program, one record of what came of it."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from lserve_jax.cache import KVCache, init_cache
+from lserve_jax.engine.allocator import stack_tables
+from lserve_jax.engine.programs import Programs
+from lserve_jax.engine.request import Request, Sequence
+from lserve_jax.engine.scheduler import Decode, Prefill, Scheduler, SchedulerConfig
+from lserve_jax.inference_config import InferenceConfig
+from lserve_jax.plan import PoolSizes
+from lserve_jax.sampling import SamplingParams, SamplingState
+from lserve_jax.steps import DecodeState, Params, decode_loop, prefill_step, sample_first
+from pallas_kernels import PageTables
+
+SHORT_CHUNK = 64
+"""Chunk size for prompts that fit into it: a program of its own, so that a short prompt does not cost a long chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Sizes of the engine: everything that fixes a shape.
+
+    Attributes:
+      max_model_len: tokens of a sequence, prompt and generation together.
+      num_slots: sequences that decode together.
+      prefill_chunk: prompt tokens a prefill call.
+      steps_per_call: decode steps between two looks of the host.
+      max_stop_tokens: stop tokens of one request.
+    """
+
+    max_model_len: int
+    num_slots: int
+    prefill_chunk: int
+    steps_per_call: int
+    max_stop_tokens: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a call brought for one sequence.
+
+    Attributes:
+      sequence: the sequence, already advanced.
+      tokens: new tokens that it generated, in order.
+      logprobs: their log-probabilities under the model's own distribution.
+      seconds: wall time of the call without compilation.
+      is_prefill: whether it was a prefill call.
+      pages_held: pages of both pools that the sequence held during the call.
+    """
+
+    sequence: Sequence
+    tokens: list[int]
+    logprobs: list[float]
+    seconds: float
+    is_prefill: bool
+    pages_held: tuple[int, int]
+
+
+type Accept = Callable[[Sequence, list[int]], tuple[int, str | None]]
+"""Sequence and its new tokens → how many of them to keep (at least 1), and why it is finished (None if it is not)."""
+
+
+class Engine:
+    """Continuous batching over the compiled steps. Not thread-safe."""
+
+    def __init__(
+        self,
+        params: Params,
+        config: InferenceConfig,
+        engine_config: EngineConfig,
+        pools: PoolSizes,
+        on_compile: Callable[[str], None] | None = None,
+    ) -> None:
+        attention = config.attention
+        kinds = config.num_retrieval, [config.model.num_kv_heads - count for count in config.num_retrieval]
+        has_retrieval, has_streaming = (any(counts) for counts in kinds)
+        self.params = params
+        self.config = config
+        self.engine_config = engine_config
+        self.programs = Programs(on_compile)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_model_len=engine_config.max_model_len,
+                num_slots=engine_config.num_slots,
+                prefill_chunk=engine_config.prefill_chunk,
+                steps_per_call=engine_config.steps_per_call,
+                page_size=attention.page_size,
+                sink=attention.sink,
+                local=attention.local,
+                prefill_local=attention.prefill_local,
+                num_retrieval_pages=pools.retrieval if has_retrieval else None,
+                num_streaming_pages=pools.streaming if has_streaming else None,
+            )
+        )
+        self._pools = pools
+        self.cache = self._new_cache()
+        self._max_pages = -(-engine_config.max_model_len // attention.page_size)
+
+    def add(self, request: Request) -> Sequence:
+        """Returns the waiting sequence of a request; ValueError if it can never run."""
+        if len(request.sampling.stop_token_ids) > self.engine_config.max_stop_tokens:
+            raise ValueError(f"a request may have {self.engine_config.max_stop_tokens} stop tokens at most")
+        return self.scheduler.add(request)
+
+    def step(self, accept: Accept) -> list[Progress]:
+        """Returns what the next call brought, for every sequence in it; an empty list when nothing is left to do."""
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return []
+        with self._surviving_failure():
+            return [self._prefill(plan, accept)] if isinstance(plan, Prefill) else self._decode(plan, accept)
+
+    def prompt_logits(self, prompt: tuple[int, ...]) -> np.ndarray:
+        """Returns the logits [T, V] float32 of every token of a prompt, by the same path as generation."""
+        assert self.scheduler.is_idle, "logits are computed between generations"
+        sequence = self.scheduler.add(Request(id=-1, prompt=prompt, sampling=SamplingParams(max_tokens=1)))
+        parts = []
+        with self._surviving_failure():
+            while isinstance(plan := self.scheduler.schedule(), Prefill):
+                logits, _ = self._run_prefill(plan, has_all_logits=True)
+                parts.append(np.asarray(logits)[0, : plan.count])
+                token, reason = (0, "length") if plan.is_last else (None, None)
+                self.scheduler.record_prefill(plan, token, reason)
+        assert sequence.finish_reason == "length"
+        return np.concatenate(parts)
+
+    def _new_cache(self) -> KVCache:
+        return init_cache(
+            self.config,
+            slots=self.engine_config.num_slots,
+            retrieval_pages=self._pools.retrieval,
+            streaming_pages=self._pools.streaming,
+        )
+
+    @contextmanager
+    def _surviving_failure(self) -> Iterator[None]:
+        """Around a device call and its record: what fails in it, or interrupts it, leaves the engine usable.
+
+        Sequences may then have advanced on the device and not here, and the donated cache may be gone, so all end.
+        """
+        try:
+            yield
+        except BaseException:
+            self.scheduler.abort_all()
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.cache)):
+                self.cache = self._new_cache()
+            raise
+
+    def _prefill(self, plan: Prefill, accept: Accept) -> Progress:
+        logits, seconds = self._run_prefill(plan)
+        sequence, held = plan.sequence, _pages_held(plan.sequence)
+        if not plan.is_last:
+            self.scheduler.record_prefill(plan)
+            return Progress(
+                sequence=sequence, tokens=[], logprobs=[], seconds=seconds, is_prefill=True, pages_held=held
+            )
+        sampling = SamplingState.from_params([_sampling(sequence)])
+        positions = np.array([sequence.prompt_length], np.int32)
+        result, more = self._timed("sample", sample_first, logits, positions, sampling)
+        tokens, logprobs = (np.asarray(x) for x in result)
+        _, reason = accept(sequence, tokens.tolist())
+        self.scheduler.record_prefill(plan, int(tokens[0]), reason)
+        return Progress(
+            sequence=sequence,
+            tokens=tokens.tolist(),
+            logprobs=logprobs.tolist(),
+            seconds=seconds + more,
+            is_prefill=True,
+            pages_held=held,
+        )
+
+    def _run_prefill(self, plan: Prefill, *, has_all_logits: bool = False) -> tuple[jax.Array, float]:
+        """Returns the chunk's logits and the seconds that it took; the cache then holds the chunk."""
+        sequence, chunk = plan.sequence, self.engine_config.prefill_chunk
+        size = min(SHORT_CHUNK, chunk) if sequence.prompt_length <= SHORT_CHUNK else chunk
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, : plan.count] = sequence.tokens[plan.start : plan.start + plan.count]
+        slot = sequence.slot
+        assert slot is not None
+        tables = PageTables(*(table[slot : slot + 1] for table in self._tables([sequence])))
+        (logits, self.cache), seconds = self._timed(
+            f"prefill_{size}" + ("_all_logits" if has_all_logits else ""),
+            prefill_step,
+            *(self.params, self.cache, tokens, np.array([plan.start], np.int32), np.array([plan.count], np.int32)),
+            tables,
+            config=self.config,
+            has_all_logits=has_all_logits,
+        )
+        return logits, seconds
+
+    def _decode(self, plan: Decode, accept: Accept) -> list[Progress]:
+        (generated, _, self.cache), seconds = self._timed(
+            "decode",
+            decode_loop,
+            *(self.params, self.cache, self._decode_state(plan), self._tables(plan.sequences)),
+            SamplingState.from_params(self._by_slot(plan.sequences)),
+            np.int32(plan.num_steps),
+            config=self.config,
+            max_steps=self.engine_config.steps_per_call,
+        )
+        tokens, logprobs = (np.asarray(x) for x in generated)
+        results = []
+        for sequence in plan.sequences:
+            column = tokens[:, sequence.slot]
+            new = column[column >= 0].tolist()
+            kept, reason = accept(sequence, new)
+            scores, held = logprobs[:kept, sequence.slot].tolist(), _pages_held(sequence)
+            self.scheduler.record_decode(sequence, new[:kept], reason)
+            results.append(
+                Progress(
+                    sequence=sequence,
+                    tokens=new[:kept],
+                    logprobs=scores,
+                    seconds=seconds,
+                    is_prefill=False,
+                    pages_held=held,
+                )
+            )
+        return results
+
+    def _decode_state(self, plan: Decode) -> DecodeState:
+        slots = self.engine_config.num_slots
+        tokens, lengths, steps, remaining = np.zeros((4, slots), np.int32)
+        stops = np.full((slots, self.engine_config.max_stop_tokens), -1, np.int32)
+        for sequence, limit in zip(plan.sequences, plan.limits, strict=True):
+            slot, sampling = sequence.slot, sequence.request.sampling
+            tokens[slot], lengths[slot] = sequence.tokens[-1], len(sequence.tokens)
+            steps[slot], remaining[slot] = sequence.decode_steps, limit
+            stops[slot, : len(sampling.stop_token_ids)] = list(sampling.stop_token_ids)
+        columns: list[Any] = [tokens, lengths, steps, remaining, stops]  # NumPy: the call puts them on the device
+        return DecodeState(*columns)
+
+    def _tables(self, sequences: Iterable[Sequence]) -> PageTables:
+        tables = stack_tables(sequences, self.engine_config.num_slots, self._max_pages)
+        return PageTables(*tables)
+
+    def _by_slot(self, sequences: Iterable[Sequence]) -> list[SamplingParams | None]:
+        rows: list[SamplingParams | None] = [None] * self.engine_config.num_slots
+        for sequence in sequences:
+            assert sequence.slot is not None
+            rows[sequence.slot] = _sampling(sequence)
+        return rows
+
+    def _timed(self, name: str, step: Any, *args: Any, **static: Any) -> tuple[Any, float]:
+        """Returns the result of a program, ready, and its seconds without compilation."""
+        compiled_before, begin = self.programs.compile_seconds, time.perf_counter()
+        result = jax.block_until_ready(self.programs.run(name, step, *args, **static))
+        elapsed = time.perf_counter() - begin
+        return result, elapsed - (self.programs.compile_seconds - compiled_before)
+
+
+def _pages_held(sequence: Sequence) -> tuple[int, int]:
+    """Returns how many pages of the retrieval and of the streaming pool a sequence holds."""
+    tables = sequence.retrieval_table, sequence.streaming_table
+    retrieval, streaming = (int((table >= 0).sum()) for table in tables)
+    return retrieval, streaming
+
+
+def _sampling(sequence: Sequence) -> SamplingParams:
+    """Returns the sampling parameters that scheduling leaves opaque."""
+    assert isinstance(sequence.request.sampling, SamplingParams)
+    return sequence.request.sampling

@@ -1,0 +1,126 @@
+"""What a caller asks for, and how far the engine has got with it."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Limits(Protocol):
+    """All that the engine's host side needs to know of sampling parameters."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Returns the most tokens to generate."""
+        ...
+
+    @property
+    def stop_token_ids(self) -> Collection[int]:
+        """Returns the tokens that end the sequence."""
+        ...
+
+
+def require_room(prompt_tokens: int, max_model_len: int) -> None:
+    """Raises ValueError if a prompt alone is longer than the context."""
+    if prompt_tokens > max_model_len:
+        raise ValueError(
+            f"prompt has {prompt_tokens} tokens, but max_model_len is {max_model_len}: "
+            "shorten the prompt or raise max_model_len"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to continue.
+
+    Attributes:
+        id: unique among the requests that a scheduler holds.
+        prompt: token ids, at least one.
+        sampling: opaque here except for its limits.
+        arrival: seconds on the caller's clock, for its statistics; scheduling goes by the order of `add`.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: Limits
+    arrival: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError(f"request {self.id}: the prompt is empty; it must have at least one token")
+        if self.sampling.max_tokens < 1:
+            raise ValueError(f"request {self.id}: max_tokens must be at least 1, got {self.sampling.max_tokens}")
+
+
+class Status(Enum):
+    """Where a sequence stands; it only ever moves downwards."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    FINISHED = "finished"
+
+
+@dataclass(kw_only=True, eq=False)
+class Sequence:
+    """A request in work. Only the scheduler and its allocator change it.
+
+    The newest token's key and value are written when it is fed back, so a decoding sequence has one token more than
+    it has in the cache, and the last token of all never enters the cache.
+
+    Attributes:
+        request: what was asked for.
+        max_length: tokens, prompt included, at which generation ends for its length.
+        retrieval_table, streaming_table: the physical page of each logical page (`position // page_size`), -1 where
+            none is held; as long as this sequence can ever need.
+        tokens: the prompt and what was generated after it.
+        num_cached: how many tokens from the start have their keys and values in the cache.
+        decode_steps: decode steps since the prefill: the phase of the page selector.
+        slot: the row of the device's batch while prefilling or decoding.
+        finish_reason: why it finished: "stop", "length", "abort".
+    """
+
+    request: Request
+    max_length: int
+    retrieval_table: NDArray[np.int32]
+    streaming_table: NDArray[np.int32]
+    tokens: list[int] = field(init=False)
+    status: Status = Status.WAITING
+    num_cached: int = 0
+    decode_steps: int = 0
+    slot: int | None = None
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @classmethod
+    def from_request(cls, request: Request, *, max_model_len: int, page_size: int) -> Self:
+        """Returns a waiting sequence, its generation cut where the context ends.
+
+        `max_model_len` bounds prompt and generation together. A prompt that fills it exactly still gets the one token
+        that its own prefill yields, since nothing more is read for it.
+        """
+        prompt = len(request.prompt)
+        max_length = max(prompt + 1, min(prompt + request.sampling.max_tokens, max_model_len))
+        num_pages = -(-(max_length - 1) // page_size)
+        tables = np.full((2, num_pages), -1, np.int32)
+        return cls(request=request, max_length=max_length, retrieval_table=tables[0], streaming_table=tables[1])
+
+    @property
+    def prompt_length(self) -> int:
+        """Returns how many tokens the prompt has."""
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> list[int]:
+        """Returns the tokens after the prompt."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def remaining(self) -> int:
+        """Returns how many more tokens this sequence may generate."""
+        return self.max_length - len(self.tokens)

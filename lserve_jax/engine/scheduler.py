@@ -1,0 +1,254 @@
+"""What the device does next: the next chunk of a prompt, or decode steps for everyone.
+
+Requests are served first come, first served, and nothing is ever preempted: a request is admitted only when a slot is
+free and both pools can hold its prompt and its whole generation. That wastes pages on generations that stop early, but
+a sequence's pages never move, no work is ever redone, and a sequence's time does not depend on who comes after it.
+Nobody overtakes a request that waits for pages, so none starves.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from lserve_jax.engine.allocator import PageAllocator, PagePool, retrieval_pages, streaming_pages
+from lserve_jax.engine.request import Request, Sequence, Status, require_room
+
+POSITIVE = ("max_model_len", "num_slots", "prefill_chunk", "steps_per_call", "page_size", "local", "prefill_local")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """What scheduling needs to know of model, cache and device.
+
+    Attributes:
+        max_model_len: most tokens of a sequence, prompt and generation together.
+        num_slots: rows of the device's batch.
+        prefill_chunk: most prompt tokens a call.
+        steps_per_call: most decode steps a call.
+        page_size: tokens a page.
+        sink, local, prefill_local: what streaming heads see, in tokens (the window while decoding and prefilling).
+        num_retrieval_pages, num_streaming_pages: size of the pools; None where the model has no such heads.
+    """
+
+    max_model_len: int
+    num_slots: int
+    prefill_chunk: int
+    steps_per_call: int
+    page_size: int
+    sink: int
+    local: int
+    prefill_local: int
+    num_retrieval_pages: int | None
+    num_streaming_pages: int | None
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(POSITIVE, 1) | {"sink": 0}
+        values = {name: (getattr(self, name), minimum) for name, minimum in least.items()}
+        wrong = [f"{name} must be at least {low}, got {value}" for name, (value, low) in values.items() if value < low]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    @property
+    def prefill_window(self) -> int:
+        """Returns the window whose pages a prefill keeps: also what the first decode step will look back on."""
+        return max(self.prefill_local, self.local)
+
+    def retrieval_need(self, sequence: Sequence) -> int:
+        """Returns the most retrieval pages that `sequence` will ever hold; its last token is never cached."""
+        return 0 if self.num_retrieval_pages is None else retrieval_pages(sequence.max_length - 1, self.page_size)
+
+    def streaming_need(self, sequence: Sequence) -> int:
+        """Returns the most streaming pages that `sequence` will hold from its present status on."""
+        if self.num_streaming_pages is None:
+            return 0
+        decode = streaming_pages(self.sink, self.local, self.steps_per_call, self.page_size)
+        need = min(decode, retrieval_pages(sequence.max_length - 1, self.page_size))
+        if sequence.status is Status.DECODING:
+            return need
+        prefill = streaming_pages(self.sink, self.prefill_window, self.prefill_chunk, self.page_size)
+        return max(need, min(prefill, retrieval_pages(sequence.prompt_length, self.page_size)))
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One call: tokens `start … start + count - 1` of one sequence's prompt."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        """Returns whether this chunk ends the prompt, so that its last logits yield the first token."""
+        return self.start + self.count == self.sequence.prompt_length
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One call: up to `num_steps` decode steps of every decoding sequence, sequence i no more than `limits[i]`."""
+
+    sequences: tuple[Sequence, ...]
+    limits: tuple[int, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """Returns the steps of the sequence that has most to go."""
+        return max(self.limits)
+
+
+class Scheduler:
+    """Orders requests and keeps their pages; `schedule`, run the plan, then `record_…`, until it is idle."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.allocator = PageAllocator(
+            retrieval=_pool(config.num_retrieval_pages),
+            streaming=_pool(config.num_streaming_pages),
+            sink=config.sink,
+            page_size=config.page_size,
+        )
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._live: dict[int, Sequence] = {}
+        self._free_slots = list(range(config.num_slots - 1, -1, -1))
+
+    @property
+    def is_idle(self) -> bool:
+        """Returns whether every request has finished."""
+        return not self.waiting and not self.running
+
+    def add(self, request: Request) -> Sequence:
+        """Returns the waiting sequence of `request`, which joins the end of the queue.
+
+        Raises:
+            ValueError: its id is in use, its prompt exceeds the context, or the pools could not hold it even alone.
+        """
+        if request.id in self._live:
+            raise ValueError(f"request {request.id}: this id is in use by an unfinished request")
+        limit = self.config.max_model_len
+        require_room(len(request.prompt), limit)
+        sequence = Sequence.from_request(request, max_model_len=limit, page_size=self.config.page_size)
+        self._refuse_what_never_fits(sequence)
+        self.waiting.append(sequence)
+        self._live[request.id] = sequence
+        return sequence
+
+    def schedule(self) -> Prefill | Decode | None:
+        """Returns the next device call with its pages reserved; None when nothing is left to do.
+
+        A prefill goes first: every sequence that it adds makes all later decode calls fuller. Slots bound how
+        many prefills can delay a decode call.
+        """
+        sequence = self._prefilling() or self._admit()
+        if sequence is not None:
+            count = min(self.config.prefill_chunk, sequence.prompt_length - sequence.num_cached)
+            self._reserve(sequence, count, self.config.prefill_window)
+            return Prefill(sequence, sequence.num_cached, count)
+        if not self.running:
+            assert not self.waiting, "a request that fits alone must be admitted when nothing runs"
+            return None
+        limits = tuple(min(self.config.steps_per_call, sequence.remaining) for sequence in self.running)
+        for sequence, limit in zip(self.running, limits, strict=True):
+            self._reserve(sequence, limit, self.config.local)
+        return Decode(tuple(self.running), limits)
+
+    def record_prefill(self, plan: Prefill, token: int | None = None, finish_reason: str | None = None) -> None:
+        """Notes that the chunk is in the cache; the prompt's last chunk brings the first generated `token`.
+
+        The sequence finishes with `finish_reason` if given, else with "length" if no more tokens are due.
+        """
+        sequence = plan.sequence
+        assert sequence.status is Status.PREFILLING and sequence.num_cached == plan.start
+        assert plan.is_last == (token is not None), "the last chunk of a prompt, and no other, yields a token"
+        if token is None:
+            self._advance(sequence, plan.count, [], self.config.prefill_window)
+        else:
+            sequence.status = Status.DECODING
+            self._advance(sequence, plan.count, [token], self.config.local)
+            self._finish_if(sequence, finish_reason)
+
+    def record_decode(self, sequence: Sequence, tokens: list[int], finish_reason: str | None = None) -> None:
+        """Notes the `tokens` that `sequence` generated in a decode call, one a step; it may have stopped early.
+
+        The sequence finishes with `finish_reason` if given, else with "length" if no more tokens are due.
+        """
+        assert sequence.status is Status.DECODING and 1 <= len(tokens) <= sequence.remaining
+        sequence.decode_steps += len(tokens)
+        self._advance(sequence, len(tokens), tokens, self.config.local)
+        self._finish_if(sequence, finish_reason)
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """Ends `sequence`; its pages and its slot are free again."""
+        assert sequence.status is not Status.FINISHED, "finished twice"
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        else:
+            assert sequence.slot is not None
+            self.running.remove(sequence)
+            self._free_slots.append(sequence.slot)
+            self.allocator.free(sequence)
+        del self._live[sequence.request.id]
+        sequence.slot = None
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+
+    def abort(self, request_id: int) -> bool:
+        """Ends a request between two calls; returns False where it has finished already (or was never added)."""
+        if request_id not in self._live:
+            return False
+        self.finish(self._live[request_id], "abort")
+        return True
+
+    def abort_all(self) -> None:
+        """Ends every request between two calls."""
+        for sequence in list(self._live.values()):
+            self.finish(sequence, "abort")
+
+    def _prefilling(self) -> Sequence | None:
+        return next((sequence for sequence in self.running if sequence.status is Status.PREFILLING), None)
+
+    def _admit(self) -> Sequence | None:
+        """Returns the head of the queue, moved to a free slot, if all that it may ever need is uncommitted."""
+        if not self.waiting or not self._free_slots:
+            return None
+        config, sequence = self.config, self.waiting[0]
+        committed = [*self.running, sequence]
+        if sum(map(config.retrieval_need, committed)) > (config.num_retrieval_pages or 0):
+            return None
+        if sum(map(config.streaming_need, committed)) > (config.num_streaming_pages or 0):
+            return None
+        self.waiting.popleft()
+        self.running.append(sequence)
+        sequence.slot = self._free_slots.pop()
+        sequence.status = Status.PREFILLING
+        return sequence
+
+    def _reserve(self, sequence: Sequence, count: int, window: int) -> None:
+        is_reserved = self.allocator.reserve(sequence, sequence.num_cached, count, window)
+        assert is_reserved, "admission has committed the pages of every running sequence"
+
+    def _advance(self, sequence: Sequence, count: int, tokens: list[int], window: int) -> None:
+        sequence.num_cached += count
+        sequence.tokens += tokens
+        self.allocator.release_unseen(sequence, sequence.num_cached, window)
+
+    def _finish_if(self, sequence: Sequence, reason: str | None) -> None:
+        if reason is not None or sequence.remaining == 0:
+            self.finish(sequence, reason or "length")
+
+    def _refuse_what_never_fits(self, sequence: Sequence) -> None:
+        config = self.config
+        needs = (
+            ("retrieval", config.retrieval_need(sequence), config.num_retrieval_pages or 0),
+            ("streaming", config.streaming_need(sequence), config.num_streaming_pages or 0),
+        )
+        for kind, need, pages in needs:
+            if need > pages:
+                raise ValueError(
+                    f"prompt has {sequence.prompt_length} tokens and may grow to {sequence.max_length}, which takes "
+                    f"{need} {kind} pages of {config.page_size} tokens, but the {kind} pool has {pages}: shorten the "
+                    "prompt, lower max_tokens or use more pages"
+                )
+
+
+def _pool(num_pages: int | None) -> PagePool | None:
+    return None if num_pages is None else PagePool(num_pages)

@@ -1,0 +1,164 @@
+"""From what a user names — a model, a preset, sizes — to everything that an engine needs, with nothing loaded yet."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lserve_jax.attention_config import AttentionConfig, from_preset
+from lserve_jax.engine.engine import EngineConfig
+from lserve_jax.heads import GATES_FILE, HeadClasses, classify, load_gates
+from lserve_jax.inference_config import InferenceConfig
+from lserve_jax.plan import MemoryPlan, plan_memory
+from lserve_jax.sampling import SamplingParams
+from lserve_jax.weights.load import Checkpoint, open_checkpoint
+
+logger = logging.getLogger("lserve_jax")
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+IMPLEMENTATIONS = ("auto", "xla", "mosaic_gpu", "triton")
+_PREFILL_CHUNK = {"cpu": 512}
+_GPU_PREFILL_CHUNK = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A model opened but not loaded, all settings in force, and the memory that they take.
+
+    ``warnings`` are for whoever goes on with it: what is legal but hardly meant.
+    """
+
+    checkpoint: Checkpoint
+    config: InferenceConfig
+    engine_config: EngineConfig
+    plan: MemoryPlan
+    warnings: tuple[str, ...] = ()
+
+    def warn(self) -> None:
+        """Logs the warnings."""
+        for warning in self.warnings:
+            logger.warning(warning)
+
+
+def prepare(
+    model: str = DEFAULT_MODEL,
+    *,
+    attention: str = "lserve",
+    head_pattern: str | Path | None = None,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    max_num_seqs: int = 4,
+    prefill_chunk: int | None = None,
+    steps_per_call: int = 8,
+    implementation: str | None = None,
+    assume_streaming: bool = False,
+    **options: Any,
+) -> Setup:
+    """Returns the settings of an engine, validated; reads metadata only.
+
+    Args:
+      model: see `open_checkpoint`.
+      attention: preset name.
+      head_pattern: folder with head gates in DuoAttention's format; None takes the pattern that ships for this model.
+      dtype: "auto", "bfloat16" or "float32".
+      max_model_len: tokens of a sequence; None takes the model's own.
+      max_num_seqs: sequences that decode together.
+      prefill_chunk: prompt tokens a prefill call; None suits the device.
+      steps_per_call: decode steps between two looks of the host.
+      implementation: kernels' backend; None or "auto" chooses.
+      assume_streaming: for a plan without weights: where there is no pattern, let any heads stream.
+      **options: fields of `AttentionConfig` that replace the preset's.
+
+    Raises:
+      ValueError: for anything that cannot be, in one line.
+    """
+    sizes = {"max_num_seqs": max_num_seqs, "steps_per_call": steps_per_call}
+    sizes |= {
+        name: v for name, v in (("max_model_len", max_model_len), ("prefill_chunk", prefill_chunk)) if v is not None
+    }
+    wrong = [
+        f"{name} must be a whole number from 1, got {value!r}"
+        for name, value in sizes.items()
+        if not isinstance(value, Integral) or value < 1
+    ]
+    if implementation not in (None, *IMPLEMENTATIONS):
+        wrong.append(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    policy = from_preset(attention, **options)
+    checkpoint = open_checkpoint(model)
+    heads = _head_classes(checkpoint, policy, head_pattern, assume_streaming)
+    config = InferenceConfig(
+        model=checkpoint.config,
+        attention=policy,
+        heads=heads,
+        dtype=dtype,
+        implementation=None if implementation == "auto" else implementation,
+    )
+    length = max_model_len or checkpoint.config.max_context
+    chunk = min(prefill_chunk or _PREFILL_CHUNK.get(jax.default_backend(), _GPU_PREFILL_CHUNK), length)
+    engine_config = EngineConfig(
+        max_model_len=length, num_slots=max_num_seqs, prefill_chunk=chunk, steps_per_call=steps_per_call
+    )
+    plan = plan_memory(
+        config, max_model_len=length, slots=max_num_seqs, prefill_chunk=chunk, steps_per_call=steps_per_call
+    )
+    warnings = []
+    if policy.static_sparsity > 0 and heads is None:
+        warnings.append(
+            f"no head pattern for {checkpoint.name}: all KV heads are retrieval heads "
+            "(a pattern is given with head_pattern)"
+        )
+    if length > checkpoint.config.max_context:
+        warnings.append(
+            f"max_model_len={length} is beyond the {checkpoint.config.max_context} tokens that this model was made "
+            "for: expect nonsense past them"
+        )
+    return Setup(checkpoint=checkpoint, config=config, engine_config=engine_config, plan=plan, warnings=tuple(warnings))
+
+
+def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:
+    """Returns the checkpoint's own sampling settings (generation_config.json), greedy where it names none."""
+    given = checkpoint.generation_config
+    if not given.get("do_sample", False):
+        return SamplingParams()
+    known = {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if given.get(name) is not None}
+    try:
+        return SamplingParams(**{"temperature": 1.0, **known})
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.name}: generation_config.json: {error}") from None
+
+
+def _head_classes(
+    checkpoint: Checkpoint, policy: AttentionConfig, head_pattern: str | Path | None, assume_streaming: bool
+) -> HeadClasses | None:
+    """Returns the head classes that the policy and the pattern make; None, all retrieval, where there is no pattern."""
+    layers, heads = checkpoint.config.num_layers, checkpoint.config.num_kv_heads
+    if policy.static_sparsity == 0:
+        return None
+    if head_pattern is not None:
+        return classify(load_gates(Path(head_pattern), layers, heads), policy.static_sparsity)
+    with _shipped_pattern(checkpoint.name) as folder:
+        if folder is not None:
+            return classify(load_gates(folder, layers, heads), policy.static_sparsity)
+    if assume_streaming:  # which heads does not matter to a plan: all layers have pools of the same number of pages
+        return classify(np.zeros((layers, heads)), policy.static_sparsity)
+    return None
+
+
+@contextmanager
+def _shipped_pattern(model: str) -> Iterator[Path | None]:
+    """Yields the folder of the pattern that ships with the package for a model of this name, or None."""
+    folder = resources.files("lserve_jax") / "data" / "patterns" / Path(model).name
+    if not (folder / GATES_FILE).is_file():
+        yield None
+        return
+    with resources.as_file(folder) as path:
+        yield path

@@ -1,0 +1,142 @@
+"""Which KV heads keep the whole context (retrieval) and which only sink and window (streaming)."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+GATES_FILE = "full_attention_heads.tsv"
+QUOTAS = ("model", "layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadClasses:
+    """The class of every KV head, as the order in which the weights are loaded.
+
+    Attributes:
+        order: per layer, the checkpoint's KV heads: retrieval heads first, ascending inside each class.
+        num_retrieval: per layer, how many of them are retrieval heads: 0 to all.
+    """
+
+    order: tuple[tuple[int, ...], ...]
+    num_retrieval: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.order or len(self.order) != len(self.num_retrieval):
+            got = f"{len(self.order)} and {len(self.num_retrieval)}"
+            raise ValueError(f"order and num_retrieval must have one entry a layer, got {got}")
+        for layer, (heads, count) in enumerate(zip(self.order, self.num_retrieval, strict=True)):
+            if not 0 <= count <= self.num_kv_heads:
+                raise ValueError(f"layer {layer}: num_retrieval must be 0 to {self.num_kv_heads}, got {count}")
+            if sorted(heads) != list(range(self.num_kv_heads)) or not self.num_kv_heads:
+                raise ValueError(f"layer {layer}: order must name heads 0 to {self.num_kv_heads - 1} once, got {heads}")
+            if list(heads) != sorted(heads[:count]) + sorted(heads[count:]):
+                raise ValueError(f"layer {layer}: heads must ascend inside each class, got {heads} with {count=}")
+
+    @property
+    def num_layers(self) -> int:
+        """Returns L."""
+        return len(self.order)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Returns K."""
+        return len(self.order[0])
+
+    @property
+    def is_permuted(self) -> bool:
+        """Returns whether any layer's heads are loaded in another order than the checkpoint's."""
+        return any(heads != tuple(range(self.num_kv_heads)) for heads in self.order)
+
+    @classmethod
+    def all_retrieval(cls, num_layers: int, num_kv_heads: int) -> Self:
+        """Returns the classes of a model without a pattern: every head keeps every page."""
+        return cls(order=(tuple(range(num_kv_heads)),) * num_layers, num_retrieval=(num_kv_heads,) * num_layers)
+
+
+def load_gates(folder: Path, num_layers: int, num_kv_heads: int) -> NDArray[np.float64]:
+    """Returns the gate of every KV head, `[L, K]`, clipped to [0, 1], from a folder in DuoAttention's format.
+
+    Training leaves some published gates slightly outside [0, 1] (-0.0014 to 1.0), hence the clip.
+
+    Raises:
+        ValueError: the file is missing, is not a rectangle of finite numbers, or belongs to a model of another shape.
+    """
+    path = Path(folder) / GATES_FILE
+    rows, problems = _parse_rows(path)
+    widths = sorted({len(row) for row in rows})
+    got = f"[{len(rows)}, {' or '.join(map(str, widths)) or 0}]"
+    if len(rows) != num_layers or widths != [num_kv_heads]:
+        problems.insert(0, f"expected gates [layers, KV heads] = [{num_layers}, {num_kv_heads}], got {got}")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
+    return np.clip(np.array(rows, dtype=np.float64), 0.0, 1.0)
+
+
+def _parse_rows(path: Path, max_problems: int = 5) -> tuple[list[list[float]], list[str]]:
+    """Returns the file's numbers by line, and what is wrong with single values (the first few)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; a head pattern is a folder that holds {GATES_FILE}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as text: {error}") from None
+    rows: list[list[float]] = []
+    problems: list[str] = []
+    for line_number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        rows.append([_finite(field) for field in fields])
+        wrong = [field.strip() for field, value in zip(fields, rows[-1], strict=True) if math.isnan(value)]
+        problems += [f"line {line_number}: {field!r} is not a finite number" for field in wrong]
+    if len(problems) > max_problems:
+        problems[max_problems:] = [f"and {len(problems) - max_problems} more such values"]
+    return rows, problems
+
+
+def _finite(field: str) -> float:
+    """Returns the number that a field spells; NaN where it spells none, or an infinity."""
+    try:
+        value = float(field)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def classify(gates: NDArray[np.floating], static_sparsity: float, quota: str = "model") -> HeadClasses:
+    """Returns the classes that make exactly `round(static_sparsity * heads)` heads streaming: the lowest gates.
+
+    `heads` is `L * K` for quota "model" (the default), or `K` in each layer for quota "layer". Among heads whose gates
+    are equal, the one that comes first by (layer, head) is the retrieval head. This is LServe's rule, `gate >= the
+    s-quantile of the gates` (arXiv 2502.14866), with an order in place of the noise by which the released code breaks
+    ties. That early heads win is what gives the published counts: 1, 1, 3, 2, 2, 4... retrieval heads a layer for
+    Llama-3-8B-Instruct-Gradient-1048k at 0.5, where three heads tie at the threshold.
+
+    Args:
+        gates: `[L, K]`, finite.
+        static_sparsity: the share of streaming heads, 0 to 1. `round` is Python's: halves go to the even number.
+        quota: "model" ranks all heads together, so that layers differ; "layer" gives each layer the same count.
+    """
+    if gates.ndim != 2 or not gates.size or not np.isfinite(gates).all():
+        raise ValueError(f"gates must be finite and [layers, KV heads], got shape {gates.shape}")
+    if not 0.0 <= static_sparsity <= 1.0:
+        raise ValueError(f"static_sparsity must be between 0 and 1, got {static_sparsity}")
+    if quota not in QUOTAS:
+        raise ValueError(f"quota must be one of {', '.join(QUOTAS)}, got {quota!r}")
+    groups = gates.reshape(1, -1) if quota == "model" else gates
+    is_retrieval = np.stack([_highest(group, static_sparsity) for group in groups]).reshape(gates.shape)
+    return HeadClasses(
+        order=tuple(tuple(np.argsort(~row, kind="stable").tolist()) for row in is_retrieval),
+        num_retrieval=tuple(is_retrieval.sum(axis=1).tolist()),
+    )
+
+
+def _highest(gates: NDArray[np.floating], static_sparsity: float) -> NDArray[np.bool_]:
+    """Returns which of `gates` [n] are among the `n - round(static_sparsity * n)` highest; earlier ones win ties."""
+    ranked = np.argsort(-gates, kind="stable")
+    kept = ranked[: gates.size - round(static_sparsity * gates.size)]
+    return np.isin(np.arange(gates.size), kept)

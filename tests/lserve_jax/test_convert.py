@@ -1,0 +1,125 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lserve_jax.convert import main
+from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.weights import open_checkpoint
+from tests.lserve_jax.checkpoints import assert_same_tree, random_tensors, tiny_config, write_folder, write_gguf
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "golden" / "tiny"
+
+
+def error_line(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a call that ends with status 2."""
+    capfd.readouterr()
+    assert main(arguments) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", ["llama31", "qwen2_yarn", "mistral"])
+def test_converted_folder_is_the_same_checkpoint(name: str, tmp_path: Path):
+    source = open_checkpoint(str(TINY / name))
+    assert main(["--model", str(TINY / name), "--out", str(tmp_path / "out")]) == 0
+    copy = open_checkpoint(str(tmp_path / "out"))
+    assert copy.config == source.config
+    assert copy.generation_config == source.generation_config
+    dtype = source.config.dtype
+    assert_same_tree(copy.load_params(dtype), jax.tree.map(np.asarray, source.load_params(dtype)), dtype)
+    mine, theirs = (Tokenizer.from_folder(folder) for folder in (tmp_path / "out", TINY / name))
+    messages = [{"role": "user", "content": "Grüße, 12 <s> worlds"}]
+    assert mine.apply_chat_template(messages) == theirs.apply_chat_template(messages)
+    assert mine.eos_token_ids == theirs.eos_token_ids
+
+
+def test_dtype_of_the_new_folder_is_the_one_asked_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    model = str(TINY / "llama3")
+    assert open_checkpoint(model).config.dtype == "float32"
+    assert main(["--model", model, "--out", str(tmp_path / "new" / "out"), "--dtype", "bfloat16"]) == 0
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "weights" in captured.err
+    assert "100%" in captured.err
+    copy = open_checkpoint(str(tmp_path / "new" / "out"))
+    assert copy.config.dtype == "bfloat16"
+    expected = open_checkpoint(model).load_params("bfloat16")
+    assert_same_tree(copy.load_params("bfloat16"), jax.tree.map(np.asarray, expected), "bfloat16")
+
+
+def test_gguf_file_is_converted_with_its_tokenizer(tmp_path: Path):
+    tokens = ["<s>", "</s>", "<|user|>", *(chr(code) for code in range(33, 127)), "Ġ", "Ċ", "he", "Ġhe"]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": ["h e", "Ġ he"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.eot_token_id": 2,
+        "tokenizer.chat_template": "{% for message in messages %}<|user|>{{ message['content'] }}</s>{% endfor %}",
+    }
+    config = tiny_config(vocab_size=len(tokens))
+    path = write_gguf(tmp_path / "model.gguf", config, random_tensors(config), metadata=metadata, kind="F16")
+    assert main(["--model", str(path), "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    source, copy = open_checkpoint(str(path)), open_checkpoint(str(tmp_path / "out"))
+    assert copy.config == dataclasses.replace(source.config, dtype="float32")
+    assert_same_tree(copy.load_params("float32"), jax.tree.map(np.asarray, source.load_params("float32")))
+    mine, theirs = Tokenizer.from_folder(tmp_path / "out"), Tokenizer.from_gguf(metadata)
+    messages = [{"role": "user", "content": "he said <s> to\nhe"}]
+    assert mine.apply_chat_template(messages) == theirs.apply_chat_template(messages)
+    assert mine.eos_token_ids == theirs.eos_token_ids == source.config.eos_token_ids
+
+
+def test_folder_that_is_not_empty_is_refused_before_the_model_is_opened(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / "kept.txt").write_text("mine")
+    line = error_line(["--model", "no-such-model", "--out", str(tmp_path)], capfd)
+    assert line == f"convert: {tmp_path}: the folder is not empty; name a new one"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_bad_model_is_refused_and_nothing_is_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    out = str(tmp_path / "out")
+    assert "no-such-model: no such file or folder" in error_line(["--model", "no-such-model", "--out", out], capfd)
+    config = tiny_config()
+    write_folder(tmp_path / "bad", config | {"rope_scaling": {"type": "dynamic"}}, random_tensors(config))
+    assert "RoPE kind 'dynamic'" in error_line(["--model", str(tmp_path / "bad"), "--out", out], capfd)
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(config | {"vocab_size": 41}))
+    line = error_line(["--model", str(tmp_path / "bad"), "--out", out], capfd)
+    assert "tensor lm_head.weight has shape [40, 32], expected [41, 32]" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"bad"}
+
+
+def test_wrong_option_ends_with_status_2():
+    with pytest.raises(SystemExit) as caught:
+        main(["--out", "x", "--dtype", "int8"])
+    assert caught.value.code == 2
+
+
+def test_target_that_cannot_be_made_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    (tmp_path / "file").touch()
+    capfd.readouterr()
+    assert main(["--model", str(TINY / "llama3"), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("convert: ")
+
+
+def test_program_runs_as_a_module(tmp_path: Path):
+    command = [sys.executable, "-m", "lserve_jax.convert", "--model", "no-such-model", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("convert: no-such-model: no such file or folder")
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,253 @@
+"""Conformance of `prefill_attention`: values, chunking, the blocks it visits, memory."""
+
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pallas_kernels import PageTables, prefill_attention
+from pallas_kernels.core.workloads import SERVING, TINY, Workload
+from pallas_kernels.prefill_attention import xla
+from tests.pallas_kernels.cases import (
+    Cache,
+    abstract,
+    abstract_pools,
+    assert_close,
+    assert_same_bits,
+    dense_attention,
+    empty_cache,
+    filled_cache,
+    implementations,
+    jitted,
+    mask,
+    million_tokens,
+    random_tokens,
+    temporary_bytes,
+)
+
+each_implementation = pytest.mark.parametrize("implementation", implementations("prefill_attention"))
+
+STORAGE = {
+    "float32": {},
+    "float32-int8": {"bits": (8, 8)},
+    "float32-int4": {"bits": (4, 4)},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16-int8-int4": {"dtype": "bfloat16", "bits": (8, 4)},
+}
+STARTS, COUNTS = np.array([0, 37, 64, 11], np.int32), np.array([40, 9, 17, 0], np.int32)
+TOKENS = 40
+"""Rows of a chunk: key blocks of two pages, of which the window may hold one."""
+WINDOWS = {
+    "sink and window cut pages and blocks": (5, 30),
+    "no sink": (0, 30),
+    "window of the query alone": (5, 1),
+    "neither": (0, 1),
+    "window longer than any history": (5, 1000),
+    "sink longer than the prompt": (200, 7),
+    "sink of whole pages, window of whole pages": (32, 16),
+}
+
+
+class Chunk:
+    """A chunk of every sequence of a batch, with the cache before it."""
+
+    def __init__(self, workload: Workload, rng: np.random.Generator, window: int | None = None):
+        self.workload = workload
+        self.cache = filled_cache(workload, rng, STARTS, window=window or workload.prefill_local)
+        self.q = random_tokens(workload, rng, TOKENS, workload.num_heads)
+        self.k, self.v = (random_tokens(workload, rng, TOKENS) for _ in range(2))
+        for b, count in enumerate(COUNTS):
+            self.k[b, count:] = self.v[b, count:] = np.nan
+
+    def attend(self, implementation: str, sink: int | None = None, local: int | None = None) -> NDArray[Any]:
+        """Outputs of the real rows, joined; all rows must be finite."""
+        out = jitted("prefill_attention", implementation)(
+            *(self.q, self.k, self.v, self.cache.kv, self.cache.tables, STARTS, COUNTS),
+            sink=self.workload.sink if sink is None else sink,
+            local=self.workload.prefill_local if local is None else local,
+        )
+        assert out.dtype == self.q.dtype and out.shape == self.q.shape
+        assert np.isfinite(np.asarray(out, np.float32)).all()
+        return real_rows(out)
+
+
+def real_rows(x: Any) -> NDArray[Any]:
+    return np.concatenate([np.asarray(x[b, :count]) for b, count in enumerate(COUNTS)])
+
+
+@each_implementation
+@pytest.mark.parametrize("storage", STORAGE)
+def test_chunks_over_paged_history_equal_the_reference(implementation: str, storage: str, rng: np.random.Generator):
+    """Starts inside pages, ragged counts, an empty row, keys of NaN behind the counts."""
+    workload = replace(TINY["mixed"], **STORAGE[storage])
+    chunk = Chunk(workload, rng)
+    assert_close(chunk.attend(implementation), chunk.attend("reference"), workload.dtype)
+
+
+@each_implementation
+@pytest.mark.parametrize("heads", ["all_retrieval", "all_streaming"])
+def test_layers_with_heads_of_one_class_only(implementation: str, heads: str, rng: np.random.Generator):
+    chunk = Chunk(TINY[heads], rng)
+    assert_close(chunk.attend(implementation), chunk.attend("reference"), "float32")
+
+
+@pytest.mark.parametrize(
+    ("implementation", "window"),
+    [*product(implementations("prefill_attention"), WINDOWS), ("reference", "sink and window cut pages and blocks")],
+)
+def test_streaming_heads_see_the_sink_and_the_window_to_the_token(
+    implementation: str, window: str, rng: np.random.Generator
+):
+    sink, local = WINDOWS[window]
+    workload = replace(TINY["mixed"], sink=sink, prefill_local=local)
+    chunk = Chunk(workload, rng)
+    expected = []
+    for b, (start, count) in enumerate(zip(STARTS, COUNTS, strict=True)):
+        k, v = (
+            np.concatenate([old[b, :start], new[b, :count]])
+            for old, new in ((chunk.cache.k, chunk.k), (chunk.cache.v, chunk.v))
+        )
+        visible = mask(workload, np.arange(start, start + count), start + count, local)
+        expected.append(dense_attention(chunk.q[b, :count], k, v, visible))
+    assert_close(chunk.attend(implementation), np.concatenate(expected), "float32")
+
+
+@each_implementation
+def test_a_sequence_of_a_ragged_batch_equals_the_same_sequence_alone(implementation: str, rng: np.random.Generator):
+    chunk = Chunk(TINY["mixed"], rng)
+    together = chunk.attend(implementation)
+    attend = partial(jitted("prefill_attention", implementation), sink=5, local=30)
+    alone = []
+    for b in range(4):
+        row, cache = slice(b, b + 1), chunk.cache.alone(b)
+        out = attend(chunk.q[row], chunk.k[row], chunk.v[row], cache.kv, cache.tables, STARTS[row], COUNTS[row])
+        alone.append(np.asarray(out[0, : COUNTS[b]]))
+    assert_same_bits(together, np.concatenate(alone))
+
+
+@each_implementation
+def test_two_runs_are_bitwise_equal(implementation: str, rng: np.random.Generator):
+    chunk = Chunk(TINY["mixed"], rng)
+    assert_same_bits(chunk.attend(implementation), chunk.attend(implementation))
+
+
+PROMPT = Workload(
+    context=1088,
+    retrieval=1,
+    streaming=1,
+    group=2,
+    head_dim=8,
+    dtype="float32",
+    sink=100,
+    local=77,
+    prefill_local=300,
+)
+
+
+@each_implementation
+def test_every_chunk_size_gives_dense_attention(implementation: str, rng: np.random.Generator):
+    """Chunks of 128, of 512 and one shot: chunks end inside pages, the last one is not full."""
+    prompt = 1050
+    q = random_tokens(PROMPT, rng, prompt, PROMPT.num_heads)
+    k, v = (random_tokens(PROMPT, rng, prompt) for _ in range(2))
+    expected = dense_attention(q[0], k[0], v[0], mask(PROMPT, np.arange(prompt), prompt, PROMPT.prefill_local))
+    for size in (128, 512, 1050):
+        out = prefill_in_chunks(implementation, empty_cache(PROMPT, rng), (q, k, v), size)
+        assert_close(out, expected, "float32")
+
+
+def prefill_in_chunks(implementation: str, cache: Cache, qkv: tuple[NDArray[Any], ...], size: int) -> NDArray[Any]:
+    """Outputs [T, N, H] of a prompt, chunk by chunk: written first, read after, as in a model."""
+    out = []
+    for start in range(0, qkv[0].shape[1], size):
+        count = min(size, qkv[0].shape[1] - start)
+        padding = ((0, 0), (0, size - count), (0, 0), (0, 0))
+        q, k, v = (np.pad(x[:, start : start + count], padding) for x in qkv)
+        at = (np.array([start], np.int32), np.array([count], np.int32))
+        kv = jitted("kv_write")(k, v, cache.kv, cache.tables, *at)
+        cache = cache._replace(kv=kv)
+        attended = jitted("prefill_attention", implementation)(
+            q, k, v, kv, cache.tables, *at, sink=PROMPT.sink, local=PROMPT.prefill_local
+        )
+        out.append(np.asarray(attended[0, :count]))
+    return np.concatenate(out)
+
+
+@each_implementation
+def test_a_chunk_after_a_million_tokens(implementation: str, rng: np.random.Generator):
+    """The retrieval head finds the one key that stands out; the streaming head reads its few pages."""
+    workload, cache = million_tokens()
+    start, count = 1_000_000, 3
+    q, k, v = (random_tokens(workload, rng, 24, heads) for heads in (2, 2, 2))
+    q[..., :1, :] = [1.0, 0.5]
+    at = (np.array([start], np.int32), np.array([count], np.int32))
+    out = jitted("prefill_attention", implementation)(
+        q, k, v, cache.kv, cache.tables, *at, sink=workload.sink, local=workload.prefill_local
+    )
+    keys, values = (np.concatenate([old[0, :start], new[0, :count]]) for old, new in ((cache.k, k), (cache.v, v)))
+    visible = mask(workload, np.arange(start, start + count), start + count, workload.prefill_local)
+    assert_close(out[0, :count], dense_attention(q[0, :count], keys, values, visible), "float32")
+
+
+@pytest.mark.parametrize("block", [1, 7, 24])
+def test_blocks_of_any_size_give_the_same_result(block: int, rng: np.random.Generator):
+    """Query blocks that do not divide the chunk, key blocks smaller and larger than a page."""
+    chunk = Chunk(TINY["mixed"], rng)
+    out = jax.jit(partial(xla.prefill_attention, sink=5, local=30, block=block))(
+        *(chunk.q, chunk.k, chunk.v, chunk.cache.kv, chunk.cache.tables, STARTS, COUNTS)
+    )
+    assert_close(real_rows(out), chunk.attend("reference"), "float32")
+
+
+def test_exactly_the_blocks_with_a_visible_key_are_visited(rng: np.random.Generator):
+    """Against every key of 10,000 random chunks, histories, block sizes and windows."""
+    n = 10_000
+    block, key_block, count, local = rng.integers(1, [[10], [10], [31], [71]], size=(4, n))
+    start, sink, is_history = rng.integers(0, [[61], [71], [2]], size=(3, n))
+    query = start + rng.integers(0, -(-count // block)) * block
+    first, end = np.where(is_history, 0, start), np.where(is_history, start, start + count)
+    arrays: Any = [jnp.asarray(x, jnp.int32) for x in (first, end, key_block, sink, local, query, block)]
+    source, at = xla.KeySource(*arrays[:3], fetch=_no_fetch), arrays[5:]
+    for is_streaming in (False, True):
+        window = xla.Window(*arrays[3:5]) if is_streaming else xla.Window(None, None)
+        found = np.stack(xla.visible_blocks(at[0], at[1], source, window), axis=1)
+        for i in range(n):
+            queries = np.arange(query[i], min(query[i] + block[i], start[i] + count[i]))[:, None]
+            keys = np.arange(first[i], end[i])
+            visible = keys <= queries
+            if is_streaming:
+                visible &= (keys > queries - local[i]) | (keys < sink[i])
+            sinks, low, high = found[i].tolist()
+            expected = sorted({(key - first[i]) // key_block[i] for key in keys[visible.any(0)]})
+            assert [*range(sinks), *range(low, high)] == expected, (start[i], count[i], query[i], sink[i], local[i])
+
+
+def _no_fetch(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    raise AssertionError(f"block {index} is fetched where only its number is asked for")
+
+
+@pytest.mark.parametrize("storage", ["", "_int8", "_int4"])
+@each_implementation
+def test_memory_does_not_grow_with_the_prompt(implementation: str, storage: str):
+    """At a million tokens as at 64 thousand, but for the page table itself."""
+    small, large = (
+        bytes_of_a_chunk(implementation, SERVING[f"llama3_8b_8k{storage}"], pages) for pages in (1024, 15_625)
+    )
+    assert large - small < 16 * 15_625
+    assert small < 64 * 2**20
+
+
+def bytes_of_a_chunk(implementation: str, workload: Workload, pages: int) -> int:
+    q, k = (
+        abstract(1, workload.chunk, heads, workload.head_dim, dtype=workload.dtype)
+        for heads in (workload.num_heads, workload.num_kv_heads)
+    )
+    tables = PageTables(abstract(1, pages), abstract(1, pages))
+    attend = partial(prefill_attention, sink=128, local=4096, implementation=implementation)
+    return temporary_bytes(attend, q, k, k, abstract_pools(workload, pages), tables, abstract(1), abstract(1))

@@ -1,0 +1,212 @@
+"""The architecture as a test: imports go only downwards, and what must not know of jax does not."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("pallas_kernels", "lserve_jax")
+OPS = ("kv_write", "prefill_attention", "page_select", "decode_attention")
+
+# Bottom first. A module may import from the rows under its own; "name.*" is a room: its modules may import each other.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("pallas_kernels.core.*",),
+    tuple(f"pallas_kernels.{op}.workloads" for op in OPS),
+    # An implementation knows neither another one nor another op.
+    tuple(f"pallas_kernels.{op}.{name}" for op in OPS for name in ("reference", "xla", "mosaic_gpu", "triton")),
+    tuple(f"pallas_kernels.{op}.api" for op in OPS),
+    tuple(f"pallas_kernels.{op}" for op in OPS),
+    ("pallas_kernels",),
+    ("lserve_jax.config",),
+    ("lserve_jax.attention_config", "lserve_jax.heads"),
+    ("lserve_jax.inference_config",),
+    ("lserve_jax.cache", "lserve_jax.sharding", "lserve_jax.layers"),
+    ("lserve_jax.models.*",),
+    ("lserve_jax.attention", "lserve_jax.weights.*"),
+    ("lserve_jax.jinja_budget", "lserve_jax.literal_text", "lserve_jax.text_stream"),
+    ("lserve_jax.chat_template", "lserve_jax.tokenizer_gguf"),
+    ("lserve_jax.sampling", "lserve_jax.tokenizer"),
+    ("lserve_jax.steps",),
+    ("lserve_jax.engine.request",),
+    ("lserve_jax.engine.allocator",),
+    ("lserve_jax.engine.scheduler", "lserve_jax.engine.reads"),
+    ("lserve_jax.plan",),
+    ("lserve_jax.engine.programs",),
+    ("lserve_jax.engine.engine",),
+    ("lserve_jax.engine",),
+    ("lserve_jax.engine_setup", "lserve_jax.outputs"),
+    ("lserve_jax.llm",),
+    ("lserve_jax",),
+    ("lserve_jax.serve.*", "lserve_jax.evaluation.*", "lserve_jax.calibration.*"),
+    ("lserve_jax.command_line",),
+    ("lserve_jax.generate", "lserve_jax.convert", "lserve_jax.demo"),
+)
+
+# These decide on the host and are tested without a device: neither they nor what they import may import jax.
+WITHOUT_JAX = (
+    "lserve_jax.config",
+    "lserve_jax.heads",
+    "lserve_jax.engine.request",
+    "lserve_jax.engine.allocator",
+    "lserve_jax.engine.scheduler",
+)
+JAX_LIBRARIES = {"jax", "jaxlib", "flax", "orbax", "optax"}
+
+NEVER_IMPORTED = {
+    "tests": "the product knows nothing of its tests",
+    "bench": "the product knows nothing of its benches",
+    "pytest": "test code stays in tests/",
+    "hypothesis": "test code stays in tests/",
+    "unittest": "test code stays in tests/",
+    "pickle": "a checkpoint must not run code",
+    "marshal": "a checkpoint must not run code",
+    "shelve": "a checkpoint must not run code",
+    "torch": "the product needs no torch",
+    "transformers": "the product needs no transformers",
+}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of both packages by its dotted name; a package stands for its `__init__`."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def imports(module: str) -> tuple[tuple[str, int], ...]:
+    """(dotted name, line) of everything that a module imports, inside functions and for type checking too."""
+    return tuple(_imports(ast.parse(modules()[module].read_text(encoding="utf-8")), set(modules())))
+
+
+def _imports(tree: ast.AST, known: set[str]) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"line {node.lineno}: a relative import hides what it imports"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield (name if name in known else node.module), node.lineno
+
+
+def place(module: str) -> tuple[int, str] | None:
+    """(row, entry) of a module in LAYERS; None where it stands nowhere."""
+    for row, entries in enumerate(LAYERS):
+        for entry in entries:
+            room = entry.removesuffix(".*")
+            if module == room or (entry.endswith(".*") and module.startswith(room + ".")):
+                return row, entry
+    return None
+
+
+def is_downward(importer: str, imported: str) -> bool:
+    """Whether LAYERS allows the import; both modules must stand there."""
+    upper, lower = place(importer), place(imported)
+    assert upper is not None and lower is not None, f"LAYERS has no place for {importer} or {imported}"
+    return lower[0] < upper[0] or lower[1] == upper[1]
+
+
+def internal(module: str) -> list[tuple[str, int]]:
+    """The imports of a module that are modules of the two packages themselves."""
+    return [(name, line) for name, line in imports(module) if name.split(".")[0] in PACKAGES]
+
+
+def test_both_packages_have_modules():
+    assert {name.split(".")[0] for name in modules()} == set(PACKAGES)
+
+
+def test_every_module_has_a_place_in_the_table():
+    homeless = [module for module in modules() if place(module) is None]
+    assert not homeless, f"give these a row of LAYERS (and of the map in the README): {homeless}"
+
+
+def test_imports_go_only_downwards():
+    upward = [
+        f"{modules()[module].relative_to(ROOT)}:{line} imports {name}"
+        for module in modules()
+        for name, line in internal(module)
+        if not is_downward(module, name)
+    ]
+    assert not upward, "\n".join(upward)
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("pallas_kernels.core.dispatch", "lserve_jax.config"),
+        ("pallas_kernels.kv_write.xla", "pallas_kernels.kv_write.reference"),
+        ("pallas_kernels.kv_write.api", "pallas_kernels.page_select.api"),
+        ("lserve_jax.config", "lserve_jax.heads"),
+        ("lserve_jax.models.llama", "lserve_jax.attention"),
+        ("lserve_jax.engine.scheduler", "lserve_jax.engine.engine"),
+        ("lserve_jax.llm", "lserve_jax.generate"),
+    ],
+)
+def test_the_table_refuses_an_upward_or_sideways_import(importer: str, imported: str):
+    assert not is_downward(importer, imported)
+    assert importer == imported or place(importer) != place(imported)
+
+
+def test_imports_inside_a_room_have_no_cycle():
+    graph = {module: {name for name, _ in internal(module) if name in modules()} - {module} for module in modules()}
+    while ready := {module for module, needs in graph.items() if not needs}:
+        graph = {module: needs - ready for module, needs in graph.items() if module not in ready}
+    assert not graph, f"import cycle among {sorted(graph)}"
+
+
+@pytest.mark.parametrize("module", WITHOUT_JAX)
+def test_the_host_side_imports_no_jax(module: str):
+    reached, todo = set(), [module]
+    while todo:
+        current = todo.pop()
+        reached.add(current)
+        found = {name.split(".")[0] for name, _ in imports(current)} & JAX_LIBRARIES
+        assert not found, f"{module} reaches {sorted(found)} through {current}"
+        todo += [name for name, _ in internal(current) if name in modules() and name not in reached]
+
+
+def test_the_packages_import_nothing_that_is_banned():
+    found = [
+        f"{modules()[module].relative_to(ROOT)}:{line} imports {name}: {NEVER_IMPORTED[name.split('.')[0]]}"
+        for module in modules()
+        for name, line in imports(module)
+        if name.split(".")[0] in NEVER_IMPORTED
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_the_packages_hold_no_test_code():
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} defines {node.name}"
+        for path in modules().values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name.lower().startswith("test")
+    ]
+    found += [str(path.relative_to(ROOT)) for path in modules().values() if re.match(r"(test_|conftest)", path.name)]
+    assert not found, "\n".join(found)
+
+
+def test_importing_every_module_initialises_no_device():
+    program = "\n".join(
+        [
+            "import importlib",
+            *(f"importlib.import_module({module!r})" for module in modules()),
+            "from jax._src import xla_bridge",
+            "assert not xla_bridge.backends_are_initialized(), 'an import initialised a jax backend'",
+            "import jax; jax.devices()",
+            "assert xla_bridge.backends_are_initialized(), 'this check has gone blind'",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
