@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,60 @@ from lserve_jax.models import Llama
 from lserve_jax.tokenizer import Tokenizer
 from pallas_kernels.core.paging import is_visible
 
-WHO = "The baker,A tired pilot,Her uncle,The old teacher,A young farmer,My neighbour,The captain,An engineer".split(",")
-DID = "walked past,wrote about,repaired,painted,forgot,remembered,sold,looked for,talked about,dreamed of".split(",")
-WHAT = "the wooden bridge,a silver watch,the garden wall,an old map,the red boat,a letter,the long road".split(",")
-WHEN = "before breakfast,in the autumn,after the storm,every Sunday,without a word,last winter,at noon".split(",")
-THINGS = "river,candle,mirror,violin,harbour,lantern,orchard,compass,feather,anchor,meadow,kettle".split(",")
+WHO = (
+    "The baker",
+    "A tired pilot",
+    "Her uncle",
+    "The old teacher",
+    "A young farmer",
+    "My neighbour",
+    "The captain",
+    "An engineer",
+)
+DID = (
+    "walked past",
+    "wrote about",
+    "repaired",
+    "painted",
+    "forgot",
+    "remembered",
+    "sold",
+    "looked for",
+    "talked about",
+    "dreamed of",
+)
+WHAT = (
+    "the wooden bridge",
+    "a silver watch",
+    "the garden wall",
+    "an old map",
+    "the red boat",
+    "a letter",
+    "the long road",
+)
+WHEN = (
+    "before breakfast",
+    "in the autumn",
+    "after the storm",
+    "every Sunday",
+    "without a word",
+    "last winter",
+    "at noon",
+)
+THINGS = (
+    "river",
+    "candle",
+    "mirror",
+    "violin",
+    "harbour",
+    "lantern",
+    "orchard",
+    "compass",
+    "feather",
+    "anchor",
+    "meadow",
+    "kettle",
+)
 
 
 def sentence(rng: random.Random) -> str:
@@ -56,7 +106,7 @@ def copy_prompt(rng: random.Random, sentences: int) -> tuple[str, str]:
 def streaming_error(
     q: jax.Array, k: jax.Array, v: jax.Array, sink: int, local: int, answer: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns dense outputs [1, T, N, H], and for each KV head the relative error of streaming at the answer's tokens."""
+    """Returns dense outputs [1, T, N, H], and each KV head's relative error of streaming at the answer's tokens."""
     tokens, heads = q.shape[1], k.shape[2]
     grouped = q[0].reshape(tokens, heads, -1, q.shape[-1])
     positions = jnp.arange(tokens)
@@ -95,7 +145,8 @@ def main() -> None:
             return streaming_error(q, k, v, args.sink, args.local, answer)
 
         nothing = (None,) * checkpoint.config.num_layers
-        return jnp.stack(model.apply({"params": params}, tokens, jnp.arange(size)[None], nothing, attend)[1])
+        result: Any = model.apply({"params": params}, tokens, jnp.arange(size)[None], nothing, attend)
+        return jnp.stack(result[1])
 
     rng, found = random.Random(args.seed), []
     for index in range(args.prompts):

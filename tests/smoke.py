@@ -11,9 +11,28 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import lserve_jax
 import pallas_kernels
+from lserve_jax import InferenceConfig, ModelConfig, decode_step, from_preset, init_cache, prefill_step
+from lserve_jax.models import abstract_params
+from pallas_kernels import PageTables
+
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
 
 
 def import_everything(package: ModuleType) -> int:
@@ -37,9 +56,34 @@ def main() -> None:
         name: importlib.metadata.version(name) for name in ("lserve_jax", "jax", "jaxlib", "flax", "orbax-checkpoint")
     }
     print(", ".join(f"{name} {version}" for name, version in versions.items()), f"on Python {sys.version.split()[0]}")
-    total = jax.jit(lambda x: x.sum())(jax.numpy.arange(4))
-    assert int(total) == 6
+    generate()
     print("smoke test passed")
+
+
+def generate() -> None:
+    """A tiny random model takes a prompt and some decode steps through the pure functions, dense and sparse alike."""
+    model = ModelConfig.from_hf(TINY, source="smoke test")
+    shapes, rng = abstract_params(model, jnp.dtype("float32")), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), shapes)
+    prompt, pages = rng.integers(0, 64, (1, 32)).astype(np.int32), 4
+    tables = PageTables(*2 * [jnp.arange(pages, dtype=jnp.int32)[None]])
+    results = []
+    for budget in (None, 64):
+        policy = from_preset("dense", token_budget=budget, page_size=16, sink=16, sub_page_size=4)
+        config = InferenceConfig(model=model, attention=policy)
+        cache = init_cache(config, slots=1, retrieval_pages=pages, streaming_pages=pages)
+        start, count = jnp.zeros(1, jnp.int32), jnp.full(1, prompt.shape[1], jnp.int32)
+        logits, cache = prefill_step(params, cache, prompt, start, count, tables, config=config)
+        tokens = []
+        for step in range(8):
+            tokens.append(int(logits.argmax()))
+            now, length = jnp.array([step], jnp.int32), count + step + 1
+            new = jnp.array(tokens[-1:], jnp.int32)
+            logits, cache = decode_step(params, cache, new, length, now, tables, config=config)
+        assert bool(jnp.isfinite(logits).all())
+        results.append(tokens)
+    assert results[0] == results[1], results
+    print(f"a random model continues with {results[0]}")
 
 
 if __name__ == "__main__":

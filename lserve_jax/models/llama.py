@@ -1,6 +1,6 @@
-"""The Llama family (Llama, Mistral, Qwen2, Qwen3) as one stateless Flax model that receives its attention as a callable.
+"""The Llama family (Llama, Mistral, Qwen2, Qwen3): one stateless Flax model that receives its attention as a callable.
 
-Letters: B sequences, T tokens, D model width, F feed-forward width, N query heads, K KV heads, H head size, V vocabulary.
+Letters: B sequences, T tokens, D model width, F feed-forward width, N query heads, K KV heads, H head size, V words.
 """
 
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, rope: RopeTables, layer: int, state: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        """Returns outputs [B, T, D] and the layer's new state, for ``x`` [B, T, D]."""
         c = self.config
         q = Linear((c.num_heads, c.head_dim), c.qkv_bias, self.dtype, name="q_proj")(x)
         k = Linear((c.num_kv_heads, c.head_dim), c.qkv_bias, self.dtype, name="k_proj")(x)
@@ -50,6 +51,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns [..., D] for ``x`` [..., D]."""
         c = self.config
         gate = Linear((c.intermediate_size,), c.mlp_bias, self.dtype, name="gate_proj")(x)
         up = Linear((c.intermediate_size,), c.mlp_bias, self.dtype, name="up_proj")(x)
@@ -64,6 +66,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, rope: RopeTables, layer: int, state: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        """Returns hidden states [B, T, D] and the layer's new state, for ``x`` [B, T, D]."""
         epsilon = self.config.rms_norm_eps
         normed = RMSNorm(epsilon, self.dtype, name="input_norm")(x)
         out, state = Attention(self.config, self.dtype, name="attention")(normed, rope, layer, state, attend)
@@ -79,6 +82,7 @@ class Llama(nn.Module):
     dtype: jnp.dtype
 
     def setup(self) -> None:
+        """Declares the layers under the names of the parameter tree."""
         c = self.config
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.dtype)
         self.layers = [Layer(c, self.dtype) for _ in range(c.num_layers)]
@@ -113,7 +117,7 @@ class Llama(nn.Module):
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
-    """Returns the parameter tree as `jax.ShapeDtypeStruct`: the template of loaders and checkpoints. Allocates nothing."""
+    """Returns the parameter tree as `jax.ShapeDtypeStruct`, the template of every checkpoint. Allocates nothing."""
     model = Llama(config, dtype)
 
     def initialise() -> Any:

@@ -7,7 +7,9 @@ NAMES = ("mosaic_gpu", "triton", "xla", "reference")
 """Every backend name, in the order in which `dispatch` tries those that an op has; ``reference`` only by name."""
 
 
-def dispatch[T](op: str, table: Mapping[str, Callable[..., T]], implementation: str | None, *args: Any, **options: Any) -> T:
+def dispatch[T](
+    op: str, table: Mapping[str, Callable[..., T]], implementation: str | None, *args: Any, **options: Any
+) -> T:
     """Returns the op's result from the named implementation, or from the first that accepts when none is named.
 
     Args:

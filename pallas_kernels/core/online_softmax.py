@@ -1,6 +1,6 @@
 """Softmax over blocks of keys, one at a time (Milakov & Gimelshein 2018; FlashAttention).
 
-Products of float32 arrays here and in the ops ask for the highest precision: the default on a GPU rounds them to 11 bits.
+Products of float32 arrays, here and in the ops, ask for the highest precision: a GPU's default rounds to 11 bits.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ _LOWEST = -1e30
 
 
 class OnlineSoftmax(NamedTuple):
-    """Running state over key blocks for rows [...]: maximum, sum of exponentials, and weighted values [..., H]; float32."""
+    """Running state over key blocks, float32: maximum [...], sum of exponentials [...], weighted values [..., H]."""
 
     maximum: jax.Array
     total: jax.Array

@@ -18,7 +18,7 @@ NO_PAGE = -1
 class PagedKV(NamedTuple):
     """One pool: keys and values [pages, K, page_size, H], and for retrieval heads key statistics.
 
-    ``k_min`` and ``k_max`` [pages, K, subs, H] bound the unquantised post-RoPE keys of each sub-page, channel by channel.
+    ``k_min`` and ``k_max`` [pages, K, subs, H] bound the unquantised post-RoPE keys of each sub-page by channel.
     """
 
     k: jax.Array | QuantizedArray
@@ -60,9 +60,9 @@ def pools(kv: LayerKV, tables: PageTables) -> list[tuple[str, PagedKV, jax.Array
     """Returns (class, pool, page table, its KV heads) for each head class that the layer has."""
     found = []
     if kv.retrieval is not None:
-        found.append(("retrieval", kv.retrieval, tables.retrieval, slice(0, kv.num_retrieval)))
+        found.append(("retrieval", kv.retrieval, jnp.asarray(tables.retrieval), slice(0, kv.num_retrieval)))
     if kv.streaming is not None:
-        found.append(("streaming", kv.streaming, tables.streaming, slice(kv.num_retrieval, None)))
+        found.append(("streaming", kv.streaming, jnp.asarray(tables.streaming), slice(kv.num_retrieval, None)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Arrays quantised along their last axis to 8 or 4 bits, asymmetric, one scale and zero a row (LServe section 3.3; QServe)."""
+"""Arrays quantised along their last axis to 8 or 4 bits, asymmetric, a scale and a zero a row (LServe 3.3; QServe)."""
 
 from dataclasses import dataclass, field
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 _SMALLEST_RELATIVE_SCALE = 2.0**-20
-"""Floor of ``scale / max|x|``: a constant row would divide by zero, a nearly constant one would overflow its zero point."""
+"""Floor of ``scale / max|x|``: a constant row would divide by zero, a nearly constant one overflow."""
 
 
 @jax.tree_util.register_dataclass

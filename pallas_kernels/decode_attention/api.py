@@ -20,7 +20,7 @@ def decode_attention(
     local: int,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Returns attention outputs [B, N, H], in the dtype of ``q``, of the last token of each sequence (LServe section 3.5).
+    """Returns attention outputs [B, N, H], in the dtype of ``q``, of each sequence's last token (LServe section 3.5).
 
     The token's own key and value are already in the pages. For query head n of KV head n // G at position
     ``p = lengths[b] − 1``, with S the tokens of the selected pages (retrieval) or of all pages (streaming):

@@ -16,7 +16,7 @@ from pallas_kernels.core.paging import (
     pools,
     streaming_pages,
 )
-from pallas_kernels.core.quantization import dequantize
+from pallas_kernels.core.quantization import QuantizedArray, dequantize
 
 PAGES_PER_BLOCK = 8
 
@@ -85,7 +85,7 @@ def _attend(
     return jax.lax.map(attend_sequence, jnp.arange(batch))
 
 
-def _gather(pages: jax.Array, physical: jax.Array, heads: int) -> jax.Array:
+def _gather(pages: jax.Array | QuantizedArray, physical: jax.Array, heads: int) -> jax.Array:
     """Returns tokens [K, n · page_size, H] float32 of physical pages [K or 1, n]."""
     index = (jnp.maximum(physical, 0), jnp.arange(heads)[:, None])
     rows = dequantize(jax.tree.map(lambda x: x[index], pages), jnp.float32)

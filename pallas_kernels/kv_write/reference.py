@@ -21,7 +21,7 @@ def kv_write(
 def _write_pool(
     pool: PagedKV, table: np.ndarray, k: jax.Array, v: jax.Array, starts: jax.Array, counts: jax.Array
 ) -> PagedKV:
-    pool = jax.tree.map(lambda x: np.array(x), pool)
+    pool = jax.tree.map(np.array, pool)
     for b in range(k.shape[0]):
         for t in range(int(counts[b])):
             position = int(starts[b]) + t
@@ -32,7 +32,7 @@ def _write_pool(
                 encoded = quantize(new, stored.bits) if isinstance(stored, QuantizedArray) else new
                 for target, value in zip(jax.tree.leaves(stored), jax.tree.leaves(encoded), strict=True):
                     target[page, :, row] = np.asarray(value).astype(target.dtype)
-            if pool.k_min is not None:
+            if pool.k_min is not None and pool.k_max is not None:
                 sub, is_first = divmod(row, pool.page_size // pool.k_min.shape[2])
                 key = np.asarray(k[b, t]).astype(pool.k_min.dtype)
                 for target, merge in ((pool.k_min, np.minimum), (pool.k_max, np.maximum)):

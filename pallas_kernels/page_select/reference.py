@@ -31,9 +31,7 @@ def page_select(
         reserve = range(last + 1, min((length + interval - 2) // page_size + 1, table.shape[1]))
         for head in range(pages.num_kv_heads):
             score = page_scores(q, pages, table, b, head, length, reduction)
-            order = sorted(
-                range(count), key=lambda i: (not (i < sink_pages or i in recent), -score[i], i)
-            )
+            order = sorted(range(count), key=lambda i: (not (i < sink_pages or i in recent), -score[i], i))
             chosen = [*sorted(order[:num_selected]), *reserve]
             result[b, head] = chosen + [NO_PAGE] * (result.shape[2] - len(chosen))
     return jnp.asarray(result)

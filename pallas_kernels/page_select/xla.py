@@ -63,8 +63,9 @@ def page_select(
 
 def _page_scores(q: jax.Array, pages: PagedKV, table: jax.Array, length: jax.Array, reduction: str) -> jax.Array:
     """Returns the page scores [K, max_pages] float32 of one sequence; -inf past its end."""
-    assert pages.k_min is not None and pages.k_max is not None
-    heads, subs, head_dim = pages.k_min.shape[1:]
+    k_min, k_max = pages.k_min, pages.k_max
+    assert k_min is not None and k_max is not None
+    heads, subs, head_dim = k_min.shape[1:]
     page_size, sub_size = pages.page_size, pages.page_size // subs
     max_pages = table.size
     block = min(_PAGES_PER_BLOCK, max_pages)
@@ -74,7 +75,7 @@ def _page_scores(q: jax.Array, pages: PagedKV, table: jax.Array, length: jax.Arr
 
     def score_block(index: jax.Array, scores: jax.Array) -> jax.Array:
         physical = jnp.maximum(jax.lax.dynamic_slice_in_dim(table, index * block, block), 0)
-        high, low = (jnp.swapaxes(x[physical].astype(jnp.float32), 0, 1) for x in (pages.k_max, pages.k_min))
+        high, low = (jnp.swapaxes(x[physical].astype(jnp.float32), 0, 1) for x in (k_max, k_min))
         bounds = jnp.einsum("kgh,kpsh->kgps", rising, high, precision="highest")
         bounds = bounds + jnp.einsum("kgh,kpsh->kgps", falling, low, precision="highest")
         first = (index * block + jnp.arange(block))[:, None] * page_size + jnp.arange(subs) * sub_size

@@ -22,7 +22,7 @@ def prefill_attention(
     local: int,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Returns attention outputs [B, T, N, H], in the dtype of ``q``, of a chunk of tokens (LServe sections 3.2 and 3.4).
+    """Returns attention outputs [B, T, N, H], in the dtype of ``q``, of a chunk of tokens (LServe 3.2 and 3.4).
 
     The chunk's own keys and values come from ``k`` and ``v``, unquantised; those before it from the pages. For the
     query at position ``p = starts[b] + t`` of query head n of KV head n // G:
@@ -30,7 +30,7 @@ def prefill_attention(
         visible = {j <= p : retrieval or j > p − local or j < sink}
         out[b, t, n] = Σ_visible softmax(q[b, t, n] · key[j] / sqrt(H)) value[j]
 
-    Rows from ``counts[b]`` on are unspecified but finite. Key blocks that no query of a query block sees are not visited.
+    Rows from ``counts[b]`` on are unspecified but finite. Key blocks that no query sees are not visited.
 
     Args:
       q: [B, T, N, H], query heads of retrieval KV heads first.

@@ -20,7 +20,7 @@ def prefill_attention(
     local: int,
 ) -> jax.Array:
     """Returns what `pallas_kernels.prefill_attention` defines."""
-    batch, tokens, num_heads, head_dim = q.shape
+    batch, tokens, _, head_dim = q.shape
     grouped = q.reshape(batch, tokens, k.shape[2], -1, head_dim).astype(jnp.float32)
     chunk = jnp.arange(tokens)
     positions = starts[:, None] + chunk
@@ -34,7 +34,9 @@ def prefill_attention(
         visible = visible[:, None, None]
         both = []
         for pages, new in ((pool.k, k), (pool.v, v)):
-            old = jnp.swapaxes(dequantize(pages, jnp.float32)[table], 2, 3).reshape(batch, -1, pool.num_kv_heads, head_dim)
+            old = jnp.swapaxes(dequantize(pages, jnp.float32)[table], 2, 3).reshape(
+                batch, -1, pool.num_kv_heads, head_dim
+            )
             joined = jnp.concatenate([old, new[:, :, heads].astype(jnp.float32)], axis=1)
             both.append(jnp.where(jnp.any(visible, axis=(1, 2, 3))[..., None, None], joined, 0.0))
         scores = jnp.einsum("btkgh,bskh->bkgts", grouped[:, :, heads], both[0], precision="highest")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.core.online_softmax import OnlineSoftmax
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, is_visible, pools
-from pallas_kernels.core.quantization import dequantize
+from pallas_kernels.core.quantization import QuantizedArray, dequantize
 
 BLOCK = 256
 """Tokens of a query block and of a key block (of which a page is the least)."""
@@ -96,7 +96,7 @@ def _attend_sequence(
 def _walk(
     state: OnlineSoftmax, queries: jax.Array, position: jax.Array, source: KeySource, window: Window, block: int
 ) -> OnlineSoftmax:
-    """Returns the softmax state of queries [K, G · block, H] from ``position`` on after their visible keys of a source."""
+    """Returns the softmax state of queries [K, G · block, H] from ``position`` on after a source's visible keys."""
     positions = jnp.tile(position + jnp.arange(block), queries.shape[1] // block)
     sinks, low, high = visible_blocks(position, block, source, window)
 
@@ -115,7 +115,7 @@ def _walk(
 def visible_blocks(
     position: jax.Array, block: int, source: KeySource, window: Window
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (s, low, high): the queries ``position … position + block − 1`` see key blocks 0 … s − 1 and low … high − 1.
+    """Returns (s, low, high): queries ``position … position + block − 1`` see key blocks 0 … s − 1 and low … high − 1.
 
     Every block in the ranges holds a key that one of the queries sees, and no other block does.
     """
@@ -144,7 +144,7 @@ def _history(pool: PagedKV, table: jax.Array, start: jax.Array, block: int, dtyp
     return KeySource(0, start, size, fetch)
 
 
-def _tokens(pages: jax.Array, physical: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _tokens(pages: jax.Array | QuantizedArray, physical: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns the tokens [K, n · page_size, H] of physical pages [n]."""
     rows = jnp.swapaxes(dequantize(jax.tree.map(lambda x: x[physical], pages), dtype), 0, 1)
     return rows.reshape(rows.shape[0], -1, rows.shape[-1])

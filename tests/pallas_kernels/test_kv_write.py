@@ -32,9 +32,8 @@ from tests.pallas_kernels.cases import (
 STORAGE = {
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
-    "int8": {"bits": (8, 8)},
-    "int4": {"bits": (4, 4)},
-    "int8-int4": {"bits": (8, 4), "dtype": "bfloat16"},
+    "bfloat16-int4": {"bits": (4, 4), "dtype": "bfloat16"},
+    "int8-int4": {"bits": (8, 4)},
 }
 CHUNK = TINY["mixed"].chunk
 

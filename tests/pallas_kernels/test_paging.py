@@ -1,6 +1,7 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +74,12 @@ def test_pools_are_listed_with_their_heads():
         ("streaming", slice(0, None))
     ]
     assert (retrieval.num_kv_heads, retrieval.page_size, LayerKV(None, streaming).num_retrieval) == (3, 16, 0)
+
+
+def test_tables_of_the_host_become_arrays_that_a_program_can_index():
+    pool = PagedKV(*[jnp.zeros((4, 1, 16, 8))] * 2)
+    tables = PageTables(np.zeros((1, 2), np.int32), np.ones((1, 2), np.int32))
+    assert all(isinstance(table, jax.Array) for _, _, table, _ in pools(LayerKV(pool, pool), tables))
 
 
 def test_workloads_are_what_their_names_say():

@@ -15,6 +15,7 @@ import pytest
 from lserve_jax import LLM, RequestOutput, SamplingParams
 from lserve_jax.engine.programs import Programs
 from lserve_jax.outputs import TextChunk
+from tests.lserve_jax.tiny_steps import Stepper
 
 MODEL = str(Path(__file__).parents[2] / "golden" / "tiny" / "llama3")
 VOCABULARY = 128
@@ -176,6 +177,14 @@ def test_prefix_lengths_around_pages_chunks_and_the_selectors_phase_agree_with_t
     prompts = [prompt(160)[:length] for length in range(56, 82)]
     together = sparse.generate(prompts, params)
     assert all(same(generate(sparse, tokens, params), output) for tokens, output in zip(prompts, together, strict=True))
+
+
+def test_pages_that_are_recycled_give_what_a_sequence_that_keeps_all_its_pages_gives(sparse: LLM):
+    keeper = Stepper(sparse.config, -(-MAX_LENGTH // SPARSE["page_size"]))
+    for length in (65, 100, 150):
+        tokens = prompt(length, seed=length)
+        expected = keeper.greedy(np.array(tokens, np.int32), SPARSE["prefill_chunk"], 70)
+        assert list(free_run(sparse, tokens, 70).token_ids) == expected
 
 
 def test_programs_are_those_of_the_first_requests_however_requests_vary(sparse: LLM):

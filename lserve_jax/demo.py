@@ -1,0 +1,45 @@
+"""`python -m lserve_jax.demo`: a question about a document, answered by the embedded model with LServe's attention."""
+
+import json
+import logging
+import sys
+from importlib import resources
+
+from lserve_jax.command_line import ProgressBars, run_command, use_compilation_cache
+from lserve_jax.engine_setup import DEFAULT_MODEL, prepare
+from lserve_jax.generate import summary
+from lserve_jax.llm import LLM
+from lserve_jax.sampling import SamplingParams
+
+TOKEN_BUDGET = 1024
+"""A quarter of the document: small enough that the page selector has to find the answer."""
+
+
+def main() -> int:
+    """Returns 0 if the answer is right, 1 if it is wrong, 2 if the demo cannot run."""
+    is_right: list[bool] = []
+    status = run_command(lambda: is_right.append(_answer()))
+    return status or (0 if all(is_right) else 1)
+
+
+def _answer() -> bool:
+    """Returns whether the model's answer holds the fact that stands in the document."""
+    logging.basicConfig(format="%(message)s")
+    folder = resources.files("lserve_jax") / "data"
+    task = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+    document = (folder / task["document"]).read_text(encoding="utf-8")
+    use_compilation_cache()
+    setup = prepare(DEFAULT_MODEL, attention="lserve", token_budget=TOKEN_BUDGET, kv_dtype="int8", max_num_seqs=1)
+    with ProgressBars(is_shown=True) as bars:
+        llm = LLM.from_setup(setup, on_progress=bars.report)
+        prompt = llm.render_chat([{"role": "user", "content": f"{document}\n\n{task['question']}"}])
+        print(f"document: {task['document']}, {len(prompt)} tokens with the question\nquestion: {task['question']}")
+        output = llm.generate([prompt], SamplingParams(max_tokens=48))[0]
+    is_right = task["answer"] in output.text
+    print(f"answer:   {output.text}\nexpected: {task['answer']} ({'found' if is_right else 'NOT FOUND'})")
+    print(summary(llm, [output]))
+    return is_right
+
+
+if __name__ == "__main__":
+    sys.exit(main())

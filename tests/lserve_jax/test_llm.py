@@ -1,0 +1,113 @@
+"""`LLM` as a caller sees it: chats, models without a tokenizer, settings that cannot be."""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lserve_jax import LLM, RequestOutput, SamplingParams
+
+TINY = Path(__file__).parents[1] / "golden" / "tiny"
+# The shapes of test_generate.py, so that a program is compiled for both.
+SIZES: dict[str, Any] = {"max_model_len": 128, "prefill_chunk": 64, "max_num_seqs": 1}
+PARAMS = SamplingParams(max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(str(TINY / "llama3"), **SIZES)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """The same model from a folder without a tokenizer."""
+    folder = tmp_path_factory.mktemp("bare")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TINY / "llama3" / name, folder)
+    return LLM(str(folder), **SIZES)
+
+
+def test_a_chat_is_its_rendered_prompt_continued_and_several_are_a_batch(llm: LLM):
+    chats = [[{"role": "user", "content": text}] for text in ("hello", "and you")]
+    expected = llm.generate([llm.render_chat(chat) for chat in chats], PARAMS)
+    one, many = llm.chat(chats[0], PARAMS), llm.chat(chats, PARAMS)
+    assert isinstance(one, RequestOutput)
+    assert isinstance(many, list)
+    assert one.text == expected[0].text != ""
+    assert [output.token_ids for output in many] == [output.token_ids for output in expected]
+
+
+def test_a_stream_says_what_generate_says(llm: LLM):
+    (whole,) = llm.generate("hello there", SamplingParams(max_tokens=50, ignore_eos=True))
+    chunks = list(llm.stream("hello there", SamplingParams(max_tokens=50, ignore_eos=True)))
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert tuple(token for chunk in chunks for token in chunk.token_ids) == whole.token_ids
+    assert len(chunks) > 5
+
+
+@pytest.mark.parametrize("messages", [[], {"role": "user", "content": "hello"}, "hello", [{"content": "hello"}]])
+def test_messages_that_are_no_conversation_are_refused(llm: LLM, messages: Any):
+    with pytest.raises(ValueError, match=r"messages(\[0\])? must be"):
+        llm.chat(messages, PARAMS)
+
+
+def test_without_a_tokenizer_token_ids_go_in_and_out(llm: LLM, bare: LLM):
+    assert bare.tokenizer is None
+    (output,) = bare.generate([[9, 8, 7]], PARAMS)
+    assert (output.text, output.token_ids) == ("", llm.generate([[9, 8, 7]], PARAMS)[0].token_ids)
+    assert next(bare.stream([9, 8, 7], PARAMS)).token_ids == output.token_ids[:1]
+    for call in (
+        lambda: bare.generate("text", PARAMS),
+        lambda: bare.chat([{"role": "user", "content": "text"}], PARAMS),
+        lambda: bare.generate([[9]], SamplingParams(stop="x")),
+    ):
+        with pytest.raises(ValueError, match=r"has no tokenizer, which a .* needs: pass token ids, or a tokenizer"):
+            call()
+
+
+def test_a_tokenizer_may_come_from_elsewhere(llm: LLM, bare: LLM):
+    other = LLM(bare.setup.checkpoint.name, tokenizer=str(TINY / "llama3"), **SIZES)
+    assert other.generate("hello", PARAMS)[0].text == llm.generate("hello", PARAMS)[0].text
+
+
+def test_warnings_come_once_the_model_is_loaded(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        LLM(str(TINY / "llama3"), max_model_len=1024, prefill_chunk=64, max_num_seqs=1)
+    no_pattern, too_long = (record.getMessage() for record in caplog.records)
+    assert re.match(r"no head pattern for .*llama3: all KV heads are retrieval heads", no_pattern)
+    assert too_long.startswith("max_model_len=1024 is beyond the 512 tokens that this model was made for")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number from 1, got 0"),
+        ({"max_model_len": 12.5}, "max_model_len must be a whole number from 1, got 12.5"),
+        (
+            {"prefill_chunk": 0, "steps_per_call": -1},
+            "steps_per_call must be a whole number from 1, got -1; prefill_chunk",
+        ),
+        ({"implementation": "cuda"}, "implementation must be one of auto, xla, mosaic_gpu, triton, got 'cuda'"),
+        ({"attention": "sparse"}, "attention='sparse' must be one of lserve, dense"),
+        ({"window": 5}, "unknown attention option window; known are"),
+        ({"preset": "dense"}, "unknown attention option preset"),
+        ({"dtype": "float16"}, "dtype='float16' must be auto or one of bfloat16, float32"),
+        ({"page_size": 40}, "page_size=40 must be a multiple of sub_page_size=16"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_loaded(
+    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lserve_jax.weights.load.Checkpoint.load_params", None)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LLM(str(TINY / "llama3"), **settings)
+
+
+def test_memory_that_does_not_suffice_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lserve_jax.weights.load.Checkpoint.load_params", None)
+    monkeypatch.setattr("lserve_jax.plan.free_memory", lambda: 2**22)
+    with pytest.raises(ValueError, match=r"the largest context that fits is \d+ tokens"):
+        LLM(str(TINY / "llama3"), max_model_len=100_000)
