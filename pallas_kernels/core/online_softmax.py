@@ -8,8 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_LOWEST = -1e30
-"""Stands for −∞ in running maxima: finite, so that a row that has seen no key yet does not become NaN."""
+_HIDDEN = -1e30
+"""The score of a hidden key. Its exponential is zero under every maximum, for none falls below `_FLOOR`."""
+
+_FLOOR = -1e20
+"""The maximum of a row that has seen no key: finite, so that it does not become NaN."""
 
 
 class OnlineSoftmax(NamedTuple):
@@ -23,7 +26,7 @@ class OnlineSoftmax(NamedTuple):
     def start(cls, rows: tuple[int, ...], head_dim: int) -> "OnlineSoftmax":
         """Returns the state that has seen nothing."""
         zeros = jnp.zeros(rows, jnp.float32)
-        return cls(zeros + _LOWEST, zeros, jnp.zeros((*rows, head_dim), jnp.float32))
+        return cls(zeros + _FLOOR, zeros, jnp.zeros((*rows, head_dim), jnp.float32))
 
     def add(self, scores: jax.Array, visible: jax.Array, v: jax.Array) -> "OnlineSoftmax":
         """Returns the state after a block.
@@ -33,9 +36,9 @@ class OnlineSoftmax(NamedTuple):
           visible: broadcastable to [K, R, S] bool.
           v: [K, S, H], finite also where hidden; the product runs in its dtype and accumulates in float32.
         """
-        scores = jnp.where(visible, scores, _LOWEST)
+        scores = jnp.where(visible, scores, _HIDDEN)
         maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1))
-        weights = jnp.where(visible, jnp.exp(scores - maximum[..., None]), 0.0)
+        weights = jnp.exp(scores - maximum[..., None])
         decay = jnp.exp(self.maximum - maximum)
         weights_v = weights.astype(v.dtype)
         products = jnp.einsum("krs,ksh->krh", weights_v, v, precision="highest", preferred_element_type=jnp.float32)

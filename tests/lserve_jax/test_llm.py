@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lserve_jax import LLM, RequestOutput, SamplingParams
+from lserve_jax.engine_setup import prepare
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 # The shapes of test_generate.py, so that a program is compiled for both.
@@ -111,3 +112,12 @@ def test_memory_that_does_not_suffice_is_refused_before_anything_is_loaded(monke
     monkeypatch.setattr("lserve_jax.plan.free_memory", lambda: 2**22)
     with pytest.raises(ValueError, match=r"the largest context that fits is \d+ tokens"):
         LLM(str(TINY / "llama3"), max_model_len=100_000)
+
+
+@pytest.mark.parametrize("name", [".", "../llama3", "./"])
+def test_a_folder_named_by_dots_has_no_shipped_pattern(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(TINY / "llama3")
+    assert prepare(name).config.num_retrieval == (2, 2)
+    monkeypatch.chdir(TINY / "llama3" / "..")
+    with pytest.raises(ValueError, match=r"config\.json: missing, so this is no model folder"):
+        prepare("..")

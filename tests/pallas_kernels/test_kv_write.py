@@ -234,8 +234,10 @@ def test_tokens_after_a_million_go_where_the_table_says(implementation: str, tok
     np.testing.assert_array_equal(kv.streaming.v[cache.tables.streaming[0, 15_625], 0, :tokens], v[0, :, 1])
 
 
-@pytest.mark.parametrize("tokens", [1, 512])
-@pytest.mark.parametrize("name", ["llama3_8b_32k", "llama3_8b_32k_int8", "llama3_8b_32k_int4"])
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("llama3_8b_32k", 1), ("llama3_8b_32k", 512), ("llama3_8b_32k_int8", 512), ("llama3_8b_32k_int4", 1)],
+)
 def test_donated_pools_are_updated_in_place(implementation: str, name: str, tokens: int):
     """No copy of the cache: the result aliases it, and what the program needs besides is of the size of the chunk."""
     workload = SERVING[name]

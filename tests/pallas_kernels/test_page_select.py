@@ -74,8 +74,7 @@ def integer_queries(workload: Workload, rng: np.random.Generator, batch: int, li
 
 
 @each_implementation
-@pytest.mark.parametrize("reduction", ["max", "mean"])
-@pytest.mark.parametrize("sink_pages", [0, 1, 3])
+@pytest.mark.parametrize(("reduction", "sink_pages"), [("max", 0), ("max", 1), ("mean", 3)])
 @pytest.mark.parametrize("limit", [1, 100])
 def test_equals_the_reference_ties_included(
     implementation: str, reduction: str, sink_pages: int, limit: int, rng: np.random.Generator

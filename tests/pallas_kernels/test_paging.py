@@ -11,12 +11,7 @@ from pallas_kernels.core.paging import is_visible, pools, streaming_page_count, 
 from pallas_kernels.core.workloads import SERVING, TINY
 
 WINDOWS = [
-    *(
-        (sink, local, page_size)
-        for sink in (0, 1, 15, 16, 17, 40)
-        for local in (1, 2, 16, 17, 50)
-        for page_size in (16,)
-    ),
+    *((sink, local, page_size) for sink in (0, 15, 16, 17, 40) for local in (1, 16, 17, 50) for page_size in (16,)),
     *((128, 256, 64), (128, 1, 64), (100, 77, 64), (1000, 64, 64), (3, 5, 1), (0, 1, 1)),
 ]
 
