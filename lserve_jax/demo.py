@@ -7,8 +7,8 @@ from importlib import resources
 
 from lserve_jax.command_line import ProgressBars, run_command, use_compilation_cache
 from lserve_jax.engine_setup import DEFAULT_MODEL, prepare
-from lserve_jax.generate import summary
 from lserve_jax.llm import LLM
+from lserve_jax.report import summary
 from lserve_jax.sampling import SamplingParams
 
 TOKEN_BUDGET = 1024

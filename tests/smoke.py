@@ -20,7 +20,6 @@ from lserve_jax import InferenceConfig, ModelConfig, decode_step, from_preset, i
 from lserve_jax.models import abstract_params
 from pallas_kernels import PageTables
 
-
 TINY = {
     "model_type": "llama",
     "vocab_size": 64,

@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lserve_jax.llm",),
     ("lserve_jax",),
     ("lserve_jax.serve.*", "lserve_jax.evaluation.*", "lserve_jax.calibration.*"),
-    ("lserve_jax.command_line",),
+    ("lserve_jax.command_line", "lserve_jax.report"),
     ("lserve_jax.generate", "lserve_jax.convert", "lserve_jax.demo"),
 )
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lserve_jax.cache import KVCache, init_cache
 from lserve_jax.engine.allocator import stack_tables
-from lserve_jax.engine.programs import Programs
+from lserve_jax.engine.programs import Call, Programs
 from lserve_jax.engine.request import Request, Sequence
 from lserve_jax.engine.scheduler import Decode, Prefill, Scheduler, SchedulerConfig
 from lserve_jax.inference_config import InferenceConfig
@@ -155,6 +155,7 @@ class Engine:
             raise
 
     def _prefill(self, plan: Prefill, accept: Accept) -> Progress:
+        self._compile_for(plan)
         logits, seconds = self._run_prefill(plan)
         sequence, held = plan.sequence, _pages_held(plan.sequence)
         if not plan.is_last:
@@ -162,9 +163,7 @@ class Engine:
             return Progress(
                 sequence=sequence, tokens=[], logprobs=[], seconds=seconds, is_prefill=True, pages_held=held
             )
-        sampling = SamplingState.from_params([_sampling(sequence)])
-        positions = np.array([sequence.prompt_length], np.int32)
-        result, more = self._timed("sample", sample_first, logits, positions, sampling)
+        result, more = self._timed(self._sample_call(logits, sequence))
         tokens, logprobs = (np.asarray(x) for x in result)
         _, reason = accept(sequence, tokens.tolist())
         self.scheduler.record_prefill(plan, int(tokens[0]), reason)
@@ -177,8 +176,18 @@ class Engine:
             pages_held=held,
         )
 
+    def _compile_for(self, plan: Prefill) -> None:
+        """Compiles all that a request needs at its first chunk: together it takes little longer than the longest."""
+        logits = jax.ShapeDtypeStruct((1, self.config.model.vocab_size), np.float32)
+        calls = self._prefill_call(plan), self._sample_call(logits, plan.sequence), self._decode_call(Decode((), ()))
+        self.programs.compile(calls)
+
     def _run_prefill(self, plan: Prefill, *, has_all_logits: bool = False) -> tuple[jax.Array, float]:
         """Returns the chunk's logits and the seconds that it took; the cache then holds the chunk."""
+        (logits, self.cache), seconds = self._timed(self._prefill_call(plan, has_all_logits=has_all_logits))
+        return logits, seconds
+
+    def _prefill_call(self, plan: Prefill, *, has_all_logits: bool = False) -> Call:
         sequence, chunk = plan.sequence, self.engine_config.prefill_chunk
         size = min(SHORT_CHUNK, chunk) if sequence.prompt_length <= SHORT_CHUNK else chunk
         tokens = np.zeros((1, size), np.int32)
@@ -186,26 +195,20 @@ class Engine:
         slot = sequence.slot
         assert slot is not None
         tables = PageTables(*(table[slot : slot + 1] for table in self._tables([sequence])))
-        (logits, self.cache), seconds = self._timed(
+        start, count = np.array([plan.start], np.int32), np.array([plan.count], np.int32)
+        return Call(
             f"prefill_{size}" + ("_all_logits" if has_all_logits else ""),
             prefill_step,
-            *(self.params, self.cache, tokens, np.array([plan.start], np.int32), np.array([plan.count], np.int32)),
-            tables,
-            config=self.config,
-            has_all_logits=has_all_logits,
+            (self.params, self.cache, tokens, start, count, tables),
+            {"config": self.config, "has_all_logits": has_all_logits},
         )
-        return logits, seconds
+
+    def _sample_call(self, logits: jax.Array | jax.ShapeDtypeStruct, sequence: Sequence) -> Call:
+        sampling = SamplingState.from_params([_sampling(sequence)])
+        return Call("sample", sample_first, (logits, np.array([sequence.prompt_length], np.int32), sampling), {})
 
     def _decode(self, plan: Decode, accept: Accept) -> list[Progress]:
-        (generated, _, self.cache), seconds = self._timed(
-            "decode",
-            decode_loop,
-            *(self.params, self.cache, self._decode_state(plan), self._tables(plan.sequences)),
-            SamplingState.from_params(self._by_slot(plan.sequences)),
-            np.int32(plan.num_steps),
-            config=self.config,
-            max_steps=self.engine_config.steps_per_call,
-        )
+        (generated, _, self.cache), seconds = self._timed(self._decode_call(plan))
         tokens, logprobs = (np.asarray(x) for x in generated)
         results = []
         for sequence in plan.sequences:
@@ -225,6 +228,16 @@ class Engine:
                 )
             )
         return results
+
+    def _decode_call(self, plan: Decode) -> Call:
+        sampling = SamplingState.from_params(self._by_slot(plan.sequences))
+        tables = self._tables(plan.sequences)
+        return Call(
+            "decode",
+            decode_loop,
+            (self.params, self.cache, self._decode_state(plan), tables, sampling, np.int32(plan.num_steps)),
+            {"config": self.config, "max_steps": self.engine_config.steps_per_call},
+        )
 
     def _decode_state(self, plan: Decode) -> DecodeState:
         slots = self.engine_config.num_slots
@@ -249,12 +262,12 @@ class Engine:
             rows[sequence.slot] = _sampling(sequence)
         return rows
 
-    def _timed(self, name: str, step: Any, *args: Any, **static: Any) -> tuple[Any, float]:
-        """Returns the result of a program, ready, and its seconds without compilation."""
-        compiled_before, begin = self.programs.compile_seconds, time.perf_counter()
-        result = jax.block_until_ready(self.programs.run(name, step, *args, **static))
-        elapsed = time.perf_counter() - begin
-        return result, elapsed - (self.programs.compile_seconds - compiled_before)
+    def _timed(self, call: Call) -> tuple[Any, float]:
+        """Returns the result of a call, ready, and its seconds without compilation."""
+        self.programs.compile([call])
+        begin = time.perf_counter()
+        result = jax.block_until_ready(self.programs.run(call))
+        return result, time.perf_counter() - begin
 
 
 def _pages_held(sequence: Sequence) -> tuple[int, int]:

@@ -1,8 +1,18 @@
 """Compiled programs, each compiled once and ahead of its first call, so that no measurement includes compilation."""
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+
+class Call(NamedTuple):
+    """A jitted ``step`` with arguments, under the name of the program that their shapes make."""
+
+    name: str
+    step: Any
+    args: tuple[Any, ...]
+    static: dict[str, Any]
 
 
 class Programs:
@@ -18,12 +28,20 @@ class Programs:
         """The programs compiled so far."""
         return tuple(self._compiled)
 
-    def run(self, name: str, step: Any, *args: Any, **static: Any) -> Any:
-        """Returns ``step(*args, **static)`` of a jitted ``step``, compiled under ``name`` at the first call."""
-        if name not in self._compiled:
-            if self._on_compile is not None:
-                self._on_compile(name)
-            begin = time.perf_counter()
-            self._compiled[name] = step.lower(*args, **static).compile()
-            self.compile_seconds += time.perf_counter() - begin
-        return self._compiled[name](*args)
+    def compile(self, calls: Sequence[Call]) -> None:
+        """Compiles the programs of calls that are not compiled yet, side by side: a compilation uses about one core."""
+        missing = [call for call in calls if call.name not in self._compiled]
+        if not missing:
+            return
+        if self._on_compile is not None:
+            self._on_compile(", ".join(call.name for call in missing))
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(len(missing)) as threads:
+            compiled = threads.map(lambda call: call.step.lower(*call.args, **call.static).compile(), missing)
+            self._compiled |= {call.name: program for call, program in zip(missing, compiled, strict=True)}
+        self.compile_seconds += time.perf_counter() - begin
+
+    def run(self, call: Call) -> Any:
+        """Returns the result of a call, whose program is compiled first if it is not."""
+        self.compile([call])
+        return self._compiled[call.name](*call.args)

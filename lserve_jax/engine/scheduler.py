@@ -92,7 +92,7 @@ class Decode:
     @property
     def num_steps(self) -> int:
         """Returns the steps of the sequence that has most to go."""
-        return max(self.limits)
+        return max(self.limits, default=0)
 
 
 class Scheduler:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lserve_jax import LLM, RequestOutput, SamplingParams
-from lserve_jax.engine.programs import Programs
+from lserve_jax.engine.programs import Call, Programs
 from lserve_jax.outputs import TextChunk
 from tests.lserve_jax.tiny_steps import Stepper
 
@@ -378,11 +378,11 @@ def failing_at(run: Callable[..., Any], name: str, call: int, error: BaseExcepti
     """`Programs.run` that runs everything, and yet raises at one call of one program, its inputs consumed."""
     calls = 0
 
-    def fail(self: Programs, program: str, *args: Any, **static: Any) -> Any:
+    def fail(self: Programs, program: Call) -> Any:
         nonlocal calls
-        result = run(self, program, *args, **static)
-        calls += program.startswith(name)
-        if calls == call and program.startswith(name):
+        result = run(self, program)
+        calls += program.name.startswith(name)
+        if calls == call and program.name.startswith(name):
             raise error
         return result
 
