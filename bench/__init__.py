@@ -1,0 +1,1 @@
+"""Measurements of the two packages. Nothing imports this package."""
