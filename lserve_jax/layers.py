@@ -27,9 +27,10 @@ def project(x: jax.Array, kernel: jax.Array, *, axis: int = 0) -> jax.Array:
     """
     rows = x.reshape(-1, x.shape[-1])
     missing = _MIN_CPU_ROWS - rows.shape[0]
+    precision = "highest" if x.dtype == jnp.float32 else None  # a GPU's default rounds float32 to 11 bits
 
     def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(rows, kernel, (((1,), (axis,)), ((), ())))
+        return jax.lax.dot_general(rows, kernel, (((1,), (axis,)), ((), ())), precision=precision)
 
     def padded_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return product(jnp.pad(rows, ((0, missing), (0, 0))), kernel)[:-missing]

@@ -46,3 +46,11 @@ def test_the_links_lead_to_files():
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
     assert targets
     assert all((ROOT / target).exists() for target in targets)
+
+
+def test_every_test_that_the_table_of_faults_names_exists():
+    folder = ROOT / "tests"
+    named = re.findall(r"`((?:lserve_jax|pallas_kernels)/[\w/]+\.py)(?:::(\w+))?`", (folder / "README.md").read_text())
+    assert len(named) > 12
+    for file, function in named:
+        assert f"def {function}" in (folder / file).read_text(), f"{file}::{function}"
