@@ -177,11 +177,20 @@ def free_memory() -> int:
     statistics = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host_memory()
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Returns the host's free bytes, or what a container's limit (cgroup v2) leaves of them; ``root`` is for tests."""
+    meminfo, group = root / "proc/meminfo", root / "sys/fs/cgroup"
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = ((group / name) for name in ("memory.max", "memory.current"))
+    if not limit.exists() or (bound := limit.read_text(encoding="ascii").strip()) == "max":
+        return free
+    return min(free, max(int(bound) - int(used.read_text(encoding="ascii")), 0))
 
 
 def _gib(size: float) -> str:
