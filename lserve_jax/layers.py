@@ -14,13 +14,15 @@ _MIN_CPU_ROWS = 4
 """XLA's CPU product of fewer bfloat16 rows than this runs at 1 GFLOP/s (36 ms, not 3, for the demo's logits)."""
 
 
-def project(x: jax.Array, kernel: jax.Array, *, axis: int = 0) -> jax.Array:
-    """Returns the product of the last axis of ``x`` with one axis of a matrix.
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns ``x @ kernel.T``.
+
+    Outputs times inputs is how checkpoints hold matrices, and on CPUs faster than the transpose for any number of rows
+    (0.12 ms, not 0.16, for 4 rows and 1536 x 576; 0.69, not 0.81, for 512 rows; two cores with AMX).
 
     Args:
       x: [..., D].
-      kernel: [D, F], or [F, D] with ``axis=1``; of the dtype of ``x``. Never transposed in memory.
-      axis: the axis of ``kernel`` that is summed over.
+      kernel: [F, D], of the dtype of ``x``.
 
     Returns:
       [..., F], of the dtype of ``x``; accumulated in float32.
@@ -30,7 +32,7 @@ def project(x: jax.Array, kernel: jax.Array, *, axis: int = 0) -> jax.Array:
     precision = "highest" if x.dtype == jnp.float32 else None  # a GPU's default rounds float32 to 11 bits
 
     def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(rows, kernel, (((1,), (axis,)), ((), ())), precision=precision)
+        return jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())), precision=precision)
 
     def padded_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return product(jnp.pad(rows, ((0, missing), (0, 0))), kernel)[:-missing]
@@ -39,11 +41,11 @@ def project(x: jax.Array, kernel: jax.Array, *, axis: int = 0) -> jax.Array:
         result = jax.lax.platform_dependent(rows, kernel, cpu=padded_product, default=product)
     else:
         result = product(rows, kernel)
-    return result.reshape(*x.shape[:-1], kernel.shape[1 - axis])
+    return result.reshape(*x.shape[:-1], kernel.shape[0])
 
 
 class Linear(nn.Module):
-    """An affine map of the last axis; ``features`` may have several axes (heads stay an axis of their own)."""
+    """An affine map of the last ``in_axes`` axes to ``features``, of which heads may be one. Kernel outputs first."""
 
     features: Sequence[int]
     use_bias: bool
@@ -57,8 +59,8 @@ class Linear(nn.Module):
         batch, inputs = x.shape[:split], x.shape[split:]
         size = math.prod(inputs)
         initializer = nn.initializers.normal(1 / math.sqrt(size))
-        kernel = self.param("kernel", initializer, (*inputs, *self.features), self.dtype)
-        y = project(x.reshape(*batch, size), kernel.reshape(size, -1)).reshape(*batch, *self.features)
+        kernel = self.param("kernel", initializer, (*self.features, *inputs), self.dtype)
+        y = project(x.reshape(*batch, size), kernel.reshape(-1, size)).reshape(*batch, *self.features)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, tuple(self.features), self.dtype)
         return y

@@ -112,7 +112,7 @@ class Llama(nn.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns logits [..., V] float32 of hidden states [..., D]."""
         if self.config.tie_embeddings:
-            return project(hidden, self.embed.embedding, axis=1).astype(jnp.float32)
+            return project(hidden, self.embed.embedding).astype(jnp.float32)
         return self.lm_head(hidden).astype(jnp.float32)
 
 

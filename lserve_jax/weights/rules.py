@@ -31,8 +31,8 @@ _has_qk_norm = attrgetter("qk_norm")
 class Rule(NamedTuple):
     """One parameter of the model or of each layer; a row of the tables below.
 
-    `shape` is written in the letters of `_sizes`. `D | N H` is the kernel of a linear map from D to N heads of H: files
-    hold it as one matrix, outputs times inputs. `| N H` is its bias, one flat vector in files. Without a bar a file
+    `shape` is written in the letters of `_sizes`. `N H | D` is the kernel of a linear map to N heads of H from D: files
+    hold it as one matrix, outputs times inputs. `N H |` is its bias, one flat vector in files. Without a bar a file
     holds the parameter as it is. `when` says which models have it; `is_rotary` marks those whose outputs are rotated.
     """
 
@@ -49,27 +49,27 @@ BEFORE_LAYERS = (Rule("embed.embedding", "V D", "model.embed_tokens.weight", "to
 LAYER_PREFIXES = ("layers_{i}.", "model.layers.{i}.", "blk.{i}.")
 IN_LAYER = (
     Rule("input_norm.scale", "D", "input_layernorm.weight", "attn_norm.weight"),
-    Rule("attention.q_proj.kernel", "D | N H", "self_attn.q_proj.weight", "attn_q.weight", is_rotary=True),
-    Rule("attention.k_proj.kernel", "D | K H", "self_attn.k_proj.weight", "attn_k.weight", is_rotary=True),
-    Rule("attention.v_proj.kernel", "D | K H", "self_attn.v_proj.weight", "attn_v.weight"),
-    Rule("attention.o_proj.kernel", "N H | D", "self_attn.o_proj.weight", "attn_output.weight"),
-    Rule("attention.q_proj.bias", "| N H", "self_attn.q_proj.bias", "attn_q.bias", when=_has_qkv_bias, is_rotary=True),
-    Rule("attention.k_proj.bias", "| K H", "self_attn.k_proj.bias", "attn_k.bias", when=_has_qkv_bias, is_rotary=True),
-    Rule("attention.v_proj.bias", "| K H", "self_attn.v_proj.bias", "attn_v.bias", when=_has_qkv_bias),
-    Rule("attention.o_proj.bias", "| D", "self_attn.o_proj.bias", "attn_output.bias", when=_has_o_bias),
+    Rule("attention.q_proj.kernel", "N H | D", "self_attn.q_proj.weight", "attn_q.weight", is_rotary=True),
+    Rule("attention.k_proj.kernel", "K H | D", "self_attn.k_proj.weight", "attn_k.weight", is_rotary=True),
+    Rule("attention.v_proj.kernel", "K H | D", "self_attn.v_proj.weight", "attn_v.weight"),
+    Rule("attention.o_proj.kernel", "D | N H", "self_attn.o_proj.weight", "attn_output.weight"),
+    Rule("attention.q_proj.bias", "N H |", "self_attn.q_proj.bias", "attn_q.bias", when=_has_qkv_bias, is_rotary=True),
+    Rule("attention.k_proj.bias", "K H |", "self_attn.k_proj.bias", "attn_k.bias", when=_has_qkv_bias, is_rotary=True),
+    Rule("attention.v_proj.bias", "K H |", "self_attn.v_proj.bias", "attn_v.bias", when=_has_qkv_bias),
+    Rule("attention.o_proj.bias", "D |", "self_attn.o_proj.bias", "attn_output.bias", when=_has_o_bias),
     Rule("attention.q_norm.scale", "H", "self_attn.q_norm.weight", "attn_q_norm.weight", when=_has_qk_norm),
     Rule("attention.k_norm.scale", "H", "self_attn.k_norm.weight", "attn_k_norm.weight", when=_has_qk_norm),
     Rule("post_attention_norm.scale", "D", "post_attention_layernorm.weight", "ffn_norm.weight"),
-    Rule("mlp.gate_proj.kernel", "D | F", "mlp.gate_proj.weight", "ffn_gate.weight"),
-    Rule("mlp.up_proj.kernel", "D | F", "mlp.up_proj.weight", "ffn_up.weight"),
-    Rule("mlp.down_proj.kernel", "F | D", "mlp.down_proj.weight", "ffn_down.weight"),
-    Rule("mlp.gate_proj.bias", "| F", "mlp.gate_proj.bias", "ffn_gate.bias", when=_has_mlp_bias),
-    Rule("mlp.up_proj.bias", "| F", "mlp.up_proj.bias", "ffn_up.bias", when=_has_mlp_bias),
-    Rule("mlp.down_proj.bias", "| D", "mlp.down_proj.bias", "ffn_down.bias", when=_has_mlp_bias),
+    Rule("mlp.gate_proj.kernel", "F | D", "mlp.gate_proj.weight", "ffn_gate.weight"),
+    Rule("mlp.up_proj.kernel", "F | D", "mlp.up_proj.weight", "ffn_up.weight"),
+    Rule("mlp.down_proj.kernel", "D | F", "mlp.down_proj.weight", "ffn_down.weight"),
+    Rule("mlp.gate_proj.bias", "F |", "mlp.gate_proj.bias", "ffn_gate.bias", when=_has_mlp_bias),
+    Rule("mlp.up_proj.bias", "F |", "mlp.up_proj.bias", "ffn_up.bias", when=_has_mlp_bias),
+    Rule("mlp.down_proj.bias", "D |", "mlp.down_proj.bias", "ffn_down.bias", when=_has_mlp_bias),
 )
 AFTER_LAYERS = (
     Rule("final_norm.scale", "D", "model.norm.weight", "output_norm.weight"),
-    Rule("lm_head.kernel", "D | V", "lm_head.weight", "output.weight", when=_has_lm_head),
+    Rule("lm_head.kernel", "V | D", "lm_head.weight", "output.weight", when=_has_lm_head),
 )
 
 # Tensors that some files carry and no model needs: tables of the rotary embedding, a second copy of a tied embedding.
@@ -95,15 +95,13 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 class Tensor:
     """One parameter of one model: a rule with its layer and sizes filled in.
 
-    `shape` is ours, `axes` its letters, `file_shape` what a file holds: the same numbers in the same order, or
-    (`is_transposed`) the transpose of our parameter seen as a matrix, inputs times outputs.
+    `shape` is ours, `axes` its letters, `file_shape` what a file holds: the same numbers in the same order.
     """
 
     path: tuple[str, ...]
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     file_shape: tuple[int, ...]
-    is_transposed: bool
     names: dict[Naming, str]
     layer: int | None
     is_rotary: bool
@@ -115,7 +113,7 @@ def expected_tensors(config: ModelConfig, naming: Naming = "hf") -> list[Tensor]
     order = [*((rule, None) for rule in BEFORE_LAYERS), *in_layers, *((rule, None) for rule in AFTER_LAYERS)]
     tensors = [_fill_in(rule, layer, config) for rule, layer in order if rule.when(config)]
     if naming == "ours":
-        return [replace(tensor, file_shape=tensor.shape, is_transposed=False) for tensor in tensors]
+        return [replace(tensor, file_shape=tensor.shape) for tensor in tensors]
     return tensors
 
 
@@ -126,17 +124,16 @@ def parameter_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ..
 
 def _fill_in(rule: Rule, layer: int | None, config: ModelConfig) -> Tensor:
     sizes = _sizes(config)
-    inputs, bar, outputs = (part.split() for part in rule.shape.rpartition("|"))
-    shape = tuple(sizes[axis] for axis in inputs + outputs)
-    matrix = (math.prod(shape[len(inputs) :]), math.prod(shape[: len(inputs)]))
+    outputs, bar, inputs = (part.split() for part in rule.shape.partition("|"))
+    shape = tuple(sizes[axis] for axis in outputs + inputs)
+    flat = tuple(math.prod(sizes[axis] for axis in axes) for axes in (outputs, inputs) if axes)
     prefixes = ("", "", "") if layer is None else (prefix.format(i=layer) for prefix in LAYER_PREFIXES)
     path, hf, gguf = (prefix + name for prefix, name in zip(prefixes, (rule.path, rule.hf, rule.gguf), strict=True))
     return Tensor(
         path=tuple(path.split(".")),
-        axes=(*inputs, *outputs),
+        axes=(*outputs, *inputs),
         shape=shape,
-        file_shape=shape if not bar else matrix if inputs else matrix[:1],
-        is_transposed=bool(inputs),
+        file_shape=flat if bar else shape,
         names={"hf": hf, "gguf": gguf, "ours": path},
         layer=layer,
         is_rotary=rule.is_rotary,

@@ -203,13 +203,13 @@ def manual_params(
     group = N // K
 
     def kernel(name: str) -> np.ndarray:
-        return np.ascontiguousarray(tensors[f"{name}.weight"].T)
+        return tensors[f"{name}.weight"]
 
     def with_bias(leaf: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
         return leaf | ({"bias": tensors[f"{name}.bias"]} if f"{name}.bias" in tensors else {})
 
     def to_heads(name: str, order: list[int]) -> dict[str, np.ndarray]:
-        leaf = with_bias({"kernel": kernel(name).reshape(D, -1, H)[:, order]}, name)
+        leaf = with_bias({"kernel": kernel(name).reshape(-1, H, D)[order]}, name)
         return leaf | ({"bias": leaf["bias"].reshape(-1, H)[order]} if "bias" in leaf else {})
 
     params: dict[str, Any] = {
@@ -217,7 +217,7 @@ def manual_params(
         "final_norm": {"scale": tensors["model.norm.weight"]},
     }
     if "lm_head.weight" in tensors:
-        params["lm_head"] = {"kernel": tensors["lm_head.weight"].T}
+        params["lm_head"] = {"kernel": tensors["lm_head.weight"]}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         kv = list(orders[layer]) if orders else list(range(K))
@@ -227,7 +227,8 @@ def manual_params(
             "k_proj": to_heads(f"{prefix}self_attn.k_proj", kv),
             "v_proj": to_heads(f"{prefix}self_attn.v_proj", kv),
             "o_proj": with_bias(
-                {"kernel": kernel(f"{prefix}self_attn.o_proj").reshape(N, H, D)[queries]}, f"{prefix}self_attn.o_proj"
+                {"kernel": kernel(f"{prefix}self_attn.o_proj").reshape(D, N, H)[:, queries]},
+                f"{prefix}self_attn.o_proj",
             ),
         }
         for norm in ("q_norm", "k_norm"):

@@ -122,7 +122,7 @@ def test_reordered_heads_leave_the_logits_as_they_were(name: str) -> None:
     heads = HeadClasses(order=((1, 0), (0, 1)), num_retrieval=(1, 1))
     model, variables = load(tiny(name), heads)
     kernels = [held["params"]["layers_0"]["attention"]["k_proj"]["kernel"] for held in (variables, load(tiny(name))[1])]
-    assert np.array_equal(kernels[0], kernels[1][:, ::-1])
+    assert np.array_equal(kernels[0], kernels[1][::-1])
     ours, _ = forward(model, variables, theirs["tokens"])
     assert max_error(ours, theirs["logits"]) <= TOLERANCE["logits"]
 

@@ -50,7 +50,7 @@ def test_query_heads_move_in_the_groups_that_share_a_kv_head():
     heads = Heads((2, 0, 1), (0, 1, 2), (0, 2, 1))
     moved = {tensor.path: index for tensor in expected_tensors(config) if (index := head_index(tensor, config, heads))}
     axis, order = moved["layers_0", "attention", "q_proj", "kernel"]
-    assert (axis, order.tolist()) == (1, [4, 5, 0, 1, 2, 3])
+    assert (axis, order.tolist()) == (0, [4, 5, 0, 1, 2, 3])
     axis, order = moved["layers_2", "attention", "k_proj", "bias"]
     assert (axis, order.tolist()) == (0, [0, 2, 1])
     per_layer = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 1}
