@@ -1,16 +1,13 @@
 """`python -m lserve_jax.convert`: writes any model that can be opened as an orbax checkpoint folder."""
 
-import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from lserve_jax.command_line import OneLineParser, ProgressBars, run_command
 from lserve_jax.tokenizer import Tokenizer
 from lserve_jax.weights import orbax
 from lserve_jax.weights.embedded import MODEL_NAME
@@ -27,17 +24,12 @@ TOKENIZER_FILES = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 2 after one line on stderr that says what to change."""
-    parser = argparse.ArgumentParser(prog="python -m lserve_jax.convert", description=__doc__)
+    parser = OneLineParser(prog="python -m lserve_jax.convert", description=__doc__)
     parser.add_argument("--model", default=MODEL_NAME, help="folder, .gguf file, hub id or name (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must be new or empty")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    try:
-        convert(options.model, options.out, options.dtype)
-    except (ValueError, OSError) as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: convert(options.model, options.out, options.dtype))
 
 
 def convert(model: str, out: Path, dtype: str = "auto") -> None:
@@ -49,8 +41,8 @@ def convert(model: str, out: Path, dtype: str = "auto") -> None:
     orbax.check_target(out)
     checkpoint = open_checkpoint(model)
     dtype = checkpoint.config.dtype if dtype == "auto" else dtype
-    with ExitStack() as stack:
-        params = checkpoint.load_params(dtype, None, partial(_show, stack, []))
+    with ProgressBars(is_shown=True) as bars:
+        params = checkpoint.load_params(dtype, None, partial(bars.report, "weights"))
     # The new folder's "auto" is what it was written in.
     hf_config = {key: value for key, value in checkpoint.hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
     print(f"writing {out}", file=sys.stderr)
@@ -61,13 +53,6 @@ def convert(model: str, out: Path, dtype: str = "auto") -> None:
         generation_config=checkpoint.generation_config,
         write_tokenizer=partial(_write_tokenizer, checkpoint),
     )
-
-
-def _show(stack: ExitStack, bars: list[tqdm], done: int, total: int) -> None:
-    """Moves the progress bar, which appears with the first report: a model that is refused leaves one line alone."""
-    if not bars:
-        bars.append(stack.enter_context(tqdm(desc="weights", total=total, unit="B", unit_scale=True, file=sys.stderr)))
-    bars[0].update(done - bars[0].n)
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

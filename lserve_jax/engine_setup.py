@@ -18,11 +18,12 @@ from lserve_jax.heads import GATES_FILE, HeadClasses, classify, load_gates
 from lserve_jax.inference_config import InferenceConfig
 from lserve_jax.plan import MemoryPlan, plan_memory
 from lserve_jax.sampling import SamplingParams
+from lserve_jax.weights import embedded
 from lserve_jax.weights.load import Checkpoint, open_checkpoint
 
 logger = logging.getLogger("lserve_jax")
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_MODEL = embedded.MODEL_NAME
 IMPLEMENTATIONS = ("auto", "xla", "mosaic_gpu", "triton")
 _PREFILL_CHUNK = {"cpu": 512}
 _GPU_PREFILL_CHUNK = 2048

@@ -155,7 +155,8 @@ class Engine:
             raise
 
     def _prefill(self, plan: Prefill, accept: Accept) -> Progress:
-        self._compile_for(plan)
+        if plan.start == 0:
+            self._compile_for(plan)
         logits, seconds = self._run_prefill(plan)
         sequence, held = plan.sequence, _pages_held(plan.sequence)
         if not plan.is_last:

@@ -102,13 +102,11 @@ def load_tensors(
 
 
 def _load_tensor(read: ReadTensor, tensor: Tensor, dtype: np.dtype, index: tuple[int, np.ndarray] | None) -> jax.Array:
-    array = np.empty(tensor.shape, dtype)  # jax may keep it as it is; what was read may be the file's own pages
-    held = read(tensor, dtype)
-    array.reshape(held.shape)[...] = held
+    held = read(tensor, dtype).reshape(tensor.shape)
     if index is not None:
         axis, order = index
-        array = np.take(array, order, axis)
-    return jax.device_put(array)
+        held = np.take(held, order, axis)
+    return jax.device_put(np.array(held, dtype))  # a copy: jax may keep it, and what was read may be the file's pages
 
 
 def set_leaf(params: Params, path: tuple[str, ...], value: Any) -> None:

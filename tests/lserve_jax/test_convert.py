@@ -86,7 +86,7 @@ def test_folder_that_is_not_empty_is_refused_before_the_model_is_opened(
 ):
     (tmp_path / "kept.txt").write_text("mine")
     line = error_line(["--model", "no-such-model", "--out", str(tmp_path)], capfd)
-    assert line == f"convert: {tmp_path}: the folder is not empty; name a new one"
+    assert line == f"error: {tmp_path}: the folder is not empty; name a new one"
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
 
@@ -112,7 +112,7 @@ def test_target_that_cannot_be_made_is_refused(tmp_path: Path, capfd: pytest.Cap
     (tmp_path / "file").touch()
     capfd.readouterr()
     assert main(["--model", str(TINY / "llama3"), "--out", str(tmp_path / "file" / "out")]) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith("convert: ")
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
 def test_program_runs_as_a_module(tmp_path: Path):
@@ -121,5 +121,5 @@ def test_program_runs_as_a_module(tmp_path: Path):
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("convert: no-such-model: no such file or folder")
+    assert result.stderr.startswith("error: no-such-model: no such file or folder")
     assert result.stderr.count("\n") == 1

@@ -35,6 +35,14 @@ OPTIONS = {
 }
 NOT_FOR_JIT = {("kv_write", "reference"), ("page_select", "reference")}
 
+STORAGE: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float32-int4": {"bits": (4, 4)},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16-int8-int4": {"dtype": "bfloat16", "bits": (8, 4)},
+}
+"""How attention is stored, as fields of a workload: activations, and keys and values of the same or of fewer bits."""
+
 TOLERANCES = {
     # Sums of up to a thousand terms in another order; results are averages of values of size 1.
     "float32": 2e-6,

@@ -14,6 +14,7 @@ from pallas_kernels import NO_PAGE, LayerKV, PagedKV, PageTables, decode_attenti
 from pallas_kernels.core.workloads import SERVING, TINY, Workload
 from pallas_kernels.decode_attention import xla
 from tests.pallas_kernels.cases import (
+    STORAGE,
     Cache,
     abstract,
     abstract_pools,
@@ -31,12 +32,6 @@ from tests.pallas_kernels.cases import (
 
 each_implementation = pytest.mark.parametrize("implementation", implementations("decode_attention"))
 
-STORAGE = {
-    "float32": {},
-    "float32-int4": {"bits": (4, 4)},
-    "bfloat16": {"dtype": "bfloat16"},
-    "bfloat16-int8-int4": {"dtype": "bfloat16", "bits": (8, 4)},
-}
 LENGTHS = [96, 17, 0, 64]
 SELECTED = np.array([[0, 2, 3, 5], [0, 1, 2, -1], [-1] * 4, [1, 3, 4, -1]], np.int32)
 """Pages 2 of the second sequence and 4 of the last are reserve: no token of them is written."""

@@ -15,6 +15,7 @@ from pallas_kernels import PageTables, prefill_attention
 from pallas_kernels.core.workloads import SERVING, TINY, Workload
 from pallas_kernels.prefill_attention import xla
 from tests.pallas_kernels.cases import (
+    STORAGE,
     Cache,
     abstract,
     abstract_pools,
@@ -33,12 +34,6 @@ from tests.pallas_kernels.cases import (
 
 each_implementation = pytest.mark.parametrize("implementation", implementations("prefill_attention"))
 
-STORAGE = {
-    "float32": {},
-    "float32-int4": {"bits": (4, 4)},
-    "bfloat16": {"dtype": "bfloat16"},
-    "bfloat16-int8-int4": {"dtype": "bfloat16", "bits": (8, 4)},
-}
 STARTS, COUNTS = np.array([0, 37, 64, 11], np.int32), np.array([40, 9, 17, 0], np.int32)
 TOKENS = 40
 """Rows of a chunk: key blocks of two pages, of which the window may hold one."""
