@@ -23,3 +23,11 @@ echo "Installing lserve_jax${extras:+ with $extras} into .venv (the first time t
     /^ *Downloading link/ { next }
     /^Installing collected packages/ { print "  Installing " NF - 3 " packages"; fflush(); next }
     { print; fflush() }'
+
+# The compiler for GPUs, with which tests compile kernels where no GPU is. Where JAX would find it, it would look for a GPU.
+if [[ ",$extras," == *,dev,* && $(uname -sm) == "Linux x86_64" ]]; then
+  echo "Installing the compiler for GPUs into .venv/gpu-compiler"
+  rm -rf .venv/gpu-compiler
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps --target .venv/gpu-compiler \
+    --constraint constraints.txt jax-cuda13-plugin jax-cuda13-pjrt 2>&1 | { grep -v '^WARNING: Location .* is ignored' || true; }
+fi

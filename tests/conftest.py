@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compilation_cache()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+
+# The compiler for GPUs (tests/pallas_kernels/hopper.py) must be on the path when JAX first looks for its plugins.
+sys.path.append(str(Path(sys.prefix) / "gpu-compiler"))
 
 import hypothesis
 import jax
