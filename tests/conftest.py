@@ -25,6 +25,8 @@ def _compilation_cache() -> Path:
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compilation_cache()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# The interpreter of GPU kernels needs a thread for each warpgroup: with fewer they wait for each other for ever.
+os.environ.setdefault("PJRT_NPROC", "8")
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 
 # The compiler for GPUs (tests/pallas_kernels/hopper.py) must be on the path when JAX first looks for its plugins.

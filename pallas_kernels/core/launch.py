@@ -7,12 +7,15 @@ import dataclasses
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 TABLES = Path(__file__).parents[1] / "tuned"
 
 
-def configure[C](op: str, device: str, shape: str, default: C) -> C:
+def configure[C: "DataclassInstance"](op: str, device: str, shape: str, default: C) -> C:
     """Returns the configuration (a dataclass) of an op for a shape: the default with the tuned fields replaced.
 
     Args:
@@ -25,10 +28,10 @@ def configure[C](op: str, device: str, shape: str, default: C) -> C:
       ValueError: if the table names a field that the configuration does not have.
     """
     fields = table(device).get(op, {}).get(shape, {})
-    unknown = fields.keys() - {field.name for field in dataclasses.fields(default)}  # pyright: ignore
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(default)}
     if unknown:
         raise ValueError(f"{_file(device)}: {op} has no field {', '.join(sorted(unknown))} ({shape})")
-    return dataclasses.replace(default, **fields)  # pyright: ignore
+    return dataclasses.replace(default, **fields)
 
 
 @cache

@@ -4,9 +4,13 @@ import jax
 
 from pallas_kernels.core.dispatch import dispatch
 from pallas_kernels.core.paging import LayerKV, PageTables
-from pallas_kernels.decode_attention import reference, xla
+from pallas_kernels.decode_attention import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.decode_attention, "reference": reference.decode_attention}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.decode_attention,
+    "xla": xla.decode_attention,
+    "reference": reference.decode_attention,
+}
 
 
 def decode_attention(

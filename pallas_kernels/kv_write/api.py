@@ -4,9 +4,9 @@ import jax
 
 from pallas_kernels.core.dispatch import dispatch
 from pallas_kernels.core.paging import LayerKV, PageTables
-from pallas_kernels.kv_write import reference, xla
+from pallas_kernels.kv_write import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.kv_write, "reference": reference.kv_write}
+IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu.kv_write, "xla": xla.kv_write, "reference": reference.kv_write}
 
 
 def kv_write(

@@ -4,11 +4,13 @@ The compiler is the CUDA plugin of jaxlib. `make test` puts it into a folder of 
 (``gpu-compiler``), so that programs that are not tests do not look for a GPU; tests/conftest.py adds it to the path.
 """
 
+import io
+import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.core.hopper import SHARED_MEMORY
+from pallas_kernels.core.hopper import SHARED_MEMORY, require_hopper
 
 TARGET = Path(__file__).parent / "targets" / "nvidia_h200.txtpb"
 COMPILER = Path(sys.prefix) / "gpu-compiler"
@@ -46,8 +48,31 @@ def on_h200() -> Iterator[None]:
 @contextmanager
 def interpreted(*, detect_races: bool = False) -> Iterator[None]:
     """Runs kernels on the CPU. What is jitted inside must be traced inside."""
+    assert int(os.environ.get("PJRT_NPROC", "0")) >= 4, "a kernel waits for ever with fewer threads than warpgroups"
     with on_h200(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
         yield
+
+
+def has_hopper() -> bool:
+    """Whether JAX runs on a Hopper GPU here."""
+    try:
+        require_hopper()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def evaluate(function: Callable[..., Any], *arguments: Any, detect_races: bool = False) -> Any:
+    """Returns the jitted function's result: run on a Hopper GPU where one is, interpreted elsewhere.
+
+    A race that was asked for is an error: the interpreter only prints it.
+    """
+    if has_hopper():
+        return jax.jit(function)(*arguments)
+    with interpreted(detect_races=detect_races), redirect_stdout(io.StringIO()) as said:
+        result = jax.block_until_ready(jax.jit(function)(*arguments))
+    assert "RACE" not in said.getvalue(), said.getvalue()
+    return result
 
 
 @cache

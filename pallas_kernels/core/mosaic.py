@@ -1,0 +1,111 @@
+"""What the Mosaic GPU kernels share: tiles of shared memory, codes as tensor-core operands, the interpreter's gap."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax._src import config as jax_config  # the interpreter's switch has no public name
+
+
+def is_interpreted() -> bool:
+    """Returns whether kernels traced now run in the interpreter (`plgpu.force_gpu_interpret_mode`)."""
+    return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def tile(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> Any:
+    """Returns shared memory [..., rows, columns] tiled and swizzled as wgmma and the copy engine want it.
+
+    Args:
+      shape: of the memory.
+      dtype: of its elements.
+      columns: the narrowest slice of the last axis that will be taken; all of it unless given.
+    """
+    size = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle((columns or shape[-1]) * size * 8)
+    transforms: Any = (plgpu.TilingTransform, plgpu.SwizzleTransform)  # which pyright takes for abstract
+    tiling, swizzling = transforms
+    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, swizzle // size)), swizzling(swizzle)))
+
+
+class CodePart(NamedTuple):
+    """An equal part of a row's codes as signed bytes: ``code = factor · int8((byte & mask) ^ flip) + bias``."""
+
+    mask: int
+    flip: int
+    factor: float
+    bias: float
+
+
+CODE_PARTS = {
+    8: (CodePart(mask=0xFF, flip=0x80, factor=1.0, bias=128.0),),
+    4: (CodePart(mask=0x0F, flip=0x00, factor=1.0, bias=0.0), CodePart(mask=0xF0, flip=0x80, factor=1 / 16, bias=8.0)),
+}
+"""Parts by bits: the processor converts signed bytes fast, unsigned ones slowly, and shifts no bytes at all."""
+
+
+def widened(codes: jax.Array, bits: int) -> list[jax.Array]:
+    """Returns the `CODE_PARTS` of codes [rows, H · bits / 8] as bfloat16 [rows, H / parts]; every value is exact."""
+    parts = [(codes & part.mask) ^ part.flip if bits == 4 else codes ^ part.flip for part in CODE_PARTS[bits]]
+    return [part.astype(jnp.int8).astype(jnp.bfloat16) for part in parts]
+
+
+def by_part(numbers: tuple[float, ...], shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
+    """Returns float32 of a shape that holds one number along each equal part of an axis."""
+    if len(numbers) == 1:
+        return plgpu.layout_cast(jnp.full(shape, numbers[0], jnp.float32), layout)
+    first, second = numbers
+    index = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+    return jnp.where(index < shape[axis] // 2, jnp.float32(first), jnp.float32(second))
+
+
+def product(rows: int, columns: int, *factors: tuple[Any, Any]) -> jax.Array:
+    """Returns ``Σ left @ right`` [rows, columns] float32 in the WGMMA layout, of bfloat16.
+
+    Args:
+      rows: a multiple of 64.
+      columns: a multiple of 8.
+      *factors: pairs of a left and a right operand, references to shared memory.
+    """
+
+    def multiply(accumulator: Any) -> jax.Array:
+        for left, right in factors:
+            plgpu.wgmma(accumulator, left, right)
+        plgpu.wgmma_wait(0)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((rows, columns), jnp.float32))
+
+
+def product_of_registers(
+    rows: int, columns: int, left_rows: Callable[[int], list[jax.Array]], rights: list[Any]
+) -> jax.Array:
+    """Returns ``Σ left @ right`` like `product`, with left operands that are made in registers, 64 rows at a time.
+
+    Args:
+      rows: a multiple of 64.
+      columns: a multiple of 8.
+      left_rows: makes rows ``i … i + 63`` of each left operand, bfloat16, from i.
+      rights: the right operands, references to shared memory.
+    """
+    starts = range(0, rows, 64)
+    if is_interpreted():  # the interpreter's wgmma takes no left operand in registers
+        parts = [
+            sum(
+                jnp.dot(left, right[...], preferred_element_type=jnp.float32)
+                for left, right in zip(left_rows(i), rights, strict=True)
+            )
+            for i in starts
+        ]
+        return jnp.concatenate(parts)
+
+    def multiply(accumulator: Any) -> jax.Array:
+        for i in starts:
+            for left, right in zip(left_rows(i), rights, strict=True):
+                plgpu.wgmma(accumulator.at[pl.ds(i, 64)], plgpu.layout_cast(left, plgpu.Layout.WGMMA), right)
+            plgpu.wgmma_wait(0)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((rows, columns), jnp.float32))

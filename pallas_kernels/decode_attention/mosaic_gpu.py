@@ -1,0 +1,243 @@
+"""`decode_attention` for Hopper: one launch for all heads of a layer; `program` is what each program of it does."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.core.hopper import SHARED_MEMORY, Device, refuse_unless, require_hopper
+from pallas_kernels.core.launch import configure
+from pallas_kernels.core.mosaic import CODE_PARTS, tile
+from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools, streaming_page_count
+from pallas_kernels.core.quantization import QuantizedArray
+from pallas_kernels.decode_attention.program import Heads, attend
+
+
+@dataclass(frozen=True)
+class Config:
+    """A launch.
+
+    Attributes:
+      block_keys: keys of a block, a multiple of 64 that divides the page or is a multiple of it.
+      stages: blocks in flight, a multiple of ``warpgroups``.
+      warpgroups: those that compute; one more copies.
+      splits: programs that share the pages of a retrieval head.
+    """
+
+    block_keys: int
+    stages: int
+    warpgroups: int
+    splits: int
+
+
+@partial(jax.jit, static_argnames=("sink", "local", "config"))
+def decode_attention(
+    q: jax.Array,
+    kv: LayerKV,
+    tables: PageTables,
+    lengths: jax.Array,
+    selected: jax.Array | None,
+    *,
+    sink: int,
+    local: int,
+    config: Config | None = None,
+) -> jax.Array:
+    """Returns what `pallas_kernels.decode_attention` defines; ``config`` overrides the tuned launch.
+
+    Jitted for its cache: layers of one shape share one kernel, which takes seconds to build.
+
+    Raises:
+      NotImplementedError: on any device but a Hopper GPU, and for what the kernel is not made for.
+    """
+    device = require_hopper()
+    found = pools(kv, tables)
+    batch, num_heads, head_dim = q.shape
+    num_kv_heads = sum(pool.num_kv_heads for _, pool, _, _ in found)
+    group = num_heads // num_kv_heads
+    classes: list[Heads] = []
+    for name, pool, table, heads in found:
+        _refuse(q, pool, group)
+        window = (sink, local) if name == "streaming" else None
+        listed = selected if name == "retrieval" else None
+        pages = (
+            streaming_page_count(sink, local, pool.page_size)
+            if window
+            else (table if listed is None else listed).shape[-1]
+        )
+        config = config or _configure(device, batch, group, pool, pages)
+        # Only the first class is split: streaming heads beside others read a handful of pages.
+        splits = 1 if classes else config.splits
+        classes.append(Heads(name, pool, heads.start, splits, pages, listed is not None, window))
+    assert config is not None
+    queries = q.reshape(batch, num_kv_heads, group, head_dim)
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
+    out = _launch(_scaled(queries, classes[0].pool), kv, tables, lengths, selected, classes, config, group)
+    return _merge(*out, classes[0]).reshape(q.shape)
+
+
+def heuristic(
+    device: Device,
+    batch: int,
+    heads: int,
+    group: int,
+    head_dim: int,
+    page_size: int,
+    bits: tuple[int, int],
+    pages: int,
+) -> Config:
+    """Returns the launch for a shape: one program a multiprocessor, with nearly all of its shared memory.
+
+    Splits depend on nothing that varies with load: as many as make one wave of programs, but one turn for each
+    warpgroup.
+    """
+    block_keys = 64 * 128 // head_dim
+    warpgroups = 2 if bits == (16, 16) or group > 8 else 3  # codes are more work, wide groups take more registers
+    room = SHARED_MEMORY - 16 * 1024 - _fixed_bytes(block_keys, head_dim, bits, warpgroups)
+    depth = max(1, min(4, room // (_stage_bytes(block_keys, head_dim, bits) * warpgroups)))
+    wave = device.multiprocessors // (batch * heads)
+    turns = -(-pages * page_size // (block_keys * warpgroups))
+    return Config(
+        block_keys=block_keys,
+        stages=depth * warpgroups,
+        warpgroups=warpgroups,
+        splits=max(1, min(wave, turns)),
+    )
+
+
+def _configure(device: Device, batch: int, group: int, pool: PagedKV, pages: int) -> Config:
+    heads, size, head_dim, bits = pool.num_kv_heads, pool.page_size, pool.k.shape[-1], _bits(pool)
+    shape = f"batch{batch}_heads{heads}_group{group}_dim{head_dim}_page{size}_k{bits[0]}v{bits[1]}_pages{pages}"
+    default = heuristic(device, batch, heads, group, head_dim, size, bits, pages)
+    return configure("decode_attention", device.kind, shape, default)
+
+
+def _stage_bytes(block_keys: int, head_dim: int, bits: tuple[int, int]) -> int:
+    """Returns the shared memory of one block: keys and values, and their scales and zeros."""
+    return sum(block_keys * (head_dim * bit // 8 + (8 if bit < 16 else 0)) for bit in bits)
+
+
+def _fixed_bytes(block_keys: int, head_dim: int, bits: tuple[int, int], warpgroups: int) -> int:
+    """Returns the shared memory that does not depend on the stages, for a group of up to 16."""
+    widened = block_keys * head_dim * 2 if bits[1] < 16 else 0
+    return warpgroups * (widened + 16 * (head_dim * 4 + block_keys * 2)) + 16 * head_dim * (2 + 2)
+
+
+def _bits(pool: PagedKV) -> tuple[int, int]:
+    k, v = (x.bits if isinstance(x, QuantizedArray) else 16 for x in (pool.k, pool.v))
+    return k, v
+
+
+def _refuse(q: jax.Array, pool: PagedKV, group: int) -> None:
+    """Refuses what the kernel is not made for."""
+    refuse_unless(q.dtype == jnp.bfloat16, f"queries must be bfloat16, not {q.dtype}")
+    for stored in (pool.k, pool.v):
+        if not isinstance(stored, QuantizedArray):
+            refuse_unless(stored.dtype == jnp.bfloat16, f"pages must be bfloat16, int8 or int4, not {stored.dtype}")
+    refuse_unless(q.shape[-1] in (64, 128), f"head_dim must be 64 or 128, not {q.shape[-1]}")
+    refuse_unless(group <= 16, f"at most 16 query heads may share a KV head, not {group}")
+    refuse_unless(pool.page_size in (16, 32, 64, 128), f"page_size must be 16, 32, 64 or 128, not {pool.page_size}")
+
+
+def _scaled(queries: jax.Array, pool: PagedKV) -> jax.Array:
+    """Returns queries [..., H] times the factors of the key codes' parts: powers of two, so nothing is rounded."""
+    if not isinstance(pool.k, QuantizedArray):
+        return queries
+    parts = CODE_PARTS[pool.k.bits]
+    factors = jnp.repeat(jnp.array([part.factor for part in parts], queries.dtype), queries.shape[-1] // len(parts))
+    return queries * factors
+
+
+def _launch(
+    queries: jax.Array,
+    kv: LayerKV,
+    tables: PageTables,
+    lengths: jax.Array,
+    selected: jax.Array | None,
+    classes: list[Heads],
+    config: Config,
+    group: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what the kernel computes of queries [B, K, G padded, H].
+
+    Returns:
+      Outputs [B, K, G, H] bfloat16 of the heads that are not split; those of others are not written.
+      Parts [B, K of the first class, splits, G, H] float32 of the heads that are.
+      The base-2 logarithm [B, K of the first class, splits, G padded] float32 of each part's sum of exponentials.
+    """
+    batch, num_kv_heads, padded, head_dim = queries.shape
+    programs = [batch * heads.pool.num_kv_heads * heads.splits for heads in classes]
+    parts = (batch, classes[0].pool.num_kv_heads, classes[0].splits, group, head_dim)
+
+    def decode_attention(*refs: Any) -> None:
+        *arrays, scratch = refs
+        program = jax.lax.axis_index("program")
+        start = 0
+        for heads, count in zip(classes, programs, strict=True):
+            run = partial(attend, heads, config.stages, group, program - start, *arrays, scratch)
+            pl.when((program >= start) & (program < start + count))(run)
+            start += count
+
+    kernel = plgpu.kernel(
+        decode_attention,
+        out_type=(
+            jax.ShapeDtypeStruct((batch, num_kv_heads, group, head_dim), jnp.bfloat16),
+            jax.ShapeDtypeStruct(parts, jnp.float32),
+            jax.ShapeDtypeStruct((*parts[:3], padded), jnp.float32),
+        ),
+        grid=(sum(programs),),
+        grid_names=("program",),
+        num_threads=config.warpgroups + 1,
+        thread_name="role",
+        scratch_types=[_scratch(config, classes[0].pool, padded, head_dim)],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    listed = jnp.zeros((1, 1, 1), jnp.int32) if selected is None else selected
+    return kernel(queries, kv, tables, lengths, listed)
+
+
+def _scratch(config: Config, pool: PagedKV, padded: int, head_dim: int) -> dict[str, Any]:
+    """Returns the shared memory of a program."""
+    keys, stages, warpgroups, bits = config.block_keys, config.stages, config.warpgroups, _bits(pool)
+    k_columns, v_columns = (head_dim // 2 if bit == 4 else None for bit in bits)  # 4-bit codes have two parts
+    ring = {}
+    for name, stored, bit in (("k", pool.k, bits[0]), ("v", pool.v, bits[1])):
+        if isinstance(stored, QuantizedArray):
+            vector: Any = plgpu.SMEM((stages, keys), jnp.float32)
+            codes = tile((stages, keys, head_dim * bit // 8), jnp.uint8)
+            ring[name] = QuantizedArray(codes=codes, scale=vector, zero=vector, bits=bit)
+        else:
+            ring[name] = tile((stages, keys, head_dim), jnp.bfloat16)
+        copies = keys // min(keys, pool.page_size) * len(jax.tree.leaves(stored))
+        ring[f"{name}_ready"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    return {
+        **ring,
+        "free": plgpu.Barrier(num_barriers=stages),
+        "q": tile((padded, head_dim), jnp.bfloat16, k_columns),
+        "q_ready": plgpu.Barrier(),
+        # Of each warpgroup:
+        "by_query": plgpu.SMEM((warpgroups, padded), jnp.float32),
+        "v_wide": tile((warpgroups, keys, head_dim), jnp.bfloat16, v_columns) if bits[1] < 16 else None,
+        "p": tile((warpgroups, padded, keys), jnp.bfloat16, v_columns and min(v_columns, 64)),
+        # To join them, and to leave:
+        "values": plgpu.SMEM((warpgroups - 1, padded, head_dim), jnp.float32),
+        "vectors": plgpu.SMEM((warpgroups - 1, 4, padded), jnp.float32),
+        "joined": plgpu.Barrier(num_arrivals=warpgroups - 1),
+        "out": plgpu.SMEM((padded, head_dim), jnp.bfloat16),
+        "part": plgpu.SMEM((padded, head_dim), jnp.float32),
+        "scale": plgpu.SMEM((padded,), jnp.float32),
+    }
+
+
+def _merge(whole: jax.Array, parts: jax.Array, scale: jax.Array, heads: Heads) -> jax.Array:
+    """Returns outputs [B, K, G, H] with the split heads' parts joined: a softmax over the parts' scales."""
+    if heads.splits == 1:
+        return whole
+    scale = scale[..., : parts.shape[3], None]
+    # To base 2: a factor log(2) that XLA fuses into the difference leaves a residue of 1e22 where no key was seen.
+    weights = jnp.exp2(scale - jnp.max(scale, axis=2, keepdims=True))
+    joined = (jnp.sum(parts * weights, axis=2) / jnp.sum(weights, axis=2)).astype(whole.dtype)
+    return jnp.concatenate([joined, whole[:, heads.pool.num_kv_heads :]], axis=1)
