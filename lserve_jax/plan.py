@@ -1,5 +1,6 @@
 """What a model, a context and a sparsity policy need in memory, known before anything is loaded."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,10 @@ class PoolSizes:
         decode = streaming_pages(attention.sink, attention.local, steps_per_call, attention.page_size)
         prefill = streaming_pages(attention.sink, window, prefill_chunk, attention.page_size)
         streaming = (slots - 1) * min(decode, every) + min(max(prefill, decode), every)
-        return cls(retrieval=slots * every, streaming=streaming)
+        # Kernels copy key statistics eight rows at a time: where a page has fewer, the pool holds whole eights.
+        subs = attention.page_size // attention.sub_page_size
+        unit = max(8 // math.gcd(8, heads * subs) for heads in config.num_retrieval)
+        return cls(retrieval=-(-slots * every // unit) * unit, streaming=streaming)
 
 
 @dataclass(frozen=True, kw_only=True)

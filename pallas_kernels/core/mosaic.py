@@ -30,6 +30,14 @@ def tile(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling((8, swizzle // size)), swizzling(swizzle)))
 
 
+def channel_a_thread(channels: int) -> Any:
+    """Returns the layout of rows [..., 64 or 128] whose reduction over rows stays within a thread."""
+    repeats = () if channels == 128 else (plgpu.Replicated(128 // channels),)
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((channels,), (channels // 4,), (1,))), warp_dims=(-3,), lane_dims=(*repeats, -2), vector_dim=-1
+    )
+
+
 class CodePart(NamedTuple):
     """An equal part of a row's codes as signed bytes: ``code = factor · int8((byte & mask) ^ flip) + bias``."""
 

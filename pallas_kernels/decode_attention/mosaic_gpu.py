@@ -1,7 +1,7 @@
 """`decode_attention` for Hopper: one launch for all heads of a layer; `program` is what each program of it does."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.core.hopper import SHARED_MEMORY, Device, refuse_unless, require_hopper
 from pallas_kernels.core.launch import configure
-from pallas_kernels.core.mosaic import CODE_PARTS, tile
+from pallas_kernels.core.mosaic import channel_a_thread, tile
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools, streaming_page_count
 from pallas_kernels.core.quantization import QuantizedArray
 from pallas_kernels.decode_attention.program import Heads, attend
@@ -71,12 +71,11 @@ def decode_attention(
         config = config or _configure(device, batch, group, pool, pages)
         # Only the first class is split: streaming heads beside others read a handful of pages.
         splits = 1 if classes else config.splits
-        classes.append(Heads(name, pool, heads.start, splits, pages, listed is not None, window))
+        classes.append(Heads(name, pool, heads.start, group, splits, pages, listed is not None, window))
     assert config is not None
     queries = q.reshape(batch, num_kv_heads, group, head_dim)
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
-    out = _launch(_scaled(queries, classes[0].pool), kv, tables, lengths, selected, classes, config, group)
-    return _merge(*out, classes[0]).reshape(q.shape)
+    whole, parts, scale = _launch(queries, kv, tables, lengths, selected, classes, config)
+    return (whole if config.splits == 1 else _merge(whole, parts, scale)).reshape(q.shape)
 
 
 def heuristic(
@@ -92,7 +91,7 @@ def heuristic(
     """Returns the launch for a shape: one program a multiprocessor, with nearly all of its shared memory.
 
     Splits depend on nothing that varies with load: as many as make one wave of programs, but one turn for each
-    warpgroup.
+    warpgroup, and few enough to join.
     """
     block_keys = 64 * 128 // head_dim
     warpgroups = 2 if bits == (16, 16) or group > 8 else 3  # codes are more work, wide groups take more registers
@@ -104,7 +103,7 @@ def heuristic(
         block_keys=block_keys,
         stages=depth * warpgroups,
         warpgroups=warpgroups,
-        splits=max(1, min(wave, turns)),
+        splits=max(1, min(wave, turns, 32)),
     )
 
 
@@ -123,7 +122,7 @@ def _stage_bytes(block_keys: int, head_dim: int, bits: tuple[int, int]) -> int:
 def _fixed_bytes(block_keys: int, head_dim: int, bits: tuple[int, int], warpgroups: int) -> int:
     """Returns the shared memory that does not depend on the stages, for a group of up to 16."""
     widened = block_keys * head_dim * 2 if bits[1] < 16 else 0
-    return warpgroups * (widened + 16 * (head_dim * 4 + block_keys * 2)) + 16 * head_dim * (2 + 2)
+    return warpgroups * (widened + 16 * (head_dim * 6 + block_keys * 2)) + 16 * head_dim * (2 + 2)
 
 
 def _bits(pool: PagedKV) -> tuple[int, int]:
@@ -142,15 +141,6 @@ def _refuse(q: jax.Array, pool: PagedKV, group: int) -> None:
     refuse_unless(pool.page_size in (16, 32, 64, 128), f"page_size must be 16, 32, 64 or 128, not {pool.page_size}")
 
 
-def _scaled(queries: jax.Array, pool: PagedKV) -> jax.Array:
-    """Returns queries [..., H] times the factors of the key codes' parts: powers of two, so nothing is rounded."""
-    if not isinstance(pool.k, QuantizedArray):
-        return queries
-    parts = CODE_PARTS[pool.k.bits]
-    factors = jnp.repeat(jnp.array([part.factor for part in parts], queries.dtype), queries.shape[-1] // len(parts))
-    return queries * factors
-
-
 def _launch(
     queries: jax.Array,
     kv: LayerKV,
@@ -159,16 +149,15 @@ def _launch(
     selected: jax.Array | None,
     classes: list[Heads],
     config: Config,
-    group: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns what the kernel computes of queries [B, K, G padded, H].
+    """Returns what the kernel computes of queries [B, K, G, H].
 
     Returns:
       Outputs [B, K, G, H] bfloat16 of the heads that are not split; those of others are not written.
       Parts [B, K of the first class, splits, G, H] float32 of the heads that are.
       The base-2 logarithm [B, K of the first class, splits, G padded] float32 of each part's sum of exponentials.
     """
-    batch, num_kv_heads, padded, head_dim = queries.shape
+    batch, _, group, head_dim = queries.shape
     programs = [batch * heads.pool.num_kv_heads * heads.splits for heads in classes]
     parts = (batch, classes[0].pool.num_kv_heads, classes[0].splits, group, head_dim)
 
@@ -177,30 +166,31 @@ def _launch(
         program = jax.lax.axis_index("program")
         start = 0
         for heads, count in zip(classes, programs, strict=True):
-            run = partial(attend, heads, config.stages, group, program - start, *arrays, scratch)
+            run = partial(attend, heads, config.stages, program - start, *arrays, scratch)
             pl.when((program >= start) & (program < start + count))(run)
             start += count
 
     kernel = plgpu.kernel(
         decode_attention,
         out_type=(
-            jax.ShapeDtypeStruct((batch, num_kv_heads, group, head_dim), jnp.bfloat16),
+            jax.ShapeDtypeStruct(queries.shape, jnp.bfloat16),
             jax.ShapeDtypeStruct(parts, jnp.float32),
-            jax.ShapeDtypeStruct((*parts[:3], padded), jnp.float32),
+            jax.ShapeDtypeStruct((*parts[:3], _padded(group)), jnp.float32),
         ),
         grid=(sum(programs),),
         grid_names=("program",),
         num_threads=config.warpgroups + 1,
         thread_name="role",
-        scratch_types=[_scratch(config, classes[0].pool, padded, head_dim)],
+        scratch_types=[_scratch(config, classes[0].pool, group, head_dim)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     listed = jnp.zeros((1, 1, 1), jnp.int32) if selected is None else selected
     return kernel(queries, kv, tables, lengths, listed)
 
 
-def _scratch(config: Config, pool: PagedKV, padded: int, head_dim: int) -> dict[str, Any]:
+def _scratch(config: Config, pool: PagedKV, group: int, head_dim: int) -> dict[str, Any]:
     """Returns the shared memory of a program."""
+    padded = _padded(group)
     keys, stages, warpgroups, bits = config.block_keys, config.stages, config.warpgroups, _bits(pool)
     k_columns, v_columns = (head_dim // 2 if bit == 4 else None for bit in bits)  # 4-bit codes have two parts
     ring = {}
@@ -216,9 +206,10 @@ def _scratch(config: Config, pool: PagedKV, padded: int, head_dim: int) -> dict[
     return {
         **ring,
         "free": plgpu.Barrier(num_barriers=stages),
-        "q": tile((padded, head_dim), jnp.bfloat16, k_columns),
+        "q": plgpu.SMEM((padded, head_dim), jnp.bfloat16),
         "q_ready": plgpu.Barrier(),
         # Of each warpgroup:
+        "q_tile": tile((warpgroups, padded, head_dim), jnp.bfloat16, k_columns),
         "by_query": plgpu.SMEM((warpgroups, padded), jnp.float32),
         "v_wide": tile((warpgroups, keys, head_dim), jnp.bfloat16, v_columns) if bits[1] < 16 else None,
         "p": tile((warpgroups, padded, keys), jnp.bfloat16, v_columns and min(v_columns, 64)),
@@ -232,12 +223,29 @@ def _scratch(config: Config, pool: PagedKV, padded: int, head_dim: int) -> dict[
     }
 
 
-def _merge(whole: jax.Array, parts: jax.Array, scale: jax.Array, heads: Heads) -> jax.Array:
-    """Returns outputs [B, K, G, H] with the split heads' parts joined: a softmax over the parts' scales."""
-    if heads.splits == 1:
-        return whole
-    scale = scale[..., : parts.shape[3], None]
-    # To base 2: a factor log(2) that XLA fuses into the difference leaves a residue of 1e22 where no key was seen.
-    weights = jnp.exp2(scale - jnp.max(scale, axis=2, keepdims=True))
-    joined = (jnp.sum(parts * weights, axis=2) / jnp.sum(weights, axis=2)).astype(whole.dtype)
-    return jnp.concatenate([joined, whole[:, heads.pool.num_kv_heads :]], axis=1)
+def _padded(group: int) -> int:
+    """Returns the columns of wgmma that a query group takes."""
+    return -(-group // 8) * 8
+
+
+def _merge(whole: jax.Array, parts: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns outputs [B, K, G, H] with the split heads' parts joined, a softmax over their scales, in place.
+
+    A kernel of its own, with a program for each query head: XLA would make three of it.
+    """
+    batch, num_heads, splits, group, head_dim = parts.shape
+    out = jax.new_ref(whole)
+
+    def decode_attention_merge(parts_gmem: Any, scale_gmem: Any) -> None:
+        b, head, g = (jax.lax.axis_index(axis) for axis in ("b", "head", "g"))
+        scales = [scale_gmem[b, head, split, g] for split in range(splits)]
+        layout = channel_a_thread(head_dim)
+        values = [
+            plgpu.load(parts_gmem.at[b, head, split, g], layout=layout, optimized=False) for split in range(splits)
+        ]
+        weights = [jnp.exp2(x - reduce(jnp.maximum, scales)) for x in scales]
+        joined = reduce(jnp.add, [x * weight for x, weight in zip(values, weights, strict=True)])
+        out[b, head, g] = (joined / reduce(jnp.add, weights)).astype(out.dtype)
+
+    plgpu.kernel(decode_attention_merge, grid=(batch, num_heads, group), grid_names=("b", "head", "g"))(parts, scale)
+    return jax.freeze(out)

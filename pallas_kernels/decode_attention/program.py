@@ -42,6 +42,7 @@ class Heads(NamedTuple):
       name: "retrieval" or "streaming".
       pool: shapes of the pages.
       first: the first of the KV heads.
+      group: query heads of each.
       splits: programs that share the pages of one head.
       pages: most pages that one head reads.
       has_list: pages come from a list, not in their natural order.
@@ -51,6 +52,7 @@ class Heads(NamedTuple):
     name: str
     pool: PagedKV
     first: int
+    group: int
     splits: int
     pages: int
     has_list: bool
@@ -113,7 +115,6 @@ def _share(heads: Heads, listed: Any, length: jax.Array, split: jax.Array, block
 def attend(
     heads: Heads,
     stages: int,
-    group: int,
     program: jax.Array,
     q_gmem: Any,
     kv_gmem: LayerKV,
@@ -136,7 +137,8 @@ def attend(
 
     @pl.when(role == warpgroups)
     def _copy() -> None:
-        plgpu.copy_gmem_to_smem(q_gmem.at[b, heads.first + head], scratch["q"], scratch["q_ready"])
+        rows = scratch["q"].at[pl.ds(0, heads.group)]
+        plgpu.copy_gmem_to_smem(q_gmem.at[b, heads.first + head], rows, scratch["q_ready"])
         pool, table = getattr(kv_gmem, heads.name), getattr(tables_gmem, heads.name)
         _copy_blocks(heads, share, stages, pool, table.at[b], head, scratch)
 
@@ -144,7 +146,7 @@ def attend(
     def _compute() -> None:
         plgpu.barrier_wait(scratch["q_ready"])
         state = _attend_blocks(heads, share, stages, role, scratch)
-        store = partial(_store, scratch=scratch, group=group)
+        store = partial(_store, heads, scratch)
         if heads.splits > 1:
             store = partial(store, out_gmem=part_gmem.at[b, head, split], scale_gmem=scale_gmem.at[b, head, split])
         else:
@@ -182,9 +184,9 @@ def _copy_blocks(
 def _attend_blocks(heads: Heads, share: _Share, stages: int, role: jax.Array, scratch: dict[str, Any]) -> "_Softmax":
     """Returns what warpgroup ``role`` makes of every ``warpgroups``-th block of a share."""
     warpgroups = scratch["p"].shape[0]
-    own = {name: scratch[name].at[role] for name in ("p", "by_query", "v_wide") if scratch[name] is not None}
-    own = scratch | own
-    sums = _query_sums(own)
+    private = ("q_tile", "p", "by_query", "v_wide")
+    own = scratch | {name: scratch[name].at[role] for name in private if scratch[name] is not None}
+    sums = _prepare_queries(heads, own)
 
     def attend_block(turn: jax.Array, state: _Softmax) -> _Softmax:
         block = role + turn * warpgroups
@@ -288,23 +290,29 @@ def _hide_values(
         values[slot] = jnp.where(_is_visible(rows.shape, starts, heads, share), rows, jnp.bfloat16(0))
 
 
-def _query_sums(scratch: dict[str, Any]) -> tuple[jax.Array, jax.Array] | None:
-    """Returns Σ_d q_d and Σ_d q_d bias_d [G padded], of the queries that `mosaic_gpu._scaled` scaled."""
-    if not isinstance(scratch["k"], QuantizedArray):
-        return None
-    parts = CODE_PARTS[scratch["k"].bits]
+def _prepare_queries(heads: Heads, scratch: dict[str, Any]) -> tuple[jax.Array, jax.Array] | None:
+    """Makes a wgmma operand of the queries, and returns Σ_d q_d and Σ_d q_d bias_d [G padded] for quantised keys.
+
+    Rows past the group become zero. The factors of key codes are multiplied in: powers of two, which round nothing.
+    """
+    shape = scratch["q"].shape
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_BY_ROW)
     queries = plgpu.load(scratch["q"], layout=_BY_ROW).astype(jnp.float32)
+    queries = jnp.where(row < heads.group, queries, 0.0)
+    parts = CODE_PARTS[scratch["k"].bits] if isinstance(scratch["k"], QuantizedArray) else ()
     sums = []
-    for numbers in ([1 / part.factor for part in parts], [part.bias / part.factor for part in parts]):
-        weighted = queries * by_part(tuple(numbers), queries.shape, 1, _BY_ROW)
-        scratch["by_query"][...] = jnp.sum(weighted, axis=1)
+    for numbers in ([1.0] * len(parts), [part.bias for part in parts]) if parts else ():
+        scratch["by_query"][...] = jnp.sum(queries * by_part(tuple(numbers), shape, 1, _BY_ROW), axis=1)
         sums.append(plgpu.load(scratch["by_query"], layout=_BY_QUERY))
-    return sums[0], sums[1]
+    factors = tuple(part.factor for part in parts) or (1.0,)
+    scratch["q_tile"][...] = (queries * by_part(factors, shape, 1, _BY_ROW)).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    return (sums[0], sums[1]) if parts else None
 
 
 def _scores(scratch: dict[str, Any], slot: jax.Array, sums: tuple[jax.Array, jax.Array] | None) -> jax.Array:
     """Returns base-2 logits [keys, G padded] of a block."""
-    keys, queries = scratch["k"], scratch["q"]
+    keys, queries = scratch["k"], scratch["q_tile"]
     (padded, head_dim), rows = queries.shape, scratch["p"].shape[1]
     factor = math.log2(math.e) / math.sqrt(head_dim)
     if sums is None:
@@ -377,7 +385,7 @@ def _join(state: _Softmax, scratch: dict[str, Any], role: jax.Array, store: Call
         store(joined)
 
 
-def _store(state: _Softmax, scratch: dict[str, Any], group: int, out_gmem: Any, scale_gmem: Any | None) -> None:
+def _store(heads: Heads, scratch: dict[str, Any], state: _Softmax, out_gmem: Any, scale_gmem: Any | None) -> None:
     """Writes the outputs of the real queries (zeros where no key was seen), and a part's scale.
 
     The scale is the base-2 logarithm of the sum of exponentials: what a part counts for among the others of its head.
@@ -395,7 +403,7 @@ def _store(state: _Softmax, scratch: dict[str, Any], group: int, out_gmem: Any, 
     if scale_gmem is not None:
         scratch["scale"][...] = jnp.where(state.total > 0, state.maximum + jnp.log2(total), _HIDDEN)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, group)], out_gmem)
+    plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, heads.group)], out_gmem)
     if scale_gmem is not None:
         plgpu.copy_smem_to_gmem(scratch["scale"], scale_gmem)
     plgpu.wait_smem_to_gmem(0)

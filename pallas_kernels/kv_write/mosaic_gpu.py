@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.core.hopper import refuse_unless, require_hopper
 from pallas_kernels.core.launch import configure
-from pallas_kernels.core.mosaic import is_interpreted
+from pallas_kernels.core.mosaic import channel_a_thread, is_interpreted
 from pallas_kernels.core.paging import LayerKV, PageTables, pools
 from pallas_kernels.core.quantization import _SMALLEST_RELATIVE_SCALE, QuantizedArray
 
@@ -157,7 +157,7 @@ def _write_chunk(
     rows, copied = config.rows, min(config.rows, tokens)
     tiles = (tokens + rows - 2) // rows + 1
     step = min(rows, 32)  # at a time in registers
-    layout, by_channel = _rows_a_warp(step, head_dim // 2), _channel_a_thread(head_dim)
+    layout, by_channel = _rows_a_warp(step, head_dim // 2), channel_a_thread(head_dim)
 
     def kernel(
         k_gmem: Any,
@@ -262,17 +262,6 @@ def _rows_a_warp(rows: int, columns: int) -> Any:
         plgpu.Tiling(((_WARPS * rows_a_warp, columns), (rows_a_warp, columns), (vector,))),
         warp_dims=(-5,),
         lane_dims=(-3, -2),
-        vector_dim=-1,
-    )
-
-
-def _channel_a_thread(channels: int) -> Any:
-    """The layout of rows of 64 or 128 channels whose reduction over rows stays within a thread."""
-    repeats = () if channels == _WARPS * _LANES else (plgpu.Replicated(_WARPS * _LANES // channels),)
-    return plgpu.Layout.TILED(
-        plgpu.Tiling(((channels,), (channels // _WARPS,), (1,))),
-        warp_dims=(-3,),
-        lane_dims=(*repeats, -2),
         vector_dim=-1,
     )
 

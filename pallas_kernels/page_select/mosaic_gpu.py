@@ -1,0 +1,530 @@
+"""`page_select` for Hopper: a kernel scores the pages, another one chooses among the scores.
+
+Scoring. A program takes every n-th tile of one sequence: the statistics of a few pages and some KV heads, a row of
+shared memory for each sub-page. ``max(q·k_max, q·k_min)`` of one channel is ``max(q, 0)·k_max + min(q, 0)·k_min``, so
+two products on tensor cores bound all rows for the queries of all heads of the tile; each row keeps its own head's.
+Copies begin and end at multiples of eight rows, around those of a page that are not.
+
+Choosing. The pages that nobody may leave out frame the list: only those between are ranked. Scores are stored as
+integers that compare alike. Bisection finds the last one that is chosen, and running counts of chosen pages tell which
+page each entry of the list is. Lists are updated in place (see `kv_write`): where no selection is due, nothing is done.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.core.hopper import Device, refuse_unless, require_hopper
+from pallas_kernels.core.launch import configure
+from pallas_kernels.core.mosaic import product, tile
+from pallas_kernels.core.paging import NO_PAGE, PagedKV
+
+_ROWS = 64
+"""Rows of a tile: those of one wgmma."""
+
+_CHUNKS, _CHUNK = 128, 16
+"""Ranked pages are counted in blocks of chunks, a chunk a thread."""
+
+_BLOCK = _CHUNKS * _CHUNK
+
+_LEAST = jnp.iinfo(jnp.int32).min
+_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+_COALESCED = plgpu.Layout.TILED(plgpu.Tiling(((512,), (128,), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+"""[block]: neighbouring threads hold neighbouring pages."""
+
+_BY_CHUNK = plgpu.Layout.TILED(plgpu.Tiling(((_CHUNKS, 4), (32, 4))), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
+"""[chunks, pages of a chunk]: a thread holds a whole chunk."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A launch of the scoring kernel: the programs that share a sequence, and the tiles that each has in flight."""
+
+    splits: int
+    stages: int
+
+
+class _Shape(NamedTuple):
+    """What both kernels are made for: sizes of the op's arrays, and its options."""
+
+    num_heads: int
+    group: int
+    head_dim: int
+    page_size: int
+    subs: int
+    max_pages: int
+    width: int
+    num_selected: int
+    interval: int
+    sink_pages: int
+    reduction: str
+
+    @property
+    def heads(self) -> int:
+        """KV heads of a tile: as many as reads the fewest rows, and of those as many as can be, up to 64 queries."""
+        fitting = [
+            n
+            for n in range(1, self.num_heads + 1)
+            if self.num_heads % n == 0 and _window(n * self.subs) <= _ROWS and (n == 1 or n * self.group <= 64)
+        ]
+        return min(fitting, key=lambda n: (_window(n * self.subs) / n, -n))
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile that one page takes."""
+        return _window(self.heads * self.subs)
+
+    @property
+    def pages(self) -> int:
+        """Pages of a tile."""
+        return _ROWS // self.rows
+
+    @property
+    def columns(self) -> int:
+        """Queries of a tile, with padding: a layout of registers wants whole tiles for each warp."""
+        return _rounded(self.heads * self.group, 32 * 64 // self.head_dim)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of scores of one head."""
+        return -(-self.max_pages // _BLOCK)
+
+    def end_of_ranked(self, held: jax.Array) -> jax.Array:
+        """Returns the first page after those that are ranked: the first recent one; 0 where all pages are selected."""
+        recent = jax.lax.div(jnp.maximum(held - self.interval, 0), jnp.int32(self.page_size))
+        return jnp.where(held > self.num_selected * self.page_size, recent, 0)
+
+
+def _rounded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _window(count: int) -> int:
+    """Returns the rows from a multiple of eight to another one that hold ``count`` rows from any multiple of it on."""
+    return _rounded(count + 8 - math.gcd(count, 8), 8)
+
+
+def _aligned(first: jax.Array, count: int) -> tuple[jax.Array, jax.Array | int]:
+    """Returns the first row of the window that holds ``count`` rows from ``first`` on, and their place in it."""
+    if count % 8 == 0:
+        return pl.multiple_of(first, 8), 0
+    offset = first % 8
+    return pl.multiple_of(first - offset, 8), offset
+
+
+def heuristic(batch: int, shape: _Shape, device: Device) -> Config:
+    """Returns 64 KB in flight a program, so that three share a multiprocessor, and programs for all multiprocessors.
+
+    Of a batch only some sequences select at a step: each gets no fewer than 32 programs, where it has tiles for them.
+    """
+    sequences = batch * (shape.num_heads // shape.heads)
+    tiles = -(-shape.max_pages // shape.pages)
+    splits = min(max(3 * device.multiprocessors // sequences, 32), tiles)
+    return Config(splits=splits, stages=2 * 128 // shape.head_dim)
+
+
+@partial(jax.jit, static_argnames=("num_selected", "interval", "sink_pages", "reduction"))
+def page_select(
+    q: jax.Array,
+    pages: PagedKV,
+    table: jax.Array,
+    lengths: jax.Array,
+    previous: jax.Array,
+    is_refresh: jax.Array,
+    *,
+    num_selected: int,
+    interval: int,
+    sink_pages: int,
+    reduction: str,
+) -> jax.Array:
+    """Returns what `pallas_kernels.page_select` defines.
+
+    Jitted for its cache: layers of one shape share the kernels, which take a second or two to build.
+
+    Raises:
+      NotImplementedError: on any device but a Hopper GPU, and for shapes and dtypes that the kernels are not made for.
+    """
+    device = require_hopper()
+    k_min, k_max = pages.k_min, pages.k_max
+    assert k_min is not None and k_max is not None
+    num_pages, num_heads, subs, head_dim = k_min.shape
+    for name, dtype in (("queries", q.dtype), ("key statistics", k_min.dtype)):
+        refuse_unless(dtype == jnp.bfloat16, f"{name} must be bfloat16, not {dtype}")
+    refuse_unless(head_dim in (64, 128), f"{head_dim=} must be 64 or 128")
+    refuse_unless(_window(subs) <= _ROWS, f"{subs} sub-pages of a page: at most {_ROWS}")
+    refuse_unless(q.shape[1] // num_heads <= 128, f"{q.shape[1] // num_heads} query heads of a KV head: at most 128")
+    refuse_unless(num_selected < 2**15, f"{num_selected=} must be less than {2**15}")
+    rows = num_pages * num_heads * subs
+    refuse_unless(
+        rows % 8 == 0 and rows < 2**31, f"pools must be of 8n sub-pages and heads, less than {2**31}, not {rows}"
+    )
+    shape = _Shape(
+        num_heads=num_heads,
+        group=q.shape[1] // num_heads,
+        head_dim=head_dim,
+        page_size=pages.page_size,
+        subs=subs,
+        max_pages=table.shape[1],
+        width=previous.shape[2],
+        num_selected=num_selected,
+        interval=interval,
+        sink_pages=sink_pages,
+        reduction=reduction,
+    )
+    # Tokens of the sequences that select, 0 for the others; the same for all layers of a step.
+    held = jnp.where(is_refresh, lengths, 0)
+    keys = None
+    if shape.max_pages > num_selected:
+        batch = q.shape[0]
+        size = f"B{batch}_K{num_heads}_G{shape.group}_H{head_dim}_subs{subs}_pages{shape.max_pages}"
+        config = configure("page_select", device.kind, size, heuristic(batch, shape, device))
+        keys = _score(q, k_min, k_max, table, held, shape, config)
+    selected = jax.new_ref(previous)
+    _choose(selected, held, keys, shape)
+    return jax.freeze(selected)
+
+
+def _score(
+    q: jax.Array,
+    k_min: jax.Array,
+    k_max: jax.Array,
+    table: jax.Array,
+    held: jax.Array,
+    shape: _Shape,
+    config: Config,
+) -> jax.Array:
+    """Returns the scores of ranked pages as order keys [B, K, blocks · block] int32; others are not written."""
+    batch, _, head_dim = q.shape
+    groups, page_rows = shape.num_heads // shape.heads, shape.num_heads * shape.subs
+    q = q.reshape(batch * groups, shape.heads * shape.group, head_dim)
+    q = jnp.pad(q, ((0, 0), (0, shape.columns - q.shape[1]), (0, 0)))
+
+    def score(
+        held_gmem: Any, table_gmem: Any, q_gmem: Any, low_gmem: Any, high_gmem: Any, keys_gmem: Any, **scratch: Any
+    ) -> None:
+        b, heads, split = (jax.lax.axis_index(name) for name in ("sequence", "heads", "split"))
+        end = shape.end_of_ranked(held_gmem[b])
+        tiles = pl.cdiv(pl.cdiv(end, shape.pages) - split, config.splits)
+        first_head = heads * shape.heads
+
+        def windows(i: jax.Array) -> list[tuple[jax.Array, jax.Array | int]]:
+            """Where the statistics of the i-th tile's pages are. Pages after the last one are that one again."""
+            first = (split + i * config.splits) * shape.pages
+            pages = [table_gmem[b, jnp.minimum(first + n, end - 1)] for n in range(shape.pages)]
+            return [_aligned(page * page_rows + first_head * shape.subs, shape.heads * shape.subs) for page in pages]
+
+        def fetch(i: jax.Array) -> None:
+            """Starts copying the i-th tile."""
+            slot = i % config.stages
+            for n, (start, _) in enumerate(windows(i)):
+                target = pl.ds(n * shape.rows, shape.rows)
+                for statistics_gmem, name in ((low_gmem, "low"), (high_gmem, "high")):
+                    source = statistics_gmem.at[pl.ds(start, shape.rows)]
+                    plgpu.copy_gmem_to_smem(source, scratch[name].at[slot, target], scratch["ready"].at[slot])
+
+        @pl.when(tiles > 0)
+        def _work() -> None:
+            first_query = pl.multiple_of((b * groups + heads) * shape.columns, shape.columns)
+            queries = q_gmem.at[pl.ds(first_query, shape.columns)]
+            plgpu.copy_gmem_to_smem(queries, scratch["rising"], scratch["q_ready"])
+            for i in range(config.stages):
+                pl.when(i < tiles)(lambda i=i: fetch(jnp.int32(i)))
+            plgpu.barrier_wait(scratch["q_ready"])
+            _split_by_sign(scratch["rising"], scratch["falling"])
+
+            @pl.loop(0, tiles)
+            def _score_tile(i: jax.Array) -> None:
+                slot = i % config.stages
+                plgpu.barrier_wait(scratch["ready"].at[slot])
+                rising, falling = (scratch[name].transpose((1, 0)) for name in ("rising", "falling"))
+                factors = (scratch["high"].at[slot], rising), (scratch["low"].at[slot], falling)
+                bounds = product(_ROWS, shape.columns, *factors)
+                first_rows = [n * shape.rows + offset for n, (_, offset) in enumerate(windows(i))]
+                scores = _page_scores(bounds, first_rows, scratch["bounds"], shape)
+                pl.when(i + config.stages < tiles)(lambda: fetch(i + config.stages))
+                scratch["keys"][...] = _order_key(scores)
+                first = (split + i * config.splits) * shape.pages
+                for n, row in enumerate(first_rows):
+                    for head in range(shape.heads):
+                        keys_gmem[b, first_head + head, first + n] = scratch["keys"][row + head * shape.subs]
+
+    scratch = {
+        "rising": tile((shape.columns, head_dim), q.dtype),
+        "falling": tile((shape.columns, head_dim), q.dtype),
+        "low": tile((config.stages, _ROWS, head_dim), k_min.dtype),
+        "high": tile((config.stages, _ROWS, head_dim), k_max.dtype),
+        "bounds": plgpu.SMEM((2 * _ROWS,), jnp.float32),
+        "keys": plgpu.SMEM((_ROWS,), jnp.int32),
+        "q_ready": plgpu.Barrier(),
+        "ready": plgpu.Barrier(num_arrivals=2 * shape.pages, num_barriers=config.stages),
+    }
+    rows = [x.reshape(-1, head_dim) for x in (q, k_min, k_max)]
+    return plgpu.kernel(
+        score,
+        out_type=jax.ShapeDtypeStruct((batch, shape.num_heads, shape.blocks * _BLOCK), jnp.int32),
+        scratch_types=scratch,
+        grid=(config.splits, groups, batch),
+        grid_names=("split", "heads", "sequence"),
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),  # a third program fits
+        kernel_name="page_select_score",
+    )(held, table, *rows)
+
+
+def _split_by_sign(q_smem: Any, falling_smem: Any) -> None:
+    """Leaves ``max(q, 0)`` where q was and puts ``min(q, 0)`` beside it."""
+    q = plgpu.load(q_smem, layout=plgpu.Layout.SMEM_GMEM_COPY(q_smem.shape, q_smem.dtype, 128))
+    zero = jnp.zeros((), q.dtype)
+    q_smem[...] = jnp.maximum(q, zero)
+    falling_smem[...] = jnp.minimum(q, zero)
+    plgpu.commit_smem()
+
+
+def _page_scores(bounds: jax.Array, first_rows: list[Any], bounds_smem: Any, shape: _Shape) -> jax.Array:
+    """Returns scores [rows], right in the first row of each page and head, from bounds [rows, queries].
+
+    Other rows may hold anything.
+
+    Args:
+      bounds: in the WGMMA layout.
+      first_rows: of each page.
+      bounds_smem: [2 · rows] float32.
+      shape: sizes.
+    """
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, bounds.shape, axis, layout=plgpu.Layout.WGMMA) for axis in range(2)
+    )
+    local = row - first_rows[0]
+    for n, first_row in enumerate(first_rows[1:], 1):
+        local = jnp.where(row >= n * shape.rows, row - first_row, local)
+    member = column - jax.lax.div(local, jnp.int32(shape.subs)) * shape.group
+    if shape.reduction == "max":
+        return _max_over_subs(jnp.where((member >= 0) & (member < shape.group), bounds, -jnp.inf), bounds_smem, shape)
+    best = [
+        _max_over_subs(jnp.where(member == query, bounds, -jnp.inf), bounds_smem, shape) for query in range(shape.group)
+    ]
+    return sum(best[1:], start=best[0]) * (1 / shape.group)
+
+
+def _max_over_subs(bounds: jax.Array, bounds_smem: Any, shape: _Shape) -> jax.Array:
+    """Returns for each row the maximum [rows] of it and the rows that follow, as many as a page has sub-pages."""
+    best = plgpu.layout_cast(jnp.max(bounds, axis=1), _BY_ROW)
+    bounds_smem[pl.ds(0, _ROWS)] = best
+    for sub in range(1, shape.subs):
+        best = jnp.maximum(best, plgpu.load(bounds_smem.at[pl.ds(sub, _ROWS)], layout=_BY_ROW))
+    return best
+
+
+def _order_key(scores: jax.Array) -> jax.Array:
+    """Returns integers that compare as the scores do; zeros of either sign are equal."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def _choose(selected_gmem: Any, held: jax.Array, keys: jax.Array | None, shape: _Shape) -> None:
+    """Writes the page lists [B, K, width] of the sequences that select."""
+    batch = held.shape[0]
+    slots = _rounded(shape.width, 128)
+
+    def choose(held_gmem: Any, *keys_gmem: Any, **scratch: Any) -> None:
+        b, head = (jax.lax.axis_index(name) for name in ("sequence", "head"))
+        tokens = held_gmem[b]
+        end = shape.end_of_ranked(tokens)
+        slot = plgpu.broadcasted_iota(jnp.int32, (slots,), 0, layout=plgpu.Layout.WG_STRIDED((slots,), vec_size=1))
+
+        def write(pages: jax.Array) -> None:
+            """Writes a list. After the last page come those that tokens until the next selection will begin."""
+            is_reached = (pages * shape.page_size < tokens + (shape.interval - 1)) & (pages < shape.max_pages)
+            scratch["pages"][...] = jnp.where(is_reached, pages, NO_PAGE)
+
+            @pl.loop(0, shape.width)
+            def _copy(i: jax.Array) -> None:
+                selected_gmem[b, head, i] = scratch["pages"][i]
+
+        @pl.when((tokens > 0) & (end == 0))
+        def _every_page() -> None:
+            write(slot)
+
+        if keys_gmem:
+
+            @pl.when(end > 0)
+            def _best_pages() -> None:
+                free = shape.num_selected - shape.sink_pages - (pl.cdiv(tokens, shape.page_size) - end)
+                keys, chunks = (view_gmem.at[b, head] for view_gmem in keys_gmem)
+                ranked = _Ranked(keys, chunks, jnp.int32(shape.sink_pages), end)
+                entry = slot - shape.sink_pages
+                best = _best(ranked, free, entry, scratch["counts"], scratch["chunks"])
+                write(jnp.where(entry < 0, slot, jnp.where(entry < free, best, end + entry - free)))
+
+    operands = () if keys is None else (keys, keys.reshape(batch, shape.num_heads, shape.blocks, _CHUNKS, _CHUNK))
+    plgpu.kernel(
+        choose,
+        out_type=(),
+        scratch_types={
+            "counts": plgpu.SMEM((_CHUNKS,), jnp.int32),
+            "chunks": plgpu.SMEM((_CHUNKS,), jnp.int32),
+            "pages": plgpu.SMEM((slots,), jnp.int32),
+        },
+        grid=(shape.num_heads, batch),
+        grid_names=("head", "sequence"),
+        kernel_name="page_select_choose",
+    )(held, *operands)
+
+
+class _Ranked(NamedTuple):
+    """The keys [blocks · block] of one head, also as [blocks, chunks, chunk]; pages from ``first`` to ``end`` count."""
+
+    keys_gmem: Any
+    chunks_gmem: Any
+    first: jax.Array
+    end: jax.Array
+
+    @property
+    def blocks(self) -> jax.Array:
+        """Blocks that hold ranked pages."""
+        return pl.cdiv(self.end, _BLOCK)
+
+    def in_chunks(self, block: jax.Array) -> jax.Array:
+        """Returns the keys [chunks, chunk] of a block, the least number where no page is ranked."""
+        keys = plgpu.load(self.chunks_gmem.at[block], layout=_BY_CHUNK, optimized=False)
+        chunk, offset = (plgpu.broadcasted_iota(jnp.int32, keys.shape, axis, layout=_BY_CHUNK) for axis in range(2))
+        return self._ranked(keys, block * _BLOCK + chunk * _CHUNK + offset)
+
+    def fold(self) -> Callable[[Callable[[jax.Array, Any], Any], Any], Any]:
+        """Returns a fold over the keys [block] of blocks, of a step (keys, state) and the first state.
+
+        A single block stays in registers from one fold to the next.
+        """
+
+        def load(block: jax.Array) -> jax.Array:
+            keys = plgpu.load(self.keys_gmem.at[pl.ds(block * _BLOCK, _BLOCK)], layout=_COALESCED, optimized=False)
+            offset = plgpu.broadcasted_iota(jnp.int32, keys.shape, 0, layout=_COALESCED)
+            return self._ranked(keys, block * _BLOCK + offset)
+
+        if self.chunks_gmem.shape[0] == 1:
+            keys = load(jnp.int32(0))
+            return lambda step, state: step(keys, state)
+        return lambda step, state: jax.lax.fori_loop(
+            0, self.blocks, lambda block, state: step(load(block), state), state
+        )
+
+    def _ranked(self, keys: jax.Array, page: jax.Array) -> jax.Array:
+        return jnp.where((page >= self.first) & (page < self.end), keys, _LEAST)
+
+
+def _best(ranked: _Ranked, free: jax.Array, entry: jax.Array, counts_smem: Any, chunks_smem: Any) -> jax.Array:
+    """Returns the ``entry``-th page, in ascending order, of the ``free`` pages with the largest keys."""
+    last, ties = _threshold(ranked, free)
+    chunk_index = plgpu.broadcasted_iota(jnp.int32, (_CHUNKS,), 0, layout=_BY_CHUNK.reduce(1))
+    limit = (entry + 1) << 16
+
+    def place(
+        block: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Counts the chosen pages before each chunk, and finds for each entry the last chunk with no more of them."""
+        above, level, found, found_chunk = state
+        keys = ranked.in_chunks(block)
+        is_above, is_level = keys > last, keys == last
+        bit = jnp.int32(1) << plgpu.broadcasted_iota(jnp.int32, keys.shape, 1, layout=_BY_CHUNK)
+        above_bits, level_bits = (jnp.sum(jnp.where(x, bit, 0), axis=1) for x in (is_above, is_level))
+        counts = jnp.sum(jnp.where(is_above, jnp.int32(1), jnp.where(is_level, jnp.int32(1 << 16), 0)), axis=1)
+        counts_smem[...] = counts
+
+        def add(i: jax.Array, before: jax.Array) -> jax.Array:
+            return before + jnp.where(chunk_index > i, counts_smem[i], 0)
+
+        before = jax.lax.fori_loop(0, _CHUNKS, add, jnp.zeros_like(counts))
+        total = jnp.sum(counts)
+        level_before = level + (before >> 16)
+        start = above + (before & 0xFFFF) + jnp.minimum(level_before, ties)
+        bits = above_bits | _lowest_bits(level_bits, ties - level_before)
+        chunks_smem[...] = (start << 16) | bits
+
+        def find(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            packed = chunks_smem[i]
+            is_before = packed < limit
+            return jnp.where(is_before, packed, state[0]), jnp.where(is_before, block * _CHUNKS + i, state[1])
+
+        found, found_chunk = jax.lax.fori_loop(0, _CHUNKS, find, (found, found_chunk))
+        return above + (total & 0xFFFF), level + (total >> 16), found, found_chunk
+
+    none = jnp.zeros_like(entry)
+    *_, found, chunk = jax.lax.fori_loop(0, ranked.blocks, place, (jnp.int32(0), jnp.int32(0), none, none))
+    return chunk * _CHUNK + _place_of_bit(found & 0xFFFF, entry - (found >> 16))
+
+
+def _threshold(ranked: _Ranked, free: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the key above which pages are chosen, and of those that have just this key the number that are, too."""
+    fold = ranked.fold()
+
+    def everywhere(value: int) -> jax.Array:
+        return plgpu.layout_cast(jnp.full((_BLOCK,), value, jnp.int32), _COALESCED)
+
+    def extend(keys: jax.Array, extremes: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The least number is no key, so its complement is none either."""
+        complements = jnp.where(keys == _LEAST, _LEAST, ~keys)
+        return jnp.maximum(extremes[0], keys), jnp.maximum(extremes[1], complements)
+
+    def count(least: jax.Array) -> jax.Array:
+        """Returns how many keys are no less than one."""
+
+        def add(keys: jax.Array, total: jax.Array) -> jax.Array:
+            return total + jnp.where(keys >= least, jnp.int32(1), jnp.int32(0))
+
+        return jnp.sum(fold(add, everywhere(0)))
+
+    largest, smallest = (jnp.max(x) for x in fold(extend, (everywhere(_LEAST), everywhere(_LEAST))))
+    smallest = ~smallest
+
+    def is_open(state: tuple[jax.Array, ...]) -> jax.Array:
+        low, high, at_low, _ = state
+        return (at_low != free) & (low + 1 < high)
+
+    def bisect(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Halves [low, high): at least as many as are chosen have a key from low on, and no more one from high on."""
+        low, high, at_low, at_high = state
+        middle = (low & high) + ((low ^ high) >> 1)
+        at_middle = count(middle)
+        is_enough = at_middle >= free
+        return (
+            jnp.where(is_enough, middle, low),
+            jnp.where(is_enough, high, middle),
+            jnp.where(is_enough, at_middle, at_low),
+            jnp.where(is_enough, at_high, at_middle),
+        )
+
+    everything = ranked.end - ranked.first
+    low, _, at_low, at_high = jax.lax.while_loop(is_open, bisect, (smallest, largest + 1, everything, jnp.int32(0)))
+    is_exact = at_low == free
+    return jnp.where(is_exact, low - 1, low), jnp.where(is_exact, 0, free - at_high)
+
+
+def _lowest_bits(bits: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns the lowest ``count`` set bits."""
+
+    def keep(place: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        kept, count = state
+        bit = bits & (jnp.int32(1) << place)
+        is_kept = (bit != 0) & (count > 0)
+        return jnp.where(is_kept, kept | bit, kept), jnp.where(is_kept, count - 1, count)
+
+    kept, _ = jax.lax.fori_loop(0, _CHUNK, keep, (jnp.zeros_like(bits), count))
+    return kept
+
+
+def _place_of_bit(bits: jax.Array, rank: jax.Array) -> jax.Array:
+    """Returns the place of the set bit that has ``rank`` set bits below it."""
+
+    def look(place: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        found, rank = state
+        is_set = (bits & (jnp.int32(1) << place)) != 0
+        return jnp.where(is_set & (rank == 0), place, found), jnp.where(is_set, rank - 1, rank)
+
+    found, _ = jax.lax.fori_loop(0, _CHUNK, look, (jnp.zeros_like(bits), rank))
+    return found

@@ -1,0 +1,276 @@
+"""`page_select` for Hopper: values (interpreted, or native on a Hopper GPU), and machine code."""
+
+import re
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.typing import ArrayLike, NDArray
+
+from pallas_kernels import NO_PAGE, PagedKV, page_select, selection_width
+from pallas_kernels.core.hopper import Device
+from pallas_kernels.core.workloads import SERVING, Workload
+from pallas_kernels.page_select import mosaic_gpu, reference
+from tests.pallas_kernels.cases import Cache, abstract, abstract_pools, filled_cache
+from tests.pallas_kernels.hopper import assert_fits, compiled, evaluate, interpreted
+
+SMALL = Workload(
+    context=70 * 16,
+    retrieval=2,
+    streaming=0,
+    group=2,
+    head_dim=64,
+    page_size=16,
+    sub_page_size=4,
+    num_selected=6,
+)
+LENGTHS = np.array([1, 96, 97, 1040, 1119, 0])
+"""Around page boundaries; all pages selected up to 96; an empty slot."""
+
+
+@pytest.fixture
+def ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs have more tiles than they have in flight."""
+    monkeypatch.setattr(mosaic_gpu, "heuristic", lambda *_: mosaic_gpu.Config(splits=2, stages=2))
+
+
+def _cache(workload: Workload, rng: np.random.Generator, lengths: ArrayLike, limit: int | None = 3) -> Cache:
+    """Whole keys up to a limit, or normal ones; a pool of as many pages as the kernel wants."""
+    workload = replace(workload, batch=np.size(lengths))
+    shape = (workload.batch, workload.max_pages * workload.page_size, workload.num_kv_heads, workload.head_dim)
+    k = None if limit is None else rng.integers(-limit, limit + 1, shape).astype(jnp.bfloat16)
+    cache = filled_cache(workload, rng, lengths, k=k)
+    assert cache.kv.retrieval is not None
+    spare = -cache.kv.retrieval.k.shape[0] % 8
+    padded: Any = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, spare), *((0, 0),) * (x.ndim - 1)), constant_values=np.nan), cache.kv.retrieval
+    )
+    return cache._replace(kv=cache.kv._replace(retrieval=padded))
+
+
+def _queries(workload: Workload, rng: np.random.Generator, batch: int, limit: int | None = 3) -> NDArray[Any]:
+    shape = (batch, workload.retrieval * workload.group, workload.head_dim)
+    q = rng.normal(size=shape) if limit is None else rng.integers(-limit, limit + 1, shape)
+    return q.astype(jnp.bfloat16)
+
+
+def _options(workload: Workload, sink_pages: int = 1, reduction: str = "max") -> dict[str, Any]:
+    return {
+        "num_selected": workload.num_selected,
+        "interval": workload.interval,
+        "sink_pages": sink_pages,
+        "reduction": reduction,
+    }
+
+
+def _assert_selects(
+    workload: Workload,
+    q: NDArray[Any],
+    cache: Cache,
+    rng: np.random.Generator,
+    *,
+    is_refresh: ArrayLike | None = None,
+    detect_races: bool = False,
+    **options: Any,
+) -> NDArray[np.int32]:
+    """The lists are those of the reference, in which what is not chosen anew stays as it was."""
+    batch = len(cache.lengths)
+    width = selection_width(workload.num_selected, workload.interval, workload.page_size)
+    previous = rng.integers(-1, workload.max_pages, (batch, workload.retrieval, width)).astype(np.int32)
+    is_refresh = np.full(batch, True) if is_refresh is None else np.asarray(is_refresh)
+    arguments: Any = (q, cache.kv.retrieval, cache.tables.retrieval, cache.lengths, previous, is_refresh)
+    options = _options(workload, **options)
+    selected = evaluate(partial(mosaic_gpu.page_select, **options), *arguments, detect_races=detect_races)
+    np.testing.assert_array_equal(selected, reference.page_select(*arguments, **options))
+    return np.asarray(selected)
+
+
+@pytest.mark.usefixtures("ring")
+@pytest.mark.parametrize(("reduction", "sink_pages", "limit"), [("max", 0, 1), ("mean", 3, 100)])
+def test_equals_the_reference_ties_included(reduction: str, sink_pages: int, limit: int, rng: np.random.Generator):
+    """Sums of small whole numbers are exact in any order; with a limit of 1 most are equal, and earlier pages win."""
+    q = _queries(SMALL, rng, len(LENGTHS), limit)
+    cache = _cache(SMALL, rng, LENGTHS, limit)
+    _assert_selects(SMALL, q, cache, rng, reduction=reduction, sink_pages=sink_pages)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({"retrieval": 1, "group": 3, "context": 30 * 16}, id="half_a_window"),
+        pytest.param({"retrieval": 3, "group": 5, "context": 30 * 16}, id="windows_that_overlap"),
+        pytest.param({"retrieval": 3, "group": 1, "sub_page_size": 16, "head_dim": 128, "context": 30 * 16}, id="flat"),
+        pytest.param({"retrieval": 12, "group": 1, "sub_page_size": 2, "context": 20 * 16}, id="groups_of_heads"),
+        pytest.param({"interval": 40, "num_selected": 10, "context": 30 * 16}, id="many_recent_pages"),
+    ],
+)
+def test_shapes_that_fill_no_tile(shape: dict[str, Any], rng: np.random.Generator):
+    workload = replace(SMALL, **shape)
+    lengths = [workload.context - 3]
+    _assert_selects(workload, _queries(workload, rng, 1), _cache(workload, rng, lengths), rng)
+
+
+@pytest.mark.usefixtures("ring")
+def test_races(rng: np.random.Generator):
+    """The same tile memory three times over; one sequence of two selects."""
+    workload = replace(SMALL, head_dim=128, context=48 * 16)
+    cache, q = _cache(workload, rng, [700, 48 * 16]), _queries(workload, rng, 2)
+    _assert_selects(workload, q, cache, rng, is_refresh=[False, True], detect_races=True)
+
+
+def test_only_sequences_that_select_are_touched(rng: np.random.Generator):
+    """Where no selection is due, neither statistics nor the table are looked at: they are not even numbers of pages."""
+    is_refresh = np.arange(len(LENGTHS)) % 2 == 0
+    cache = _cache(SMALL, rng, LENGTHS)
+    table = np.where(is_refresh[:, None], cache.tables.retrieval, 2**31 - 1).astype(np.int32)
+    cache = cache._replace(tables=cache.tables._replace(retrieval=table))
+    _assert_selects(SMALL, _queries(SMALL, rng, len(LENGTHS)), cache, rng, is_refresh=is_refresh)
+
+
+def test_rounded_scores_rank_alike(rng: np.random.Generator):
+    """Pages in the list that are not the reference's have scores within rounding of the last one that it chose."""
+    workload = replace(SMALL, head_dim=128)
+    cache, q = _cache(workload, rng, [1117], limit=None), _queries(workload, rng, 1, limit=None)
+    previous = np.full((1, 2, 7), NO_PAGE, np.int32)
+    assert cache.kv.retrieval is not None
+    arguments: Any = (q, cache.kv.retrieval, cache.tables.retrieval, cache.lengths, previous, np.array([True]))
+    selected = np.asarray(evaluate(partial(mosaic_gpu.page_select, **_options(workload)), *arguments))
+    for head in range(2):
+        scores = reference.page_scores(*arguments[:3], b=0, head=head, length=1117, reduction="max")
+        chosen = [page for page in selected[0, head] if 1 <= page < 69]
+        left_out = sorted(set(range(1, 69)) - set(chosen))
+        assert len(chosen) == 4 and chosen == sorted(chosen)
+        assert scores[chosen].min() >= scores[left_out].max() * (1 - 1e-6)
+
+
+def _shape(**fields: Any) -> Any:
+    """Sizes of Llama-3-8B at 128K, but for some."""
+    options: dict[str, Any] = {"num_selected": 64, "interval": 4, "sink_pages": 1, "reduction": "max", "width": 65}
+    arrays = {"num_heads": 4, "group": 4, "head_dim": 128, "page_size": 64, "subs": 4, "max_pages": 2048}
+    everything: dict[str, Any] = {**options, **arrays, **fields}
+    return mosaic_gpu._Shape(**everything)
+
+
+@pytest.mark.parametrize("values", ["distinct", "few", "signed_zeros"])
+def test_choice_among_many_blocks_of_pages(values: str, rng: np.random.Generator):
+    """The second kernel alone: more pages than a block, many of them equal, and garbage where none is ranked."""
+    pages, width, sink = 4500, 140, 2
+    shape = _shape(num_heads=2, page_size=16, max_pages=pages, width=width, num_selected=width - 1, sink_pages=sink)
+    scores = {
+        "distinct": rng.normal(size=(1, 2, pages)) * 1e3,
+        "few": rng.integers(-1, 1, (1, 2, pages)),
+        "signed_zeros": rng.choice([0.0, -0.0], (1, 2, pages)),
+    }[values].astype(np.float32)
+    length = pages * 16 - 20
+    end = (length - 4) // 16
+    keys = np.full((1, 2, 3 * 2048), 2**31 - 1, np.int32)
+    keys[..., sink:end] = np.asarray(mosaic_gpu._order_key(jnp.asarray(scores)))[..., sink:end]
+
+    def choose(keys: jax.Array, held: jax.Array) -> jax.Array:
+        selected = jax.new_ref(jnp.zeros((1, 2, width), jnp.int32))
+        mosaic_gpu._choose(selected, held, keys, shape)
+        return jax.freeze(selected)
+
+    selected = np.asarray(evaluate(choose, keys, np.array([length], np.int32)))
+    recent = -(-length // 16) - end
+    free = width - 1 - sink - recent
+    for head in range(2):
+        best = sink + np.argsort(-scores[0, head, sink:end], kind="stable")[:free]
+        expected = [*range(sink), *sorted(best.tolist()), *range(end, end + recent)]
+        expected += [NO_PAGE] * (width - len(expected))
+        np.testing.assert_array_equal(selected[0, head], expected)
+
+
+def test_a_table_that_is_no_longer_than_the_selection(rng: np.random.Generator):
+    """Nothing is ranked, so nothing is scored; the reserve ends with the table."""
+    workload = replace(SMALL, context=96, num_selected=9)
+    lengths = [96, 1, 50, 0]
+    selected = _assert_selects(workload, _queries(workload, rng, 4), _cache(workload, rng, lengths), rng)
+    np.testing.assert_array_equal(selected[0, 0], [0, 1, 2, 3, 4, 5, -1, -1, -1, -1])
+
+
+def _arguments(workload: Workload) -> Any:
+    width = selection_width(workload.num_selected, workload.interval, workload.page_size)
+    b, k = workload.batch, workload.retrieval
+    pools = abstract_pools(workload, -(-b * workload.max_pages // 8) * 8)
+    q = abstract(b, k * workload.group, workload.head_dim, dtype=workload.dtype)
+    tables = abstract(b, workload.max_pages), abstract(b), abstract(b, k, width), abstract(b, dtype=np.bool_)
+    return q, pools.retrieval, *tables
+
+
+LLAMA = SERVING["llama3_8b_128k"]
+
+
+@pytest.mark.parametrize(
+    ("workload", "reduction"),
+    [
+        pytest.param(LLAMA, "max", id="llama3_8b_128k"),
+        pytest.param(LLAMA, "mean", id="llama3_8b_128k-mean"),
+        pytest.param(replace(LLAMA, batch=8, num_selected=128), "max", id="llama3_8b_128k-batch8"),
+        pytest.param(replace(LLAMA, retrieval=3, context=2**20), "max", id="llama3_8b_1m-3_heads"),
+        pytest.param(replace(LLAMA, retrieval=8, group=16), "max", id="group16"),
+        pytest.param(SERVING["llama2_7b_64k"], "max", id="llama2_7b_64k"),
+        pytest.param(SERVING["smollm2_135m_8k"], "mean", id="smollm2_135m_8k"),
+        pytest.param(
+            replace(LLAMA, retrieval=8, page_size=16, context=2**20, num_selected=256, interval=1), "max", id="quest_1m"
+        ),
+        pytest.param(replace(LLAMA, retrieval=1, page_size=128, head_dim=64), "max", id="page128"),
+        pytest.param(replace(LLAMA, retrieval=5, page_size=32), "max", id="page32"),
+    ],
+)
+def test_machine_code(workload: Workload, reduction: str):
+    """Two kernels, in which nothing spills; no copy of the statistics, and scratch memory for the scores alone."""
+    run = partial(page_select, implementation="mosaic_gpu", **_options(workload, reduction=reduction))
+    program, kernels = compiled(run, *_arguments(workload), donate=(4,))
+    assert_fits(kernels, count=2)
+    text = program.as_text()
+    assert not re.search(r"= \S+ (copy|copy-start|sort|custom-call-start)\(", text)
+    scores = workload.batch * workload.retrieval * max(workload.max_pages, 2048) * 4
+    assert program.memory_analysis().temp_size_in_bytes <= scores + 2**20
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8, 64, 256])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_heuristic_returns_one_of_two_depths(batch: int, head_dim: int):
+    """So that the machine code above is all there is, but for the number of programs."""
+    config = mosaic_gpu.heuristic(batch, _shape(head_dim=head_dim), Device("NVIDIA H200", 132))
+    assert config.stages == {64: 4, 128: 2}[head_dim]
+    assert 32 <= config.splits <= 512
+    assert batch > 12 or batch * config.splits <= 3 * 132
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"dtype": "float32"}, "queries must be bfloat16, not float32"),
+        ({"head_dim": 32}, "head_dim=32 must be 64 or 128"),
+        ({"num_selected": 2**15, "context": 2**20}, "num_selected=32768 must be less than 32768"),
+        ({"page_size": 256, "sub_page_size": 2}, "128 sub-pages of a page: at most 64"),
+        ({"group": 130}, "130 query heads of a KV head: at most 128"),
+    ],
+)
+def test_refuses_what_it_is_not_made_for(shape: dict[str, Any], reason: str):
+    workload = replace(SMALL, **shape)
+    run = partial(page_select, implementation="mosaic_gpu", **_options(workload))
+    with interpreted(), pytest.raises(NotImplementedError, match=re.escape(reason)):
+        jax.eval_shape(run, *_arguments(workload))
+
+
+def test_refuses_a_pool_that_ends_within_a_window():
+    q, pages, *rest = _arguments(SMALL)
+    odd: PagedKV = jax.tree.map(lambda x: jax.ShapeDtypeStruct((71, 1, *x.shape[2:]), x.dtype), pages)
+    run = partial(page_select, implementation="mosaic_gpu", **_options(SMALL))
+    with interpreted(), pytest.raises(NotImplementedError, match="must be of 8n sub-pages and heads"):
+        jax.eval_shape(run, q, odd, *rest)
+
+
+def test_refuses_a_device_that_is_no_hopper_gpu():
+    if jax.default_backend() != "cpu":
+        pytest.skip("the default device is a GPU")
+    run = partial(page_select, implementation="mosaic_gpu", **_options(SMALL))
+    with pytest.raises(NotImplementedError, match="need a Hopper GPU"):
+        jax.eval_shape(run, *_arguments(SMALL))
