@@ -1,7 +1,7 @@
 """From what a user names — a model, a preset, sizes — to everything that an engine needs, with nothing loaded yet."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -12,14 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from lserve_jax.attention import decode_attend, prefill_attend
 from lserve_jax.attention_config import AttentionConfig, from_preset
+from lserve_jax.cache import init_cache
 from lserve_jax.engine.engine import EngineConfig
 from lserve_jax.heads import GATES_FILE, HeadClasses, classify, load_gates
 from lserve_jax.inference_config import InferenceConfig
+from lserve_jax.models.llama import Attend
 from lserve_jax.plan import MemoryPlan, plan_memory
 from lserve_jax.sampling import SamplingParams
 from lserve_jax.weights import embedded
 from lserve_jax.weights.load import Checkpoint, open_checkpoint
+from pallas_kernels import PageTables
 
 logger = logging.getLogger("lserve_jax")
 
@@ -103,6 +107,8 @@ def prepare(
         dtype=dtype,
         implementation=None if implementation == "auto" else implementation,
     )
+    if config.implementation is not None:
+        _try_kernels(config)
     length = max_model_len or checkpoint.config.max_context
     chunk = min(prefill_chunk or _PREFILL_CHUNK.get(jax.default_backend(), _GPU_PREFILL_CHUNK), length)
     engine_config = EngineConfig(
@@ -123,6 +129,33 @@ def prepare(
             "for: expect nonsense past them"
         )
     return Setup(checkpoint=checkpoint, config=config, engine_config=engine_config, plan=plan, warnings=tuple(warnings))
+
+
+def _try_kernels(config: InferenceConfig) -> None:
+    """Traces the attention of one layer of each kind: what an implementation refuses, it refuses before anything loads.
+
+    Raises:
+      NotImplementedError: with the reason.
+    """
+    kinds = {count: layer for layer, count in enumerate(config.num_retrieval)}
+    for layer in kinds.values():
+        _trace_attention(config, layer, prefill_attend, config.attention.page_size)
+        _trace_attention(config, layer, decode_attend, 1)
+
+
+def _trace_attention(config: InferenceConfig, layer: int, attend_with: Callable[..., Attend], tokens: int) -> None:
+    pages = 8
+    cache = jax.eval_shape(lambda: init_cache(config, slots=1, retrieval_pages=pages, streaming_pages=pages))
+
+    def attend(q: jax.Array, k: jax.Array, state: Any, table: jax.Array, ones: jax.Array) -> Any:
+        return attend_with(config, PageTables(table, table), ones, ones)(layer, q, k, k, state)
+
+    q, k = (
+        jax.ShapeDtypeStruct((1, tokens, heads, config.model.head_dim), config.dtype)
+        for heads in (config.model.num_heads, config.model.num_kv_heads)
+    )
+    table, ones = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((1, pages), (1,)))
+    jax.eval_shape(attend, q, k, cache[layer], table, ones)
 
 
 def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:
