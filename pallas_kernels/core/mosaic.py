@@ -39,25 +39,49 @@ def channel_a_thread(channels: int) -> Any:
 
 
 class CodePart(NamedTuple):
-    """An equal part of a row's codes as signed bytes: ``code = factor · int8((byte & mask) ^ flip) + bias``."""
+    """What an equal part of a row's codes is turned into for tensor cores: ``code = factor · value + bias``."""
 
     mask: int
-    flip: int
     factor: float
     bias: float
 
 
-CODE_PARTS = {
-    8: (CodePart(mask=0xFF, flip=0x80, factor=1.0, bias=128.0),),
-    4: (CodePart(mask=0x0F, flip=0x00, factor=1.0, bias=0.0), CodePart(mask=0xF0, flip=0x80, factor=1 / 16, bias=8.0)),
+KEY_PARTS = {
+    8: (CodePart(mask=0xFF, factor=1.0, bias=-1024.0),),
+    4: (CodePart(mask=0x0F, factor=1.0, bias=-1024.0), CodePart(mask=0xF0, factor=1 / 16, bias=-64.0)),
 }
-"""Parts by bits: the processor converts signed bytes fast, unsigned ones slowly, and shifts no bytes at all."""
+"""Parts by bits for `widened_keys`."""
+VALUE_PARTS = {
+    8: (CodePart(mask=0xFF, factor=1.0, bias=128.0),),
+    4: (CodePart(mask=0x0F, factor=1.0, bias=-128.0), CodePart(mask=0xF0, factor=1 / 16, bias=8.0)),
+}
+"""Parts by bits for `widened_values`."""
 
 
-def widened(codes: jax.Array, bits: int) -> list[jax.Array]:
-    """Returns the `CODE_PARTS` of codes [rows, H · bits / 8] as bfloat16 [rows, H / parts]; every value is exact."""
-    parts = [(codes & part.mask) ^ part.flip if bits == 4 else codes ^ part.flip for part in CODE_PARTS[bits]]
-    return [part.astype(jnp.int8).astype(jnp.bfloat16) for part in parts]
+def widened_keys(codes: jax.Array, bits: int) -> list[jax.Array]:
+    """Returns the `KEY_PARTS` of codes [rows, H · bits / 8] as float16 [rows, H / parts]; every value is exact.
+
+    The byte becomes the low bits of 1024 = 0x6400, whose last bit counts one: no conversion, and no shift of bytes,
+    which GPUs do not have.
+    """
+    wide = codes.astype(jnp.uint16)
+    return [_with_exponent(wide & part.mask, 0x6400, jnp.float16) for part in KEY_PARTS[bits]]
+
+
+def widened_values(codes: jax.Array, bits: int) -> list[jax.Array]:
+    """Returns the `VALUE_PARTS` of codes [rows, H · bits / 8] as bfloat16 [rows, H / parts]; every value is exact.
+
+    bfloat16, for weights may be as small as they like. It holds seven bits behind 128 = 0x4300, enough for a low
+    nibble. Others go through signed bytes, for which there is a fast conversion.
+    """
+    if bits == 8:
+        return [(codes ^ 0x80).astype(jnp.int8).astype(jnp.bfloat16)]
+    low = _with_exponent(codes.astype(jnp.uint16) & 0x0F, 0x4300, jnp.bfloat16)
+    return [low, ((codes & 0xF0) ^ 0x80).astype(jnp.int8).astype(jnp.bfloat16)]
+
+
+def _with_exponent(x: jax.Array, exponent: int, dtype: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x | exponent, dtype)
 
 
 def by_part(numbers: tuple[float, ...], shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
@@ -70,7 +94,7 @@ def by_part(numbers: tuple[float, ...], shape: tuple[int, ...], axis: int, layou
 
 
 def product(rows: int, columns: int, *factors: tuple[Any, Any]) -> jax.Array:
-    """Returns ``Σ left @ right`` [rows, columns] float32 in the WGMMA layout, of bfloat16.
+    """Returns ``Σ left @ right`` [rows, columns] float32 in the WGMMA layout.
 
     Args:
       rows: a multiple of 64.
@@ -95,7 +119,7 @@ def product_of_registers(
     Args:
       rows: a multiple of 64.
       columns: a multiple of 8.
-      left_rows: makes rows ``i … i + 63`` of each left operand, bfloat16, from i.
+      left_rows: makes rows ``i … i + 63`` of each left operand from i.
       rights: the right operands, references to shared memory.
     """
     starts = range(0, rows, 64)

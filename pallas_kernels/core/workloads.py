@@ -66,7 +66,7 @@ _MODELS: dict[str, dict[str, Any]] = {
     "llama2_7b": {"retrieval": 16, "streaming": 16, "group": 1, "head_dim": 128},
     "smollm2_135m": {"retrieval": 2, "streaming": 1, "group": 3, "head_dim": 64},
 }
-_CONTEXTS = {"llama3_8b": (8, 32, 128, 256), "llama2_7b": (4, 16, 64), "smollm2_135m": (1, 8)}
+_CONTEXTS = {"llama3_8b": (8, 32, 64, 128, 256, 512), "llama2_7b": (4, 16, 64), "smollm2_135m": (1, 8)}
 _STORAGE: dict[str, tuple[int | None, int | None]] = {"": (None, None), "_int8": (8, 8), "_int4": (4, 4)}
 
 SERVING = {
@@ -76,6 +76,25 @@ SERVING = {
     for suffix, bits in _STORAGE.items()
 }
 """A layer of real models, half of its heads streaming, by ``model_context[_storage]``: for benches and tuning."""
+
+BATCHED = {
+    f"{model}_{context}k_b{batch}{suffix}": Workload(batch=batch, context=context * 1024, bits=bits, **_MODELS[model])
+    for batch in (8, 32)
+    for model, contexts in _CONTEXTS.items()
+    for context in contexts
+    for suffix, bits in _STORAGE.items()
+}
+"""The same with several sequences, by ``model_context_batch[_storage]``."""
+
+PREFILL = {
+    f"{model}_{context}k_{name}{suffix}": Workload(context=context * 1024, chunk=chunk, bits=bits, **_MODELS[model])
+    for model, contexts in _CONTEXTS.items()
+    for context in contexts
+    for name, chunk in (("chunk2k", 2048), ("chunk8k", 8192), ("whole", context * 1024))
+    if chunk < context * 1024 or name == "whole"
+    for suffix, bits in _STORAGE.items()
+}
+"""The last 2K or 8K tokens of a context, or all of them at once, by ``model_context_chunk[_storage]``."""
 
 _TINY: dict[str, Any] = {
     "batch": 4,

@@ -209,7 +209,7 @@ def _scratch(config: Config, pool: PagedKV, group: int, head_dim: int) -> dict[s
         "q": plgpu.SMEM((padded, head_dim), jnp.bfloat16),
         "q_ready": plgpu.Barrier(),
         # Of each warpgroup:
-        "q_tile": tile((warpgroups, padded, head_dim), jnp.bfloat16, k_columns),
+        "q_tile": tile((warpgroups, padded, head_dim), jnp.bfloat16 if bits[0] == 16 else jnp.float16, k_columns),
         "by_query": plgpu.SMEM((warpgroups, padded), jnp.float32),
         "v_wide": tile((warpgroups, keys, head_dim), jnp.bfloat16, v_columns) if bits[1] < 16 else None,
         "p": tile((warpgroups, padded, keys), jnp.bfloat16, v_columns and min(v_columns, 64)),

@@ -4,7 +4,7 @@ A decode step has few queries for each key, so products are turned round: scores
 Oᵀ += Vᵀ·pᵀ [H, G], with wgmma's 64 rows on the side that is long and the query group, padded to 8 or 16, on the other.
 One warpgroup reads page ids and copies pages to shared memory; others, ahead of which it runs, take blocks in turn.
 
-Quantised pages are never multiplied out. With w = p · scale_v and codes as `core.mosaic.CODE_PARTS` takes them apart,
+Quantised pages are never multiplied out. With w = p · scale_v and codes as `core.mosaic` widens them,
 
     q · k = scale_k (Σ_d q_d code_kd − zero_k Σ_d q_d)       Σ_j p_j v_j = Σ_j w_j code_vj − Σ_j w_j zero_vj
 
@@ -21,12 +21,22 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.core.mosaic import CODE_PARTS, by_part, product, product_of_registers, widened
+from pallas_kernels.core.mosaic import (
+    KEY_PARTS,
+    VALUE_PARTS,
+    by_part,
+    product,
+    product_of_registers,
+    widened_keys,
+    widened_values,
+)
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables
 from pallas_kernels.core.quantization import QuantizedArray
 
 _HIDDEN, _FLOOR = -1e30, -1e20
 """Scores of hidden keys, and the maximum of no key: see `pallas_kernels.core.online_softmax`."""
+_LARGEST = 65504.0
+"""Of float16. No query comes near it."""
 _NOWHERE = 2**30
 """The position of keys that are not there: past every sequence's end."""
 _WGMMA = plgpu.Layout.WGMMA
@@ -202,13 +212,19 @@ def _attend_blocks(heads: Heads, share: _Share, stages: int, role: jax.Array, sc
         return state
 
     turns = (share.blocks - role + warpgroups - 1) // warpgroups
-    return jax.lax.fori_loop(0, turns, attend_block, _Softmax.start(own))
+    return jax.lax.fori_loop(0, turns, attend_block, _Softmax.start(own)).added_up()
 
 
 class _Softmax(NamedTuple):
-    """Running state, float32: to base 2, and each but ``values`` [H, G padded] a vector [G padded].
+    """Running state to base 2, float32.
 
-    ``weights`` and ``zeros`` are Σ w and Σ w · zero of quantised values, with the rounded w that multiply the codes.
+    Sums over keys stay apart by the rows of a block until the end: adding them up takes shuffles and barriers.
+
+    Attributes:
+      maximum: [G padded].
+      total: [keys of a block, G padded] sums of exponentials.
+      weights, zeros: likewise Σ w and Σ w · zero of quantised values, with the rounded w that multiply the codes.
+      values: [H, G padded] weighted values.
     """
 
     maximum: jax.Array
@@ -220,21 +236,30 @@ class _Softmax(NamedTuple):
     @classmethod
     def start(cls, scratch: dict[str, Any]) -> "_Softmax":
         """Returns the state that has seen nothing."""
-        padded, head_dim = scratch["q"].shape
-        floor, zeros = (plgpu.layout_cast(jnp.full((padded,), x, jnp.float32), _BY_QUERY) for x in (_FLOOR, 0.0))
-        return cls(floor, zeros, zeros, zeros, plgpu.layout_cast(jnp.zeros((head_dim, padded), jnp.float32), _WGMMA))
+        (padded, keys), head_dim = scratch["p"].shape, scratch["q"].shape[1]
+        floor = plgpu.layout_cast(jnp.full((padded,), _FLOOR, jnp.float32), _BY_QUERY)
+        sums, values = (plgpu.layout_cast(jnp.zeros((n, padded), jnp.float32), _WGMMA) for n in (keys, head_dim))
+        return cls(floor, sums, sums, sums, values)
 
     def weigh(self, scores: jax.Array, visible: jax.Array) -> tuple["_Softmax", jax.Array]:
         """Returns the state before a block's values are added, and the weights [keys, G padded] of its keys."""
         maximum = jnp.maximum(self.maximum, _over_keys(jnp.max, jnp.where(visible, scores, _HIDDEN)))
         weights = jnp.where(visible, jnp.exp2(scores - _to_keys(maximum, scores.shape)), 0.0)
-        decay = jnp.exp2(self.maximum - maximum)
-        total = self.total * decay + _over_keys(jnp.sum, weights)
-        values = self.values * _to_keys(decay, self.values.shape)
-        return _Softmax(maximum, total, self.weights * decay, self.zeros * decay, values), weights
+        state = self.scaled(jnp.exp2(self.maximum - maximum))
+        return state._replace(maximum=maximum, total=state.total + weights), weights
+
+    def scaled(self, factor: jax.Array) -> "_Softmax":
+        """Returns the state with all sums times a factor [G padded]."""
+        total, weights, zeros, values = (x * _to_keys(factor, x.shape) for x in self[1:])
+        return _Softmax(self.maximum, total, weights, zeros, values)
+
+    def added_up(self) -> "_Softmax":
+        """Returns the state with ``total``, ``weights`` and ``zeros`` [G padded]."""
+        total, weights, zeros = (_over_keys(jnp.sum, x) for x in self[1:-1])
+        return _Softmax(self.maximum, total, weights, zeros, self.values)
 
     def join(self, other: "_Softmax") -> "_Softmax":
-        """Returns the state that has seen what both have."""
+        """Returns the state, added up, that has seen what both have."""
         maximum = jnp.maximum(self.maximum, other.maximum)
         mine, theirs = (jnp.exp2(x.maximum - maximum) for x in (self, other))
         total, weights, zeros = (x * mine + y * theirs for x, y in zip(self[1:-1], other[1:-1], strict=True))
@@ -294,18 +319,19 @@ def _prepare_queries(heads: Heads, scratch: dict[str, Any]) -> tuple[jax.Array, 
     """Makes a wgmma operand of the queries, and returns Σ_d q_d and Σ_d q_d bias_d [G padded] for quantised keys.
 
     Rows past the group become zero. The factors of key codes are multiplied in: powers of two, which round nothing.
+    Key codes are multiplied in float16, which holds bfloat16 numbers between 2**-14 and 2**16 exactly.
     """
     shape = scratch["q"].shape
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_BY_ROW)
     queries = plgpu.load(scratch["q"], layout=_BY_ROW).astype(jnp.float32)
-    queries = jnp.where(row < heads.group, queries, 0.0)
-    parts = CODE_PARTS[scratch["k"].bits] if isinstance(scratch["k"], QuantizedArray) else ()
+    queries = jnp.where(row < heads.group, jnp.clip(queries, -_LARGEST, _LARGEST), 0.0)
+    parts = KEY_PARTS[scratch["k"].bits] if isinstance(scratch["k"], QuantizedArray) else ()
     sums = []
     for numbers in ([1.0] * len(parts), [part.bias for part in parts]) if parts else ():
         scratch["by_query"][...] = jnp.sum(queries * by_part(tuple(numbers), shape, 1, _BY_ROW), axis=1)
         sums.append(plgpu.load(scratch["by_query"], layout=_BY_QUERY))
     factors = tuple(part.factor for part in parts) or (1.0,)
-    scratch["q_tile"][...] = (queries * by_part(factors, shape, 1, _BY_ROW)).astype(jnp.bfloat16)
+    scratch["q_tile"][...] = (queries * by_part(factors, shape, 1, _BY_ROW)).astype(scratch["q_tile"].dtype)
     plgpu.commit_smem()
     return (sums[0], sums[1]) if parts else None
 
@@ -317,12 +343,12 @@ def _scores(scratch: dict[str, Any], slot: jax.Array, sums: tuple[jax.Array, jax
     factor = math.log2(math.e) / math.sqrt(head_dim)
     if sums is None:
         return product(rows, padded, (keys.at[slot], queries.transpose((1, 0)))) * factor
-    width = head_dim // len(CODE_PARTS[keys.bits])
+    width = head_dim // len(KEY_PARTS[keys.bits])
     rights = [queries.at[:, pl.ds(i, width)].transpose((1, 0)) for i in range(0, head_dim, width)]
 
     def left_rows(i: int) -> list[jax.Array]:
-        codes = plgpu.load(keys.codes.at[slot, pl.ds(i, 64)], layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        return widened(codes, keys.bits)
+        codes = plgpu.load(keys.codes.at[slot, pl.ds(i, 64)], layout=_WGMMA)
+        return widened_keys(codes, keys.bits)
 
     raw = product_of_registers(rows, padded, left_rows, rights)
     total, bias = (_to_keys(x, raw.shape) for x in sums)
@@ -341,15 +367,13 @@ def _add_values(
         rounded = jnp.where(visible, weights * scale, 0.0).astype(jnp.bfloat16)  # a hidden row's scale may be NaN
         exact = rounded.astype(jnp.float32)
         zeros = jnp.where(visible, exact * zero, 0.0)
-        state = state._replace(
-            weights=state.weights + _over_keys(jnp.sum, exact), zeros=state.zeros + _over_keys(jnp.sum, zeros)
-        )
+        state = state._replace(weights=state.weights + exact, zeros=state.zeros + zeros)
         wide: Any = scratch["v_wide"]
-        width = head_dim // len(CODE_PARTS[values.bits])
+        width = head_dim // len(VALUE_PARTS[values.bits])
         for i in range(0, wide.shape[0], 64):
             rows: Any = values.codes.at[slot, pl.ds(i, 64)]
             codes = plgpu.load(rows, layout=plgpu.Layout.WGMMA_UPCAST_4X)
-            for part, column in zip(widened(codes, values.bits), range(0, head_dim, width), strict=True):
+            for part, column in zip(widened_values(codes, values.bits), range(0, head_dim, width), strict=True):
                 wide[pl.ds(i, 64), pl.ds(column, width)] = part
     else:
         rounded, wide = weights.astype(jnp.bfloat16), values.at[slot]
@@ -392,7 +416,7 @@ def _store(heads: Heads, scratch: dict[str, Any], state: _Softmax, out_gmem: Any
     """
     values, shape = state.values, state.values.shape
     if isinstance(scratch["v"], QuantizedArray):
-        parts = CODE_PARTS[scratch["v"].bits]
+        parts = VALUE_PARTS[scratch["v"].bits]
         factor = by_part(tuple(part.factor for part in parts), shape, 0, _WGMMA)
         bias = by_part(tuple(part.bias for part in parts), shape, 0, _WGMMA)
         values = values * factor + bias * _to_keys(state.weights, shape) - _to_keys(state.zeros, shape)
