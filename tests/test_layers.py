@@ -18,7 +18,7 @@ OPS = ("kv_write", "prefill_attention", "page_select", "decode_attention")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("pallas_kernels.core.*",),
     tuple(f"pallas_kernels.{op}.workloads" for op in OPS),
-    ("pallas_kernels.decode_attention.program",),
+    ("pallas_kernels.decode_attention.program", "pallas_kernels.prefill_attention.blocks"),
     # An implementation knows neither another one nor another op.
     tuple(f"pallas_kernels.{op}.{name}" for op in OPS for name in ("reference", "xla", "mosaic_gpu", "triton")),
     tuple(f"pallas_kernels.{op}.api" for op in OPS),

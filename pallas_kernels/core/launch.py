@@ -7,15 +7,12 @@ import dataclasses
 import json
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from typing import Any
 
 TABLES = Path(__file__).parents[1] / "tuned"
 
 
-def configure[C: "DataclassInstance"](op: str, device: str, shape: str, default: C) -> C:
+def configure[C](op: str, device: str, shape: str, default: C) -> C:
     """Returns the configuration (a dataclass) of an op for a shape: the default with the tuned fields replaced.
 
     Args:
@@ -28,10 +25,11 @@ def configure[C: "DataclassInstance"](op: str, device: str, shape: str, default:
       ValueError: if the table names a field that the configuration does not have.
     """
     fields = table(device).get(op, {}).get(shape, {})
-    unknown = fields.keys() - {field.name for field in dataclasses.fields(default)}
+    launch: Any = default
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(launch)}
     if unknown:
         raise ValueError(f"{_file(device)}: {op} has no field {', '.join(sorted(unknown))} ({shape})")
-    return dataclasses.replace(default, **fields)
+    return dataclasses.replace(launch, **fields)
 
 
 @cache

@@ -4,9 +4,13 @@ import jax
 
 from pallas_kernels.core.dispatch import dispatch
 from pallas_kernels.core.paging import LayerKV, PageTables
-from pallas_kernels.prefill_attention import reference, xla
+from pallas_kernels.prefill_attention import mosaic_gpu, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla.prefill_attention, "reference": reference.prefill_attention}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.prefill_attention,
+    "xla": xla.prefill_attention,
+    "reference": reference.prefill_attention,
+}
 
 
 def prefill_attention(

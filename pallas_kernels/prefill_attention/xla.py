@@ -14,24 +14,16 @@ import jax.numpy as jnp
 from pallas_kernels.core.online_softmax import OnlineSoftmax
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, is_visible, pools
 from pallas_kernels.core.quantization import QuantizedArray, dequantize
+from pallas_kernels.prefill_attention.blocks import KeyRange, Window, visible_blocks
 
 BLOCK = 256
 """Tokens of a query block and of a key block (of which a page is the least)."""
 
 
-class Window(NamedTuple):
-    """What a query sees beside causality: everything, or the sink and the local window."""
-
-    sink: int | None
-    local: int | None
-
-
 class KeySource(NamedTuple):
-    """Keys at positions ``first … end − 1``, fetched in blocks."""
+    """Keys that are fetched block by block."""
 
-    first: jax.Array | int
-    end: jax.Array
-    block: int
+    keys: KeyRange
     fetch: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
     """Block index → keys [K, block, H], values [K, block, H], and which of them exist [block] bool."""
 
@@ -98,35 +90,18 @@ def _walk(
 ) -> OnlineSoftmax:
     """Returns the softmax state of queries [K, G · block, H] from ``position`` on after a source's visible keys."""
     positions = jnp.tile(position + jnp.arange(block), queries.shape[1] // block)
-    sinks, low, high = visible_blocks(position, block, source, window)
+    sinks, low, high = visible_blocks(position, block, source.keys, window)
 
     def visit(step: jax.Array, state: OnlineSoftmax) -> OnlineSoftmax:
         index = jnp.where(step < sinks, step, low + step - sinks)
         keys, values, exists = source.fetch(index)
-        at = source.first + index * source.block + jnp.arange(source.block)
+        at = source.keys.first + index * source.keys.block + jnp.arange(source.keys.block)
         scores = jnp.einsum("krh,ksh->krs", queries, keys, precision="highest", preferred_element_type=jnp.float32)
         visible = exists & is_visible(positions[:, None], at, *window)
         values = jnp.where(exists[:, None], values, jnp.zeros((), values.dtype))
         return state.add(scores * queries.shape[-1] ** -0.5, visible, values)
 
     return jax.lax.fori_loop(0, sinks + high - low, visit, state)
-
-
-def visible_blocks(
-    position: jax.Array, block: int, source: KeySource, window: Window
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (s, low, high): queries ``position … position + block − 1`` see key blocks 0 … s − 1 and low … high − 1.
-
-    Every block in the ranges holds a key that one of the queries sees, and no other block does.
-    """
-    end = jnp.minimum(source.end, position + block)
-    high = jnp.maximum(-(-(end - source.first) // source.block), 0)
-    if window.local is None or window.sink is None:
-        return jnp.zeros_like(high), jnp.zeros_like(high), high
-    sinks = jnp.clip(-(-(window.sink - source.first) // source.block), 0, high)
-    oldest = position - window.local + 1
-    low = jnp.where(oldest < end, jnp.clip((oldest - source.first) // source.block, sinks, high), high)
-    return sinks, low, high
 
 
 def _history(pool: PagedKV, table: jax.Array, start: jax.Array, block: int, dtype: jnp.dtype) -> KeySource:
@@ -141,7 +116,7 @@ def _history(pool: PagedKV, table: jax.Array, start: jax.Array, block: int, dtyp
         is_held = jnp.repeat(physical >= 0, pool.page_size)
         return keys, values, is_held & (index * size + jnp.arange(size) < start)
 
-    return KeySource(0, start, size, fetch)
+    return KeySource(KeyRange(0, start, size), fetch)
 
 
 def _tokens(pages: jax.Array | QuantizedArray, physical: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -157,4 +132,4 @@ def _chunk(k: jax.Array, v: jax.Array, start: jax.Array, count: jax.Array, block
         keys, values = (jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=1) for x in (k, v))
         return keys, values, index * block + jnp.arange(block) < count
 
-    return KeySource(start, start + count, block, fetch)
+    return KeySource(KeyRange(start, start + count, block), fetch)

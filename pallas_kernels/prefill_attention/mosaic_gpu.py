@@ -1,0 +1,649 @@
+"""`prefill_attention` for Hopper: one launch for all heads of a layer, in the manner of FlashAttention-3.
+
+A program attends 128 queries of one head. A warpgroup copies key blocks into a ring, from pages and from the chunk; two
+others take 64 queries each. Each of them runs the softmax of a block while the tensor cores multiply the values of the
+block before, and while the other one has its turn on them.
+
+Work is a walk: for each head class and query block, ranges of key blocks (`walks`), computed before the launch. Masks
+are applied where a block has a hidden key. The multiprocessors take programs in order: retrieval heads first, then late
+queries before early ones, which is longest first, so that the short walks fill the gaps at the end.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.core.hopper import refuse_unless, require_hopper
+from pallas_kernels.core.launch import configure
+from pallas_kernels.core.mosaic import is_interpreted, tile
+from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools
+from pallas_kernels.core.quantization import QuantizedArray
+from pallas_kernels.prefill_attention.blocks import KeyRange, Window, visible_blocks
+
+QUERIES = 128
+"""Queries of a program: 64, wgmma's rows, for each compute warpgroup."""
+KEYS = 128
+"""Keys of a block."""
+_ROWS = QUERIES // 2
+_HIDDEN = -1e30
+_FLOOR = -1e20
+"""Scores of hidden keys, and the maximum of no key: see `pallas_kernels.core.online_softmax`."""
+_EVERYTHING = 2**30
+"""The local window of retrieval heads."""
+_COMPUTE_REGISTERS, _FEED_REGISTERS = 216, 72
+"""Registers of a thread: two computing warpgroups and one that feeds them share 504."""
+_WGMMA = plgpu.Layout.WGMMA
+_BY_QUERY = _WGMMA.reduce(1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A launch: blocks of keys, and of values, in flight."""
+
+    stages: int
+
+
+class _Heads(NamedTuple):
+    """The query heads ``first … first + count − 1``, one class, and what is static about them."""
+
+    name: str
+    first: int
+    count: int
+    window: Window
+
+
+@partial(jax.jit, static_argnames=("sink", "local"))
+def prefill_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv: LayerKV,
+    tables: PageTables,
+    starts: jax.Array,
+    counts: jax.Array,
+    *,
+    sink: int,
+    local: int,
+) -> jax.Array:
+    """Returns what `pallas_kernels.prefill_attention` defines; rows from ``counts`` on are zeros.
+
+    Jitted for its cache: layers of one shape share one kernel, which takes seconds to build.
+
+    Raises:
+      NotImplementedError: on any device but a Hopper GPU, and for what the kernel is not made for.
+    """
+    device = require_hopper()
+    found = pools(kv, tables)
+    (_, tokens, _, head_dim), group = q.shape, q.shape[2] // k.shape[2]
+    _refuse(q, k, v, [pool for _, pool, _, _ in found])
+    pool = found[0][1]
+    shape = f"dim{head_dim}_page{pool.page_size}_k{_bits(pool.k)}v{_bits(pool.v)}"
+    config = configure("prefill_attention", device.kind, shape, heuristic(head_dim))
+    classes = [
+        _Heads(name, heads.start * group, pool.num_kv_heads * group, Window(0, _EVERYTHING))
+        if name == "retrieval"
+        else _Heads(name, heads.start * group, pool.num_kv_heads * group, Window(sink, local))
+        for name, pool, _, heads in found
+    ]
+    padding = ((0, 0), (0, -tokens % QUERIES), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
+    starts, counts = jnp.asarray(starts, jnp.int32), jnp.asarray(counts, jnp.int32)
+    return _launch(q, k, v, kv, tables, starts, counts, classes, config, pool)[:, :tokens]
+
+
+def heuristic(head_dim: int) -> Config:
+    """Returns the launch for a head dimension: rings of 128 KiB, which leave room for codes; two stages at least."""
+    return Config(stages=2 if head_dim == 128 else 4)
+
+
+def walks(starts: jax.Array, counts: jax.Array, tokens: int, windows: list[Window]) -> jax.Array:
+    """Returns the key blocks that each query block visits, as ranges [B, classes, query blocks, 6] int32.
+
+    The ranges are (s, low, high) of the history, then of the chunk: blocks ``0 … s − 1`` and ``low … high − 1`` of
+    `KEYS` keys, counted from the first key of the source. All of them hold a key that one of the queries sees, and no
+    other block does. A query block behind ``counts`` visits nothing.
+
+    Args:
+      starts: [B] int32 position of each sequence's first query.
+      counts: [B] int32 queries of each sequence.
+      tokens: T, rows of the chunk.
+      windows: what each class sees.
+    """
+    row = jnp.arange(-(-tokens // QUERIES), dtype=jnp.int32) * QUERIES
+    starts, counts = starts[:, None], counts[:, None]
+    sources = (KeyRange(0, starts, KEYS), KeyRange(starts, starts + counts, KEYS))
+    ranges = [
+        jnp.stack([jnp.broadcast_to(x, (starts.shape[0], row.size)) for source in sources for x in found(source)], -1)
+        for window in windows
+        for found in [partial(visible_blocks, starts + row, QUERIES, window=window)]
+    ]
+    return jnp.where((row < counts)[:, None, :, None], jnp.stack(ranges, axis=1), 0)
+
+
+def _bits(stored: jax.Array | QuantizedArray) -> int:
+    return stored.bits if isinstance(stored, QuantizedArray) else 16
+
+
+def _refuse(q: jax.Array, k: jax.Array, v: jax.Array, found: list[PagedKV]) -> None:
+    """Refuses what the kernel is not made for."""
+    for x in (q, k, v):
+        refuse_unless(x.dtype == jnp.bfloat16, f"queries, keys and values must be bfloat16, not {x.dtype}")
+    refuse_unless(q.shape[-1] in (64, 128), f"head_dim must be 64 or 128, not {q.shape[-1]}")
+    for pool in found:
+        for stored in (pool.k, pool.v):
+            if not isinstance(stored, QuantizedArray):
+                refuse_unless(stored.dtype == jnp.bfloat16, f"pages must be bfloat16, int8 or int4, not {stored.dtype}")
+        refuse_unless(pool.page_size in (16, 32, 64, 128), f"page_size must be 16, 32, 64 or 128, not {pool.page_size}")
+    kinds = {(pool.page_size, _bits(pool.k), _bits(pool.v)) for pool in found}
+    refuse_unless(len(kinds) == 1, "the pools of a layer must store alike")
+
+
+def _launch(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv: LayerKV,
+    tables: PageTables,
+    starts: jax.Array,
+    counts: jax.Array,
+    classes: list[_Heads],
+    config: Config,
+    pool: PagedKV,
+) -> jax.Array:
+    """Runs the kernel on a chunk of whole query blocks."""
+    batch, tokens, num_heads, head_dim = q.shape
+
+    def prefill_attention(*refs: Any) -> None:
+        *arrays, scratch = refs
+        _attend(classes, config, *arrays, scratch=scratch)
+
+    kernel = plgpu.kernel(
+        prefill_attention,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(batch * num_heads * (tokens // QUERIES),),
+        grid_names=("program",),
+        num_threads=3,
+        thread_name="role",
+        scratch_types=[_scratch(config, pool, head_dim)],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    windows = [heads.window for heads in classes]
+    return kernel(q, k, v, kv, tables, starts, counts, walks(starts, counts, tokens, windows))
+
+
+def _scratch(config: Config, pool: PagedKV, head_dim: int) -> dict[str, Any]:
+    """Returns the shared memory of a program: queries, rings of keys and values, and codes on their way there."""
+    columns = _tile_width(pool, head_dim)  # of all operands: those of a product must be swizzled alike
+    parts = KEYS // pool.page_size
+    scratch = {
+        "q": tile((2, _ROWS, head_dim), jnp.bfloat16, columns),
+        "q_ready": plgpu.Barrier(num_barriers=2),
+        "turn": plgpu.Barrier(num_barriers=2),
+    }
+    for name, stored in (("k", pool.k), ("v", pool.v)):
+        scratch[name] = tile((config.stages, KEYS, head_dim), jnp.bfloat16, columns)
+        scratch[f"{name}_ready"] = plgpu.Barrier(num_arrivals=parts, num_barriers=config.stages)
+        scratch[f"{name}_free"] = plgpu.Barrier(num_arrivals=2, num_barriers=config.stages)
+        if isinstance(stored, QuantizedArray):
+            vector: Any = plgpu.SMEM((KEYS,), jnp.float32)
+            codes: Any = plgpu.SMEM((KEYS, head_dim * stored.bits // 8), jnp.uint8)
+            scratch[f"{name}_codes"] = QuantizedArray(codes=codes, scale=vector, zero=vector, bits=stored.bits)
+            scratch[f"{name}_landed"] = plgpu.Barrier(num_arrivals=parts * 3)
+    return scratch
+
+
+class _Walk(NamedTuple):
+    """The key blocks that a program visits, in order: ranges of history, then of the chunk (see `walks`)."""
+
+    sinks: jax.Array
+    low: jax.Array
+    high: jax.Array
+    chunk_sinks: jax.Array
+    chunk_low: jax.Array
+    chunk_high: jax.Array
+
+    @property
+    def history(self) -> jax.Array:
+        """Number of history blocks."""
+        return self.sinks + self.high - self.low
+
+    @property
+    def steps(self) -> jax.Array:
+        """Number of blocks."""
+        return self.history + self.chunk_sinks + self.chunk_high - self.chunk_low
+
+    def block(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns whether a step's block is history, and its index there or in the chunk."""
+        in_chunk = step - self.history
+        old = jnp.where(step < self.sinks, step, self.low + step - self.sinks)
+        new = jnp.where(in_chunk < self.chunk_sinks, in_chunk, self.chunk_low + in_chunk - self.chunk_sinks)
+        return in_chunk < 0, jnp.where(in_chunk < 0, old, new)
+
+
+class _Place(NamedTuple):
+    """What a program attends: its head's class and number, its sequence, its first row of the chunk, and its window."""
+
+    index: jax.Array
+    head: jax.Array
+    b: jax.Array
+    row: jax.Array
+    sink: jax.Array
+    local: jax.Array
+
+
+def _place(program: jax.Array, classes: list[_Heads], batch: int, blocks: int) -> _Place:
+    """Returns the place of a program: classes in order, late rows first, then sequences, then heads."""
+    places, first = [], 0
+    for index, heads in enumerate(classes):
+        order = program - first
+        rest = order // heads.count
+        row = (blocks - 1 - rest // batch) * QUERIES
+        window = (jnp.int32(x) for x in heads.window)
+        places.append(_Place(jnp.int32(index), heads.first + order % heads.count, rest % batch, row, *window))
+        first += batch * blocks * heads.count
+    if len(places) == 1:
+        return places[0]
+    is_first = program < batch * blocks * classes[0].count
+    return jax.tree.map(partial(jnp.where, is_first), *places)
+
+
+def _attend(
+    classes: list[_Heads],
+    config: Config,
+    q_gmem: Any,
+    k_gmem: Any,
+    v_gmem: Any,
+    kv_gmem: LayerKV,
+    tables_gmem: PageTables,
+    starts_gmem: Any,
+    counts_gmem: Any,
+    walks_gmem: Any,
+    out_gmem: Any,
+    *,
+    scratch: dict[str, Any],
+) -> None:
+    """Runs one program: the walk of one block of queries of one head."""
+    batch, tokens, num_heads, head_dim = q_gmem.shape
+    group = num_heads // k_gmem.shape[2]
+    place = _place(jax.lax.axis_index("program"), classes, batch, tokens // QUERIES)
+    b, row, head = place.b, place.row, place.head
+    role = jax.lax.axis_index("role")
+
+    def read() -> tuple[jax.Array, jax.Array, _Walk]:
+        """Returns start, count and walk; each role reads them, for registers kept from one to the other are spilled."""
+        return starts_gmem[b], counts_gmem[b], _Walk(*(walks_gmem[b, place.index, row // QUERIES, i] for i in range(6)))
+
+    def feed_walk(heads: _Heads) -> None:
+        start, count, walk = read()
+        pool, table = getattr(kv_gmem, heads.name), getattr(tables_gmem, heads.name)
+        new = {name: x.at[b, :, head // group] for name, x in (("k", k_gmem), ("v", v_gmem))}
+        _Feed(pool, new, (head - heads.first) // group, table.at[b], start, count, walk, config, scratch).run()
+
+    @pl.when(role == 2)
+    def _feed() -> None:
+        plgpu.set_max_registers(_FEED_REGISTERS, action="decrease")
+        for index, heads in enumerate(classes):
+            pl.when(place.index == index)(partial(feed_walk, heads))
+
+    @pl.when(role < 2)
+    def _compute() -> None:
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        start, count, walk = read()
+        first = row + role * _ROWS
+        out = out_gmem.at[b, pl.ds(first, _ROWS), head]
+
+        @pl.when(walk.steps == 0)
+        def _blank() -> None:
+            _store(jnp.zeros((_ROWS, head_dim), jnp.bfloat16), scratch["q"].at[role], out)
+
+        @pl.when(walk.steps > 0)
+        def _run() -> None:
+            queries = scratch["q"].at[role]
+            plgpu.copy_gmem_to_smem(q_gmem.at[b, pl.ds(first, _ROWS), head], queries, scratch["q_ready"].at[role])
+            plgpu.barrier_wait(scratch["q_ready"].at[role])
+            values = _softmax_of_walk(walk, place, config, start, count, first, role, scratch)
+            rows = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_WGMMA)
+            _store(jnp.where(rows < count - first, values, 0.0).astype(jnp.bfloat16), queries, out)
+
+
+def _store(values: jax.Array, staging_smem: Any, out_gmem: Any) -> None:
+    """Writes the outputs [64, H] of a warpgroup."""
+    staging_smem[...] = values
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging_smem, out_gmem)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _rows_layout(columns: int, width: int) -> Any:
+    """Returns the layout in which a warpgroup moves rows through registers, 8 neighbours of a row a thread.
+
+    A warp takes rows of one swizzled tile, ``width`` columns wide, so that stores have no bank conflicts.
+    """
+    rows = 16 * 64 // min(columns, 64)
+    warp = (256 // width, width)
+    tiles = plgpu.Tiling(((rows, min(columns, 64)), warp, (8,)))
+    warp_dims = (-5, -4) if columns > width == 32 else (-5,)
+    return plgpu.Layout.TILED(tiles, warp_dims=warp_dims, lane_dims=(-3, -2), vector_dim=-1)
+
+
+def _tile_width(pool: PagedKV, head_dim: int) -> int:
+    """Returns the columns of a swizzled tile: the halves of a row of 4-bit codes are written apart."""
+    return min(head_dim // 2, 64) if 4 in (_bits(pool.k), _bits(pool.v)) else 64
+
+
+class _Feed(NamedTuple):
+    """What the copying warpgroup works with: a pool, a head of it, a sequence's pages and length, and the walk.
+
+    Key blocks enter the ring exact: rows of tokens that do not exist are zeros, whatever memory holds there. (Hidden
+    keys have weight zero, but zero times NaN is NaN.) The copy engine fills with zeros what lies past the end of an
+    array, so whole parts of a block are asked for there; parts with a few such rows go through registers.
+    """
+
+    pool: PagedKV
+    new: dict[str, Any]
+    head: jax.Array
+    table: Any
+    start: jax.Array
+    count: jax.Array
+    walk: _Walk
+    config: Config
+    scratch: dict[str, Any]
+
+    def run(self) -> None:
+        """Copies the blocks of the walk in the order in which they are read: values a step behind keys."""
+        for name in "kv":
+            if self._is_quantized(name):
+                pl.when(self.walk.history > 0)(partial(self._request, name, jnp.int32(0)))
+
+        @pl.loop(jnp.int32(0), self.walk.steps + 1)
+        def _feed_step(step: jax.Array) -> None:
+            pl.when(step < self.walk.steps)(partial(self._feed, "k", step))
+            pl.when((step > 0) & (self.walk.steps > 0))(partial(self._feed, "v", step - 1))
+
+        @pl.loop(jnp.maximum(self.walk.steps - self.config.stages, 0), self.walk.steps)
+        def _drain(step: jax.Array) -> None:
+            for name in "kv":
+                plgpu.barrier_wait(self.scratch[f"{name}_free"].at[step % self.config.stages])
+
+    def _feed(self, name: str, step: jax.Array) -> None:
+        """Brings a block of keys or of values into its ring."""
+        is_history, block = self.walk.block(step)
+        slot = step % self.config.stages
+        pl.when(step >= self.config.stages)(partial(plgpu.barrier_wait, self.scratch[f"{name}_free"].at[slot]))
+        target, ready = self.scratch[name].at[slot], self.scratch[f"{name}_ready"].at[slot]
+        old = self._convert if self._is_quantized(name) else self._copy_pages
+        pl.when(is_history)(partial(old, name, step, block, target, ready))
+        pl.when(jnp.logical_not(is_history))(partial(self._copy_new, name, block, target, ready))
+
+    def _is_quantized(self, name: str) -> bool:
+        return isinstance(getattr(self.pool, name), QuantizedArray)
+
+    def _copy_new(self, name: str, block: jax.Array, target: Any, ready: Any) -> None:
+        """Copies a block of the chunk, in parts of the size of pages."""
+        size, source = self.pool.page_size, self.new[name]
+
+        @pl.loop(0, KEYS // size)
+        def _copy_part(i: jax.Array) -> None:
+            first = block * KEYS + i * size
+            rows = jnp.maximum(self.count - first, 0)
+            first = jnp.where(rows > 0, first, source.shape[0])
+            self._copy_rows(source.at[pl.ds(first, size)], rows, target.at[pl.ds(i * size, size)], ready)
+
+    def _page(self, block: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns a page of a block, past the end where none is held, and how many of its tokens exist."""
+        size, num_pages = self.pool.page_size, jax.tree.leaves(self.pool.k)[0].shape[0]
+        entry = block * (KEYS // size) + i
+        rows = jnp.maximum(self.start - entry * size, 0)
+        page = self.table[jnp.minimum(entry, self.table.shape[0] - 1)]
+        return jnp.where((rows > 0) & (page >= 0), page, num_pages), rows
+
+    def _copy_pages(self, name: str, step: jax.Array, block: jax.Array, target: Any, ready: Any) -> None:
+        """Copies a block of pages that are not quantised."""
+        del step
+        size, source = self.pool.page_size, getattr(self.pool, name)
+
+        @pl.loop(0, KEYS // size)
+        def _copy_page(i: jax.Array) -> None:
+            page, rows = self._page(block, i)
+            self._copy_rows(source.at[page, self.head], rows, target.at[pl.ds(i * size, size)], ready)
+
+    def _request(self, name: str, step: jax.Array) -> None:
+        """Starts the copy of a block of codes, scales and zeros."""
+        size, block = self.pool.page_size, self.walk.block(step)[1]
+        sources, targets = (jax.tree.leaves(x) for x in (getattr(self.pool, name), self.scratch[f"{name}_codes"]))
+
+        @pl.loop(0, KEYS // size)
+        def _copy_page(i: jax.Array) -> None:
+            page, _ = self._page(block, i)
+            for source, target in zip(sources, targets, strict=True):
+                part = target.at[pl.ds(i * size, size)]
+                plgpu.copy_gmem_to_smem(source.at[page, self.head], part, self.scratch[f"{name}_landed"])
+
+    def _convert(self, name: str, step: jax.Array, block: jax.Array, target: Any, ready: Any) -> None:
+        """Converts a block of codes, and starts the copy of the next one."""
+        plgpu.barrier_wait(self.scratch[f"{name}_landed"])
+        self._dequantize(self.scratch[f"{name}_codes"], target, self.start - block * KEYS)
+        plgpu.commit_smem()
+        for _ in range(KEYS // self.pool.page_size):
+            plgpu.barrier_arrive(ready)
+        pl.when(step + 1 < self.walk.history)(partial(self._request, name, step + 1))
+
+    def _copy_rows(self, source_gmem: Any, rows: jax.Array, target_smem: Any, ready: Any) -> None:
+        """Copies a part of a block, of which ``rows`` exist, and arrives at ``ready``."""
+        size, columns = target_smem.shape
+        layout = _rows_layout(columns, _tile_width(self.pool, columns))
+        pl.when((rows >= size) | (rows == 0))(partial(plgpu.copy_gmem_to_smem, source_gmem, target_smem, ready))
+
+        @pl.when((rows < size) & (rows > 0))
+        def _through_registers() -> None:
+            for row in range(0, size, 16):
+                values = plgpu.load(source_gmem.at[pl.ds(row, 16)], layout=layout, optimized=False)
+                index = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout)
+                target_smem[pl.ds(row, 16)] = jnp.where(index < rows - row, values, jnp.zeros((), values.dtype))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(ready)
+
+    def _dequantize(self, stored: Any, target_smem: Any, rows: jax.Array) -> None:
+        """Writes a block in bfloat16, zeros from ``rows`` on; ``stored`` is a `QuantizedArray` in shared memory."""
+        columns, step = stored.codes.shape[-1], 32
+        layout = _rows_layout(columns, _tile_width(self.pool, target_smem.shape[-1]))
+
+        @pl.loop(0, KEYS // step)
+        def _some_rows(i: jax.Array) -> None:
+            at = pl.ds(i * step, step)
+            is_held = plgpu.broadcasted_iota(jnp.int32, (step,), 0, layout=layout.reduce(1)) < rows - i * step
+
+            def by_row(vector_smem: Any) -> jax.Array:
+                vector = plgpu.load(vector_smem.at[at], layout=layout.reduce(1), optimized=False)
+                return jax.lax.broadcast_in_dim(jnp.where(is_held, vector, 0.0), (step, columns), (0,))
+
+            scale = by_row(stored.scale)
+            offset = -by_row(stored.zero) * scale
+            codes = plgpu.load(stored.codes.at[at], layout=layout, optimized=False).astype(jnp.int32)
+            for j, half in enumerate([codes] if stored.bits == 8 else [codes & 15, codes >> 4]):
+                wide = half.astype(jnp.float32) * scale + offset
+                target_smem[at, pl.ds(j * columns, columns)] = wide.astype(jnp.bfloat16)
+
+
+def _softmax_of_walk(
+    walk: _Walk,
+    place: _Place,
+    config: Config,
+    start: jax.Array,
+    count: jax.Array,
+    first: jax.Array,
+    role: jax.Array,
+    scratch: dict[str, Any],
+) -> jax.Array:
+    """Returns the attention [64, H] float32 of a compute warpgroup's queries, which stand at row ``first``."""
+    # Of indices whose value it can tell, the compiler makes addresses in advance, and spills them.
+    zero, mine, other = jax.lax.optimization_barrier((jnp.int32(0), role, 1 - role))
+    q_smem, my_turn, other_turn = (scratch["q"].at[mine], *(scratch["turn"].at[i] for i in (mine, other)))
+    head_dim = q_smem.shape[-1]
+    scale = math.log2(math.e) / math.sqrt(head_dim)
+
+    def weigh(step: jax.Array, maximum: jax.Array, total: jax.Array, scores: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns the new maximum and total, the decay of what was summed before, and the weights of a block."""
+        is_history, block = walk.block(step)
+        key = block * KEYS + jnp.where(is_history, 0, start)
+        scores = _hide(scores, key, jnp.where(is_history, start, start + count), start + first, place)
+        new = jnp.maximum(maximum, jnp.max(scores, axis=1) * scale)
+        weights = jnp.exp2(scores * scale - jax.lax.broadcast_in_dim(new, scores.shape, (0,)))
+        decay = jnp.exp2(maximum - new)
+        return new, total * decay + jnp.sum(weights, axis=1), decay, weights
+
+    def wait_for_keys(step: jax.Array) -> None:
+        pl.when(step < walk.steps)(partial(plgpu.barrier_wait, scratch["k_ready"].at[step % config.stages]))
+
+    def attend_block(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        maximum, total, weights, values = carry
+        slot, before = step % config.stages, (step - 1) % config.stages
+
+        def wait_for_values() -> None:
+            plgpu.barrier_wait(scratch["v_ready"].at[before])
+
+        def yield_turn() -> None:
+            plgpu.barrier_arrive(other_turn)
+
+        def weigh_scores(scores: jax.Array) -> tuple[jax.Array, ...]:
+            plgpu.barrier_arrive(scratch["k_free"].at[slot])
+            return weigh(step, maximum, total, scores)
+
+        plgpu.barrier_wait(my_turn)
+        (new, total, decay, new_weights), values = _overlap(
+            (q_smem, scratch["k"].at[slot]),
+            (weights, scratch["v"].at[before], values),
+            wait_for_values,
+            yield_turn,
+            weigh_scores,
+            partial(wait_for_keys, step + 1),
+        )
+        plgpu.barrier_arrive(scratch["v_free"].at[before])
+        return (
+            new,
+            total,
+            new_weights.astype(jnp.bfloat16),
+            values * jax.lax.broadcast_in_dim(decay, values.shape, (0,)),
+        )
+
+    pl.when(role == 1)(partial(plgpu.barrier_arrive, other_turn))
+    maximum, total = (plgpu.layout_cast(jnp.full((_ROWS,), x, jnp.float32), _BY_QUERY) for x in (_FLOOR, 0.0))
+    wait_for_keys(zero)
+    scores = _product(q_smem, scratch["k"].at[zero])
+    plgpu.barrier_arrive(scratch["k_free"].at[zero])
+    maximum, total, _, weights = weigh(zero, maximum, total, scores)
+    values = plgpu.layout_cast(jnp.zeros((_ROWS, head_dim), jnp.float32), _WGMMA)
+    wait_for_keys(zero + 1)
+    carry = (maximum, total, weights.astype(jnp.bfloat16), values)
+    maximum, total, weights, values = jax.lax.fori_loop(zero + 1, walk.steps, attend_block, carry)
+    last = (walk.steps - 1) % config.stages
+    plgpu.barrier_wait(scratch["v_ready"].at[last])
+    values = _accumulate(weights, scratch["v"].at[last], values)
+    plgpu.barrier_arrive(scratch["v_free"].at[last])
+    pl.when(role == 0)(partial(plgpu.barrier_wait, my_turn))
+    return values / jax.lax.broadcast_in_dim(jnp.where(total > 0, total, 1.0), values.shape, (0,))
+
+
+def _hide(scores: jax.Array, key: jax.Array, end: jax.Array, query: jax.Array, place: _Place) -> jax.Array:
+    """Returns scores [64, `KEYS`] with `_HIDDEN` for the keys that are not seen, if the block has any.
+
+    Args:
+      scores: of queries from position ``query`` on, by keys from position ``key`` on.
+      key: position of the first key.
+      end: position at which the keys of this source end.
+      query: position of the first query.
+      place: the window.
+    """
+    is_whole = (key + KEYS <= end) & (key + KEYS - 1 <= query)
+    is_whole &= (key > query + _ROWS - 1 - place.local) | (key + KEYS <= place.sink)
+
+    def replace(scores: jax.Array) -> jax.Array:
+        rows, columns = (plgpu.broadcasted_iota(jnp.int32, scores.shape, i, layout=_WGMMA) for i in (0, 1))
+        # A thread's columns differ from each other in all bits but these: what is compared with is one register for
+        # a row, and the columns are constants. As plain positions they would occupy 32 registers in the whole loop.
+        columns, offset = columns & ~6, columns & 6
+        newest = jnp.minimum(query + rows + 1, end) - key - offset
+        oldest = query + rows - place.local - key - offset
+        visible = (columns < newest) & ((columns > oldest) | (columns < place.sink - key - offset))
+        return jnp.where(visible, scores, _HIDDEN)
+
+    return jax.lax.cond(is_whole, lambda scores: scores, replace, scores)
+
+
+def _product(left_smem: Any, right_smem: Any) -> jax.Array:
+    """Returns ``left @ rightᵀ`` float32."""
+
+    def multiply(sums: Any) -> jax.Array:
+        plgpu.wgmma(sums, left_smem, right_smem.transpose((1, 0)))
+        return sums[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((left_smem.shape[0], right_smem.shape[0]), jnp.float32))
+
+
+def _accumulate(left: jax.Array, right_smem: Any, sums: jax.Array) -> jax.Array:
+    """Returns ``sums + left @ right`` float32, with ``left`` in registers."""
+    if is_interpreted():  # it knows no left operand in registers, and no accumulator that does not start with zeros
+        right = right_smem[...]
+        plgpu.commit_smem()  # this is an ordinary read, wgmma's is not: what is copied there next must come after it
+        return sums + jnp.dot(left, right, preferred_element_type=jnp.float32)
+
+    def multiply(sums_ref: Any) -> jax.Array:
+        sums_ref[...] = sums
+        plgpu.wgmma(sums_ref, left, right_smem)
+        return sums_ref[...]
+
+    rows, columns = sums.shape
+    return pl.run_scoped(multiply, plgpu.ACC((rows, columns), jnp.float32))
+
+
+def _overlap(
+    scores_of: tuple[Any, Any],
+    values_of: tuple[jax.Array, Any, jax.Array],
+    wait_for_values: Callable[[], None],
+    yield_turn: Callable[[], None],
+    weigh: Callable[[jax.Array], tuple[jax.Array, ...]],
+    wait_for_keys: Callable[[], None],
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Returns ``weigh(left @ rightᵀ)``, computed while the tensor cores work on the second result, ``sums + w @ v``.
+
+    Args:
+      scores_of: left and right, in shared memory.
+      values_of: w in registers, v in shared memory, sums in registers.
+      wait_for_values: called before v is read.
+      yield_turn: called when both products have been started.
+      weigh: called with the first product.
+      wait_for_keys: called before the second product is waited for. It ends a basic block, without which the compiler
+        would wait for both products before ``weigh``.
+    """
+    weights, values_smem, sums = values_of
+    if is_interpreted():
+        scores = _product(*scores_of)
+        wait_for_values()
+        sums = _accumulate(weights, values_smem, sums)
+        yield_turn()
+        weighed = weigh(scores)
+        wait_for_keys()
+        return weighed, sums
+
+    def overlapped(scores_ref: Any, sums_ref: Any) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        sums_ref[...] = sums
+        plgpu.wgmma(scores_ref, scores_of[0], scores_of[1].transpose((1, 0)))
+        wait_for_values()
+        plgpu.wgmma(sums_ref, weights, values_smem)
+        yield_turn()
+        weighed = weigh(plgpu.wgmma_accumulator_load(scores_ref, wait_n=1))
+        weighed = jax.lax.optimization_barrier(weighed)
+        wait_for_keys()
+        sums_now = sums_ref[...]
+        return jax.lax.optimization_barrier((weighed, sums_now))
+
+    rows, columns = sums.shape
+    keys = values_smem.shape[0]
+    return pl.run_scoped(overlapped, plgpu.ACC((rows, keys), jnp.float32), plgpu.ACC((rows, columns), jnp.float32))

@@ -1,0 +1,232 @@
+"""The Hopper kernel of `prefill_attention`: values against the reference, its walks, and machine code for an H200.
+
+Values are interpreted on the CPU, or computed on a Hopper GPU where one is.
+"""
+
+import re
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import PageTables, prefill_attention
+from pallas_kernels.core.paging import LayerKV
+from pallas_kernels.core.workloads import SERVING, Workload
+from pallas_kernels.prefill_attention import mosaic_gpu, reference
+from pallas_kernels.prefill_attention.blocks import Window
+from pallas_kernels.prefill_attention.mosaic_gpu import KEYS, QUERIES
+from tests.pallas_kernels import hopper
+from tests.pallas_kernels.cases import (
+    Cache,
+    abstract,
+    abstract_pools,
+    assert_close,
+    assert_same_bits,
+    filled_cache,
+    random_tokens,
+)
+from tests.pallas_kernels.hopper import compiled, evaluate, interpreted
+
+SMALL = Workload(
+    batch=1,
+    context=448,
+    chunk=150,
+    retrieval=1,
+    streaming=1,
+    group=1,
+    head_dim=64,
+    sub_page_size=16,
+    sink=20,
+    prefill_local=101,
+)
+"""Two query blocks; neither sink nor window is a multiple of the page."""
+
+
+def _chunk(workload: Workload, starts: list[int], counts: list[int]) -> tuple[Cache, tuple[Any, ...]]:
+    """A chunk after random histories: NaN in every token that does not exist."""
+    rng = np.random.default_rng(1)
+    cache = filled_cache(workload, rng, starts, window=workload.prefill_local)
+    q = random_tokens(workload, rng, workload.chunk, workload.num_heads)
+    k, v = (random_tokens(workload, rng, workload.chunk) for _ in range(2))
+    for b, count in enumerate(counts):
+        q[b, count:] = k[b, count:] = v[b, count:] = np.nan
+    return cache, (q, k, v, cache.kv, cache.tables, np.asarray(starts, np.int32), np.asarray(counts, np.int32))
+
+
+def _attend(workload: Workload) -> Any:
+    return partial(mosaic_gpu.prefill_attention, sink=workload.sink, local=workload.prefill_local)
+
+
+def _check(workload: Workload, starts: list[int], counts: list[int], *, detect_races: bool = False) -> None:
+    """Real rows are as the reference has them, all others zero."""
+    _, arguments = _chunk(workload, starts, counts)
+    out = np.asarray(evaluate(_attend(workload), *arguments, detect_races=detect_races), np.float32)
+    window = {"sink": workload.sink, "local": workload.prefill_local}
+    expected = np.asarray(jax.jit(partial(reference.prefill_attention, **window))(*arguments), np.float32)
+    for b, count in enumerate(counts):
+        assert_close(out[b, :count], expected[b, :count], "bfloat16")
+        np.testing.assert_array_equal(out[b, count:], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "starts", "counts"),
+    [
+        pytest.param({"group": 3}, [200], [140], id="embedded"),
+        pytest.param({"head_dim": 128, "page_size": 16, "bits": (8, 8)}, [211], [150], id="int8"),
+        pytest.param({"sink": 300, "prefill_local": 1000, "bits": (None, 8)}, [192], [70], id="window-of-everything"),
+        pytest.param({"page_size": 32, "bits": (4, 4)}, [289], [129], id="int4-halves-of-32"),
+        pytest.param({"head_dim": 128, "page_size": 128, "bits": (8, 4)}, [130], [64], id="int8-int4"),
+        pytest.param({"bits": (4, None), "streaming": 0}, [192], [128], id="all_retrieval"),
+        pytest.param({"bits": (8, None), "retrieval": 0, "group": 2}, [290], [150], id="all_streaming"),
+        pytest.param({"sink": 0, "prefill_local": 1}, [70], [130], id="window-of-one"),
+    ],
+)
+def test_values(fields: dict[str, Any], starts: list[int], counts: list[int]):
+    _check(replace(SMALL, **fields), starts, counts)
+
+
+def test_ragged_batches_about_page_and_block_boundaries():
+    starts, counts = [0, 63, 64, 65, 127, 128, 129, 300, 191], [1, 40, 64, 63, 65, 0, 1, 40, 64]
+    _check(replace(SMALL, batch=len(starts), chunk=65), starts, counts)
+
+
+def test_a_sequence_is_the_same_in_any_batch():
+    workload = replace(SMALL, batch=3, chunk=40)
+    cache, arguments = _chunk(workload, [200, 77, 0], [40, 33, 17])
+    together = evaluate(_attend(workload), *arguments)
+    rows, one = slice(1, 2), cache.alone(1)
+    alone = [x[rows] for x in arguments[:3]], [x[rows] for x in arguments[5:]]
+    assert_same_bits(together[rows], evaluate(_attend(workload), *alone[0], one.kv, one.tables, *alone[1]))
+
+
+@pytest.mark.parametrize("bits", [(None, None), (8, 8)], ids=str)
+def test_races(bits: tuple[int | None, int | None]):
+    """Every slot of the rings is used again."""
+    _check(replace(SMALL, head_dim=128, bits=bits, chunk=140), [300], [135], detect_races=True)
+
+
+def test_exactly_the_blocks_with_a_visible_key_are_visited():
+    """Against every key of random chunks, histories and windows; a query block without queries visits nothing."""
+    rng = np.random.default_rng(0)
+    n, tokens = 100, 3 * QUERIES
+    for sink, local in ((0, 1), (5, 77), (128, 256), (300, 128), (130, 385), (1000, 2000)):
+        starts, counts = rng.integers(0, 1000, n), rng.integers(0, tokens + 1, n)
+        starts[::3] -= starts[::3] % 64
+        windows = [Window(0, 2**30), Window(sink, local)]
+        arrays = [jnp.asarray(x, jnp.int32) for x in (starts, counts)]
+        found = np.asarray(mosaic_gpu.walks(arrays[0], arrays[1], tokens, windows))
+        assert found.shape == (n, 2, 3, 6) and found.dtype == np.int32
+        for (b, index, block), walk in zip(np.ndindex(n, 2, 3), found.reshape(-1, 6), strict=True):
+            queries = starts[b] + np.arange(block * QUERIES, min((block + 1) * QUERIES, int(counts[b])))[:, None]
+            keys = np.arange(int(starts[b] + counts[b]))
+            visible = keys <= queries
+            if index == 1:
+                visible &= (keys > queries - local) | (keys < sink)
+            seen = keys[visible.any(0)]
+            old, new = seen[seen < starts[b]], seen[seen >= starts[b]] - starts[b]
+            expected = [("old", i) for i in sorted({*(old // KEYS)})] + [("new", i) for i in sorted({*(new // KEYS)})]
+            steps = mosaic_gpu._Walk(*walk)
+            visited = [steps.block(jnp.int32(step)) for step in range(int(steps.steps))]
+            assert [("old" if is_old else "new", int(i)) for is_old, i in visited] == expected, (sink, local, b, block)
+
+
+@pytest.mark.parametrize("counts", [(8, 8), (0, 6), (6, 0)], ids=str)
+def test_every_query_block_has_one_program_and_long_walks_come_first(counts: tuple[int, int]):
+    batch, blocks = 2, 4
+    names = ("retrieval", "streaming")
+    heads = [mosaic_gpu._Heads("retrieval", 0, counts[0], Window(0, 2**30))] if counts[0] else []
+    heads += [mosaic_gpu._Heads("streaming", counts[0], counts[1], Window(5, 7))] if counts[1] else []
+    programs = jnp.arange(batch * blocks * sum(counts))
+    places = mosaic_gpu._place(programs, heads, batch, blocks)
+    index, head, b, row = (np.broadcast_to(x, programs.shape) for x in places[:4])
+    assert len({*zip(head.tolist(), b.tolist(), row.tolist(), strict=True)}) == programs.size
+    assert {*row.tolist()} == {i * QUERIES for i in range(blocks)}
+    is_streaming = np.array([heads[i].name == names[1] for i in index])
+    np.testing.assert_array_equal(is_streaming, head >= counts[0])
+    length = np.where(is_streaming, 0, 1 + row)
+    assert (np.diff(length) <= 0).all()
+    assert (np.diff(row[is_streaming]) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"dtype": "float32"}, "queries, keys and values must be bfloat16, not float32"),
+        ({"head_dim": 32}, "head_dim must be 64 or 128, not 32"),
+        ({"page_size": 48}, "page_size must be 16, 32, 64 or 128, not 48"),
+    ],
+)
+def test_refusals(fields: dict[str, Any], reason: str):
+    arguments = _arguments(replace(SMALL, **fields))
+    with interpreted(), pytest.raises(NotImplementedError, match=re.escape(reason)):
+        jax.eval_shape(_attend(SMALL), *arguments)
+
+
+def test_refuses_pages_of_another_dtype():
+    q, k, v, kv, *rest = _arguments(SMALL)
+    kv = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), kv)
+    with interpreted(), pytest.raises(NotImplementedError, match="pages must be bfloat16, int8 or int4, not float32"):
+        jax.eval_shape(_attend(SMALL), q, k, v, kv, *rest)
+
+
+def test_refuses_pools_that_store_unlike_each_other():
+    q, k, v, kv, *rest = _arguments(SMALL)
+    other = abstract_pools(replace(SMALL, bits=(8, 8)), 9)
+    kv = LayerKV(kv.retrieval, other.streaming)
+    with interpreted(), pytest.raises(NotImplementedError, match="the pools of a layer must store alike"):
+        jax.eval_shape(_attend(SMALL), q, k, v, kv, *rest)
+
+
+def test_refuses_a_device_that_is_no_hopper_gpu():
+    if jax.default_backend() != "cpu":
+        pytest.skip("the default device is a GPU")
+    with pytest.raises(NotImplementedError, match="need a Hopper GPU"):
+        jax.eval_shape(_attend(SMALL), *_arguments(SMALL))
+
+
+def _arguments(workload: Workload, pages: int = 9) -> tuple[Any, ...]:
+    q, k = (
+        abstract(1, workload.chunk, heads, workload.head_dim, dtype=workload.dtype)
+        for heads in (workload.num_heads, workload.num_kv_heads)
+    )
+    kv = abstract_pools(workload, pages)
+    kv = LayerKV(
+        *(pool if count else None for pool, count in zip(kv, (workload.retrieval, workload.streaming), strict=True))
+    )
+    return q, k, k, kv, PageTables(abstract(1, pages), abstract(1, pages)), abstract(1), abstract(1)
+
+
+FEW: list[dict[str, Any]] = [
+    {},
+    {"bits": (8, 8)},
+    {"bits": (4, 4), "page_size": 32, "streaming": 0},
+    {"head_dim": 64, "bits": (8, 4), "page_size": 16, "retrieval": 0},
+]
+ALL = [
+    {"head_dim": head_dim, "bits": bits, "page_size": page_size}
+    for head_dim in (64, 128)
+    for bits in ((None, None), (8, 8), (4, 4), (8, 4), (None, 8), (4, None))
+    for page_size in (16, 32, 64, 128)
+]
+
+
+@pytest.mark.parametrize("fields", [*FEW, *(pytest.param(fields, marks=pytest.mark.slow) for fields in ALL)], ids=str)
+def test_machine_code(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """One kernel without spills, whose products overlap; memory that does not grow with a prompt of 10⁶ tokens."""
+    said, read = [], hopper._kernel
+    monkeypatch.setattr(hopper, "_kernel", lambda folder, file: said.append(file.read_text()) or read(folder, file))
+    workload = replace(SERVING["llama3_8b_8k"], chunk=2048, **fields)
+    program, kernels = compiled(_attend(workload), *_arguments(workload, 1_000_000 // workload.page_size))
+    hopper.assert_fits(kernels, count=1)
+    assert len(said) == 1 and "serialized" not in said[0], said  # ptxas: "wgmma.mma_async instructions are serialized"
+    assert program.memory_analysis().temp_size_in_bytes < 64 * 1024
+
+
+def test_dispatch_chooses_the_kernel():
+    with interpreted():
+        jaxpr = jax.make_jaxpr(partial(prefill_attention, sink=1, local=2))(*_arguments(SMALL))
+    assert "copy_gmem_to_smem" in str(jaxpr)
