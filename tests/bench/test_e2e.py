@@ -16,7 +16,7 @@ from bench import e2e
 from lserve_jax.plan import PoolSizes
 from pallas_kernels import dequantize
 
-TINY_CHECKPOINT = str(Path(__file__).parent / "golden" / "tiny" / "llama3")
+TINY_CHECKPOINT = str(Path(__file__).parents[1] / "golden" / "tiny" / "llama3")
 SIZES = ["--model", "tiny", "--presets", "dense,lserve", "--batch", "1", "--chunk", "64", "--steps", "4"]
 
 

@@ -168,7 +168,9 @@ def _trace(workload: Workload, **options: Any) -> Any:
     return jax.make_jaxpr(run)(*_arguments(workload))
 
 
-@pytest.mark.parametrize("is_split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize(
+    "is_split", [pytest.param(False, id="whole", marks=pytest.mark.sweep), pytest.param(True, id="split")]
+)
 @pytest.mark.parametrize(
     ("head_dim", "group", "page_size", "bits"),
     [

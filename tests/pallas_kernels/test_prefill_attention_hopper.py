@@ -203,6 +203,9 @@ def _arguments(workload: Workload, pages: int = 9) -> tuple[Any, ...]:
 FEW: list[dict[str, Any]] = [
     {},
     {"bits": (8, 8)},
+    {"bits": (4, 4)},
+    {"head_dim": 64},
+    {"head_dim": 64, "bits": (4, 4), "page_size": 128},
     {"bits": (4, 4), "page_size": 32, "streaming": 0},
     {"head_dim": 64, "bits": (8, 4), "page_size": 16, "retrieval": 0},
 ]
@@ -214,7 +217,7 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("fields", [*FEW, *(pytest.param(fields, marks=pytest.mark.slow) for fields in ALL)], ids=str)
+@pytest.mark.parametrize("fields", [*FEW, *(pytest.param(fields, marks=pytest.mark.sweep) for fields in ALL)], ids=str)
 def test_machine_code(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """One kernel without spills, whose products overlap; memory that does not grow with a prompt of 10⁶ tokens."""
     said, read = [], hopper._kernel
