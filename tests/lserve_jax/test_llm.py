@@ -10,6 +10,7 @@ import pytest
 
 from lserve_jax import LLM, RequestOutput, SamplingParams
 from lserve_jax.engine_setup import prepare
+from tests.pallas_kernels import hopper
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 # The shapes of test_generate.py, so that a program is compiled for both.
@@ -105,6 +106,31 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_loaded(
     monkeypatch.setattr("lserve_jax.weights.load.Checkpoint.load_params", None)
     with pytest.raises(ValueError, match=re.escape(message)):
         LLM(str(TINY / "llama3"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "message"),
+    [
+        pytest.param(
+            "mosaic_gpu",
+            "Mosaic GPU kernels need a Hopper GPU (H100, H200); this device is",
+            marks=pytest.mark.skipif(hopper.has_hopper(), reason="a Hopper GPU is here"),
+        ),
+        ("triton", "has no 'triton' implementation"),
+    ],
+)
+def test_implementations_that_cannot_run_here_are_refused_before_anything_is_loaded(
+    implementation: str, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lserve_jax.weights.load.Checkpoint.load_params", None)
+    with pytest.raises(NotImplementedError, match=re.escape(message)):
+        LLM(str(TINY / "llama3"), implementation=implementation)
+
+
+def test_what_a_kernel_is_not_made_for_is_refused_before_anything_is_loaded():
+    with hopper.on_h200(), pytest.raises(NotImplementedError, match="head_dim"):
+        prepare(str(TINY / "llama3"), implementation="mosaic_gpu", dtype="bfloat16")
+    assert prepare(str(TINY / "llama3"), implementation="xla").config.implementation == "xla"
 
 
 def test_memory_that_does_not_suffice_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch):
