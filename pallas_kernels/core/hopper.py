@@ -4,6 +4,10 @@ import re
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core.paging import PagedKV
+from pallas_kernels.core.quantization import QuantizedArray, bits_of
 
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that one program may ask for."""
@@ -29,6 +33,21 @@ def require_hopper() -> Device:
     if not _HOPPER.search(kind):
         raise NotImplementedError(f"Mosaic GPU kernels need a Hopper GPU (H100, H200); this device is {kind!r}")
     return Device(kind, cores or 132)
+
+
+def refuse_pools(pools: list[PagedKV]) -> None:
+    """Refuses pools of a layer that the attention kernels are not made for.
+
+    Raises:
+      NotImplementedError: with the reason.
+    """
+    for pool in pools:
+        for stored in (pool.k, pool.v):
+            if not isinstance(stored, QuantizedArray):
+                refuse_unless(stored.dtype == jnp.bfloat16, f"pages must be bfloat16, int8 or int4, not {stored.dtype}")
+        refuse_unless(pool.page_size in (16, 32, 64, 128), f"page_size must be 16, 32, 64 or 128, not {pool.page_size}")
+    kinds = {(pool.page_size, bits_of(pool.k), bits_of(pool.v)) for pool in pools}
+    refuse_unless(len(kinds) == 1, "the pools of a layer must store alike")
 
 
 def _first_device() -> tuple[str, int | None]:

@@ -76,8 +76,11 @@ def widened_values(codes: jax.Array, bits: int) -> list[jax.Array]:
     """
     if bits == 8:
         return [(codes ^ 0x80).astype(jnp.int8).astype(jnp.bfloat16)]
-    low = _with_exponent(codes.astype(jnp.uint16) & 0x0F, 0x4300, jnp.bfloat16)
-    return [low, ((codes & 0xF0) ^ 0x80).astype(jnp.int8).astype(jnp.bfloat16)]
+    low, high = VALUE_PARTS[4]
+    return [
+        _with_exponent(codes.astype(jnp.uint16) & low.mask, 0x4300, jnp.bfloat16),
+        ((codes & high.mask) ^ 0x80).astype(jnp.int8).astype(jnp.bfloat16),
+    ]
 
 
 def _with_exponent(x: jax.Array, exponent: int, dtype: Any) -> jax.Array:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_HIDDEN = -1e30
-"""The score of a hidden key. Its exponential is zero under every maximum, for none falls below `_FLOOR`."""
+HIDDEN = -1e30
+"""The score of a hidden key. Its exponential is zero under every maximum, for none falls below `FLOOR`."""
 
-_FLOOR = -1e20
+FLOOR = -1e20
 """The maximum of a row that has seen no key: finite, so that it does not become NaN."""
 
 
@@ -26,7 +26,7 @@ class OnlineSoftmax(NamedTuple):
     def start(cls, rows: tuple[int, ...], head_dim: int) -> "OnlineSoftmax":
         """Returns the state that has seen nothing."""
         zeros = jnp.zeros(rows, jnp.float32)
-        return cls(zeros + _FLOOR, zeros, jnp.zeros((*rows, head_dim), jnp.float32))
+        return cls(zeros + FLOOR, zeros, jnp.zeros((*rows, head_dim), jnp.float32))
 
     def add(self, scores: jax.Array, visible: jax.Array, v: jax.Array) -> "OnlineSoftmax":
         """Returns the state after a block.
@@ -36,7 +36,7 @@ class OnlineSoftmax(NamedTuple):
           visible: broadcastable to [K, R, S] bool.
           v: [K, S, H], finite also where hidden; the product runs in its dtype and accumulates in float32.
         """
-        scores = jnp.where(visible, scores, _HIDDEN)
+        scores = jnp.where(visible, scores, HIDDEN)
         maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - maximum[..., None])
         decay = jnp.exp(self.maximum - maximum)

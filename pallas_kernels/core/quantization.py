@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-_SMALLEST_RELATIVE_SCALE = 2.0**-20
+SMALLEST_RELATIVE_SCALE = 2.0**-20
 """Floor of ``scale / max|x|``: a constant row would divide by zero, a nearly constant one overflow."""
 
 
@@ -33,6 +33,11 @@ class QuantizedArray:
         return (*self.codes.shape[:-1], self.codes.shape[-1] * (8 // self.bits))
 
 
+def bits_of(array: jax.Array | QuantizedArray) -> int:
+    """Returns the bits of an element: 8 or 4 of codes, or those of the dtype."""
+    return array.bits if isinstance(array, QuantizedArray) else array.dtype.itemsize * 8
+
+
 def quantize(x: jax.Array, bits: int) -> QuantizedArray:
     """Returns ``x`` [..., H] quantised row by row: ``code = clip(round((x − min) / scale), 0, 2**bits − 1)``.
 
@@ -48,8 +53,8 @@ def quantize(x: jax.Array, bits: int) -> QuantizedArray:
         raise ValueError(f"last axis of {x.shape} must be even")
     x = x.astype(jnp.float32)
     low, high = jnp.min(x, axis=-1), jnp.max(x, axis=-1)
-    largest = jnp.maximum(jnp.maximum(high, -low), jnp.finfo(jnp.float32).tiny / _SMALLEST_RELATIVE_SCALE)
-    scale = jnp.maximum((high - low) * (1 / (2**bits - 1)), largest * _SMALLEST_RELATIVE_SCALE)
+    largest = jnp.maximum(jnp.maximum(high, -low), jnp.finfo(jnp.float32).tiny / SMALLEST_RELATIVE_SCALE)
+    scale = jnp.maximum((high - low) * (1 / (2**bits - 1)), largest * SMALLEST_RELATIVE_SCALE)
     zero = -low / scale
     codes = jnp.clip(jnp.round((x - low[..., None]) / scale[..., None]), 0, 2**bits - 1).astype(jnp.uint8)
     if bits == 4:

@@ -9,11 +9,11 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.core.hopper import SHARED_MEMORY, Device, refuse_unless, require_hopper
+from pallas_kernels.core.hopper import SHARED_MEMORY, Device, refuse_pools, refuse_unless, require_hopper
 from pallas_kernels.core.launch import configure
 from pallas_kernels.core.mosaic import channel_a_thread, tile
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools, streaming_page_count
-from pallas_kernels.core.quantization import QuantizedArray
+from pallas_kernels.core.quantization import QuantizedArray, bits_of
 from pallas_kernels.decode_attention.program import Heads, attend
 
 
@@ -58,9 +58,9 @@ def decode_attention(
     batch, num_heads, head_dim = q.shape
     num_kv_heads = sum(pool.num_kv_heads for _, pool, _, _ in found)
     group = num_heads // num_kv_heads
+    _refuse(q, [pool for _, pool, _, _ in found], group)
     classes: list[Heads] = []
     for name, pool, table, heads in found:
-        _refuse(q, pool, group)
         window = (sink, local) if name == "streaming" else None
         listed = selected if name == "retrieval" else None
         pages = (
@@ -126,19 +126,15 @@ def _fixed_bytes(block_keys: int, head_dim: int, bits: tuple[int, int], warpgrou
 
 
 def _bits(pool: PagedKV) -> tuple[int, int]:
-    k, v = (x.bits if isinstance(x, QuantizedArray) else 16 for x in (pool.k, pool.v))
-    return k, v
+    return bits_of(pool.k), bits_of(pool.v)
 
 
-def _refuse(q: jax.Array, pool: PagedKV, group: int) -> None:
+def _refuse(q: jax.Array, found: list[PagedKV], group: int) -> None:
     """Refuses what the kernel is not made for."""
     refuse_unless(q.dtype == jnp.bfloat16, f"queries must be bfloat16, not {q.dtype}")
-    for stored in (pool.k, pool.v):
-        if not isinstance(stored, QuantizedArray):
-            refuse_unless(stored.dtype == jnp.bfloat16, f"pages must be bfloat16, int8 or int4, not {stored.dtype}")
     refuse_unless(q.shape[-1] in (64, 128), f"head_dim must be 64 or 128, not {q.shape[-1]}")
     refuse_unless(group <= 16, f"at most 16 query heads may share a KV head, not {group}")
-    refuse_unless(pool.page_size in (16, 32, 64, 128), f"page_size must be 16, 32, 64 or 128, not {pool.page_size}")
+    refuse_pools(found)
 
 
 def _launch(

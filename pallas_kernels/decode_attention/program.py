@@ -30,11 +30,10 @@ from pallas_kernels.core.mosaic import (
     widened_keys,
     widened_values,
 )
+from pallas_kernels.core.online_softmax import FLOOR, HIDDEN
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables
 from pallas_kernels.core.quantization import QuantizedArray
 
-_HIDDEN, _FLOOR = -1e30, -1e20
-"""Scores of hidden keys, and the maximum of no key: see `pallas_kernels.core.online_softmax`."""
 _LARGEST = 65504.0
 """Of float16. No query comes near it."""
 _NOWHERE = 2**30
@@ -237,13 +236,13 @@ class _Softmax(NamedTuple):
     def start(cls, scratch: dict[str, Any]) -> "_Softmax":
         """Returns the state that has seen nothing."""
         (padded, keys), head_dim = scratch["p"].shape, scratch["q"].shape[1]
-        floor = plgpu.layout_cast(jnp.full((padded,), _FLOOR, jnp.float32), _BY_QUERY)
+        floor = plgpu.layout_cast(jnp.full((padded,), FLOOR, jnp.float32), _BY_QUERY)
         sums, values = (plgpu.layout_cast(jnp.zeros((n, padded), jnp.float32), _WGMMA) for n in (keys, head_dim))
         return cls(floor, sums, sums, sums, values)
 
     def weigh(self, scores: jax.Array, visible: jax.Array) -> tuple["_Softmax", jax.Array]:
         """Returns the state before a block's values are added, and the weights [keys, G padded] of its keys."""
-        maximum = jnp.maximum(self.maximum, _over_keys(jnp.max, jnp.where(visible, scores, _HIDDEN)))
+        maximum = jnp.maximum(self.maximum, _over_keys(jnp.max, jnp.where(visible, scores, HIDDEN)))
         weights = jnp.where(visible, jnp.exp2(scores - _to_keys(maximum, scores.shape)), 0.0)
         state = self.scaled(jnp.exp2(self.maximum - maximum))
         return state._replace(maximum=maximum, total=state.total + weights), weights
@@ -425,7 +424,7 @@ def _store(heads: Heads, scratch: dict[str, Any], state: _Softmax, out_gmem: Any
     staged = scratch["out" if scale_gmem is None else "part"]
     staged.transpose((1, 0))[...] = plgpu.layout_cast(values.astype(staged.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     if scale_gmem is not None:
-        scratch["scale"][...] = jnp.where(state.total > 0, state.maximum + jnp.log2(total), _HIDDEN)
+        scratch["scale"][...] = jnp.where(state.total > 0, state.maximum + jnp.log2(total), HIDDEN)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, heads.group)], out_gmem)
     if scale_gmem is not None:

@@ -26,7 +26,7 @@ from pallas_kernels.core.hopper import refuse_unless, require_hopper
 from pallas_kernels.core.launch import configure
 from pallas_kernels.core.mosaic import channel_a_thread, is_interpreted
 from pallas_kernels.core.paging import LayerKV, PageTables, pools
-from pallas_kernels.core.quantization import _SMALLEST_RELATIVE_SCALE, QuantizedArray
+from pallas_kernels.core.quantization import SMALLEST_RELATIVE_SCALE, QuantizedArray
 
 _WARPS, _LANES = 4, 32
 _PARAMETERS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
@@ -291,8 +291,8 @@ def _encode(stored: Any, halves: list[jax.Array]) -> _Encoded:
     halves = [x.astype(jnp.float32) for x in halves]
     low = jnp.min(jnp.minimum(*halves), axis=1)
     high = jnp.max(jnp.maximum(*halves), axis=1)
-    largest = jnp.maximum(jnp.maximum(high, -low), jnp.finfo(jnp.float32).tiny / _SMALLEST_RELATIVE_SCALE)
-    scale = jnp.maximum((high - low) * (1 / largest_code), largest * _SMALLEST_RELATIVE_SCALE)
+    largest = jnp.maximum(jnp.maximum(high, -low), jnp.finfo(jnp.float32).tiny / SMALLEST_RELATIVE_SCALE)
+    scale = jnp.maximum((high - low) * (1 / largest_code), largest * SMALLEST_RELATIVE_SCALE)
     codes = [_round(_over(x - low[:, None], scale), largest_code) for x in halves]
     return _Encoded([codes[0] | (codes[1] << 4)] if stored.bits == 4 else codes, scale, -low / scale)
 

@@ -20,11 +20,12 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.core.hopper import refuse_unless, require_hopper
+from pallas_kernels.core.hopper import refuse_pools, refuse_unless, require_hopper
 from pallas_kernels.core.launch import configure
 from pallas_kernels.core.mosaic import is_interpreted, tile
+from pallas_kernels.core.online_softmax import FLOOR, HIDDEN
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools
-from pallas_kernels.core.quantization import QuantizedArray
+from pallas_kernels.core.quantization import QuantizedArray, bits_of
 from pallas_kernels.prefill_attention.blocks import KeyRange, Window, visible_blocks
 
 QUERIES = 128
@@ -32,9 +33,6 @@ QUERIES = 128
 KEYS = 128
 """Keys of a block."""
 _ROWS = QUERIES // 2
-_HIDDEN = -1e30
-_FLOOR = -1e20
-"""Scores of hidden keys, and the maximum of no key: see `pallas_kernels.core.online_softmax`."""
 _EVERYTHING = 2**30
 """The local window of retrieval heads."""
 _COMPUTE_REGISTERS, _FEED_REGISTERS = 216, 72
@@ -84,7 +82,7 @@ def prefill_attention(
     (_, tokens, _, head_dim), group = q.shape, q.shape[2] // k.shape[2]
     _refuse(q, k, v, [pool for _, pool, _, _ in found])
     pool = found[0][1]
-    shape = f"dim{head_dim}_page{pool.page_size}_k{_bits(pool.k)}v{_bits(pool.v)}"
+    shape = f"dim{head_dim}_page{pool.page_size}_k{bits_of(pool.k)}v{bits_of(pool.v)}"
     config = configure("prefill_attention", device.kind, shape, heuristic(head_dim))
     classes = [
         _Heads(name, heads.start * group, pool.num_kv_heads * group, Window(0, _EVERYTHING))
@@ -127,22 +125,12 @@ def walks(starts: jax.Array, counts: jax.Array, tokens: int, windows: list[Windo
     return jnp.where((row < counts)[:, None, :, None], jnp.stack(ranges, axis=1), 0)
 
 
-def _bits(stored: jax.Array | QuantizedArray) -> int:
-    return stored.bits if isinstance(stored, QuantizedArray) else 16
-
-
 def _refuse(q: jax.Array, k: jax.Array, v: jax.Array, found: list[PagedKV]) -> None:
     """Refuses what the kernel is not made for."""
     for x in (q, k, v):
         refuse_unless(x.dtype == jnp.bfloat16, f"queries, keys and values must be bfloat16, not {x.dtype}")
     refuse_unless(q.shape[-1] in (64, 128), f"head_dim must be 64 or 128, not {q.shape[-1]}")
-    for pool in found:
-        for stored in (pool.k, pool.v):
-            if not isinstance(stored, QuantizedArray):
-                refuse_unless(stored.dtype == jnp.bfloat16, f"pages must be bfloat16, int8 or int4, not {stored.dtype}")
-        refuse_unless(pool.page_size in (16, 32, 64, 128), f"page_size must be 16, 32, 64 or 128, not {pool.page_size}")
-    kinds = {(pool.page_size, _bits(pool.k), _bits(pool.v)) for pool in found}
-    refuse_unless(len(kinds) == 1, "the pools of a layer must store alike")
+    refuse_pools(found)
 
 
 def _launch(
@@ -335,7 +323,7 @@ def _rows_layout(columns: int, width: int) -> Any:
 
 def _tile_width(pool: PagedKV, head_dim: int) -> int:
     """Returns the columns of a swizzled tile: the halves of a row of 4-bit codes are written apart."""
-    return min(head_dim // 2, 64) if 4 in (_bits(pool.k), _bits(pool.v)) else 64
+    return min(head_dim // 2, 64) if 4 in (bits_of(pool.k), bits_of(pool.v)) else 64
 
 
 class _Feed(NamedTuple):
@@ -534,7 +522,7 @@ def _softmax_of_walk(
         )
 
     pl.when(role == 1)(partial(plgpu.barrier_arrive, other_turn))
-    maximum, total = (plgpu.layout_cast(jnp.full((_ROWS,), x, jnp.float32), _BY_QUERY) for x in (_FLOOR, 0.0))
+    maximum, total = (plgpu.layout_cast(jnp.full((_ROWS,), x, jnp.float32), _BY_QUERY) for x in (FLOOR, 0.0))
     wait_for_keys(zero)
     scores = _product(q_smem, scratch["k"].at[zero])
     plgpu.barrier_arrive(scratch["k_free"].at[zero])
@@ -552,7 +540,7 @@ def _softmax_of_walk(
 
 
 def _hide(scores: jax.Array, key: jax.Array, end: jax.Array, query: jax.Array, place: _Place) -> jax.Array:
-    """Returns scores [64, `KEYS`] with `_HIDDEN` for the keys that are not seen, if the block has any.
+    """Returns scores [64, `KEYS`] with `HIDDEN` for the keys that are not seen, if the block has any.
 
     Args:
       scores: of queries from position ``query`` on, by keys from position ``key`` on.
@@ -572,7 +560,7 @@ def _hide(scores: jax.Array, key: jax.Array, end: jax.Array, query: jax.Array, p
         newest = jnp.minimum(query + rows + 1, end) - key - offset
         oldest = query + rows - place.local - key - offset
         visible = (columns < newest) & ((columns > oldest) | (columns < place.sink - key - offset))
-        return jnp.where(visible, scores, _HIDDEN)
+        return jnp.where(visible, scores, HIDDEN)
 
     return jax.lax.cond(is_whole, lambda scores: scores, replace, scores)
 
