@@ -9,7 +9,8 @@ from lserve_jax.config import ModelConfig, RopeConfig
 from lserve_jax.heads import HeadClasses, classify, load_gates
 from lserve_jax.inference_config import InferenceConfig
 from lserve_jax.llm import LLM
-from lserve_jax.outputs import RequestOutput
+from lserve_jax.outputs import RequestOutput, ScoreOutput
+from lserve_jax.recall import attention_recall
 from lserve_jax.sampling import SamplingParams
 from lserve_jax.steps import decode_loop, decode_step, prefill_step
 from lserve_jax.weights.load import open_checkpoint
@@ -23,6 +24,8 @@ __all__ = [
     "RequestOutput",
     "RopeConfig",
     "SamplingParams",
+    "ScoreOutput",
+    "attention_recall",
     "classify",
     "decode_loop",
     "decode_step",

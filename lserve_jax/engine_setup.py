@@ -64,6 +64,7 @@ def prepare(
     steps_per_call: int = 8,
     implementation: str | None = None,
     assume_streaming: bool = False,
+    recall_interval: int | None = None,
     **options: Any,
 ) -> Setup:
     """Returns the settings of an engine, validated; reads metadata only.
@@ -79,15 +80,17 @@ def prepare(
       steps_per_call: decode steps between two looks of the host.
       implementation: kernels' backend; None or "auto" chooses.
       assume_streaming: for a plan without weights: where there is no pattern, let any heads stream.
+      recall_interval: measure the recall of page selection at every so many decode steps, which are then also the
+        steps of a call; None does not, and costs nothing. An interval that is no multiple of ``selector_interval``
+        sees selections of every age.
       **options: fields of `AttentionConfig` that replace the preset's.
 
     Raises:
       ValueError: for anything that cannot be, in one line.
     """
     sizes = {"max_num_seqs": max_num_seqs, "steps_per_call": steps_per_call}
-    sizes |= {
-        name: v for name, v in (("max_model_len", max_model_len), ("prefill_chunk", prefill_chunk)) if v is not None
-    }
+    may_be_none = {"max_model_len": max_model_len, "prefill_chunk": prefill_chunk, "recall_interval": recall_interval}
+    sizes |= {name: value for name, value in may_be_none.items() if value is not None}
     wrong = [
         f"{name} must be a whole number from 1, got {value!r}"
         for name, value in sizes.items()
@@ -111,8 +114,13 @@ def prepare(
         _try_kernels(config)
     length = max_model_len or checkpoint.config.max_context
     chunk = min(prefill_chunk or _PREFILL_CHUNK.get(jax.default_backend(), _GPU_PREFILL_CHUNK), length)
+    steps_per_call = recall_interval or steps_per_call
     engine_config = EngineConfig(
-        max_model_len=length, num_slots=max_num_seqs, prefill_chunk=chunk, steps_per_call=steps_per_call
+        max_model_len=length,
+        num_slots=max_num_seqs,
+        prefill_chunk=chunk,
+        steps_per_call=steps_per_call,
+        has_recall=recall_interval is not None,
     )
     plan = plan_memory(
         config, max_model_len=length, slots=max_num_seqs, prefill_chunk=chunk, steps_per_call=steps_per_call

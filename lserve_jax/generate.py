@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--max-model-len", type=int, help="tokens of prompt and answer (default: the model's own)")
     model.add_argument("--prefill-chunk", type=int, help="prompt tokens a prefill call")
     model.add_argument("--implementation", choices=IMPLEMENTATIONS, default="auto", help="kernels (%(default)s)")
+    model.add_argument("--recall-interval", type=int, help="measure page selection's recall at every so many steps")
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="several make a batch")
     prompt.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="UTF-8 text; - is stdin")
@@ -121,6 +122,7 @@ def _prepare(args: argparse.Namespace, num_prompts: int) -> Setup:
         head_pattern=args.head_pattern,
         dtype=args.dtype,
         max_model_len=args.max_model_len,
+        recall_interval=args.recall_interval,
         max_num_seqs=min(max(num_prompts, 1), _MAX_BATCH),
         prefill_chunk=args.prefill_chunk,
         implementation=args.implementation,

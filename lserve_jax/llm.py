@@ -15,7 +15,7 @@ from lserve_jax.engine.reads import PageReads
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.request import Sequence as EngineSequence
 from lserve_jax.engine_setup import DEFAULT_MODEL, Setup, default_sampling_params, prepare
-from lserve_jax.outputs import RequestMetrics, RequestOutput, TextChunk
+from lserve_jax.outputs import RequestMetrics, RequestOutput, ScoreOutput, TextChunk
 from lserve_jax.plan import dense_bf16_bytes, page_bytes
 from lserve_jax.sampling import SamplingParams
 from lserve_jax.text_stream import TextStream
@@ -157,9 +157,48 @@ class LLM:
 
     def logits(self, token_ids: Prompt) -> np.ndarray:
         """Returns the logits [T, V] float32 after every token of a prompt, through the same path as generation."""
+        return self._alone().prompt_logits(self._encode(token_ids))
+
+    def prompt_logprobs(self, token_ids: Prompt) -> np.ndarray:
+        """Returns the log-probabilities [T - 1] float32 of a prompt's tokens from the second on.
+
+        Natural logarithms, each given all tokens before; through prefill: streaming heads are at work, page selection
+        is not (see `score`).
+        """
+        return self._alone().prompt_logprobs(self._encode(token_ids))
+
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[ScoreOutput]:
+        """Returns what the model thinks of given continuations of prompts, in order.
+
+        A prompt goes through prefill and its continuation through decode steps, as if the model had generated it: page
+        selection is at work as in generation.
+
+        Raises:
+          ValueError: if either is empty, they are too long together, or their numbers differ; nothing has run.
+        """
+        if len(prompts) != len(continuations):
+            raise ValueError(f"{len(prompts)} prompts need as many continuations, got {len(continuations)}")
+        works = [self._forced_work(*pair) for pair in zip(prompts, continuations, strict=True)]
+        for _ in self._run(works):
+            pass
+        return [work.score(self) for work in works]
+
+    def _forced_work(self, prompt: Prompt, continuation: Prompt) -> "_Work":
+        ids, forced = self._encode(prompt), self._encode(continuation)
+        limit = self.setup.engine_config.max_model_len
+        if len(ids) + len(forced) > limit:
+            raise ValueError(
+                f"prompt and continuation have {len(ids)} + {len(forced)} tokens, but max_model_len is {limit}: "
+                "shorten them or raise max_model_len"
+            )
+        params = SamplingParams(max_tokens=len(forced), ignore_eos=True, logprobs=True)
+        request = Request(id=next(self._ids), prompt=ids, sampling=params, forced=forced, arrival=time.perf_counter())
+        return _Work(request, self)
+
+    def _alone(self) -> Engine:
         if not self.engine.scheduler.is_idle:
             raise ValueError("logits need the model alone: finish or close the streams that are open")
-        return self.engine.prompt_logits(self._encode(token_ids))
+        return self.engine
 
     def _need_tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -248,10 +287,13 @@ class _Work:
         self.finish_reason: str | None = None
         self.token_ids: list[int] = []
         self._compiled_before = llm.compile_seconds
-        self._stream = None if llm.tokenizer is None else TextStream(llm.tokenizer, stop=self.params.stop)
+        tokenizer = None if request.forced else llm.tokenizer
+        self._stream = None if tokenizer is None else TextStream(tokenizer, stop=self.params.stop)
         self._new_text: list[str] = []
         self._num_streamed = 0
         self._logprobs: list[float] = []
+        self._choices: list[int] = []
+        self._recalls: list[np.ndarray] = []
         self._first_token_at: float | None = None
         self._prefill_s = self._decode_s = 0.0
         self._pages = (0, 0)
@@ -277,6 +319,9 @@ class _Work:
         """
         sequence = progress.sequence
         self._logprobs += progress.logprobs
+        self._choices += progress.choices
+        if progress.recall is not None:
+            self._recalls.append(progress.recall)
         if progress.is_prefill:
             self._prefill_s += progress.seconds
         else:
@@ -297,28 +342,52 @@ class _Work:
 
     def output(self, llm: LLM) -> RequestOutput:
         """Returns the finished request."""
-        assert self.finish_reason is not None and self._first_token_at is not None
-        prompt = len(self.request.prompt)
-        decoded = len(self.token_ids) - 1
-        retrieval, streaming = (count * size for count, size in zip(self._pages, llm._page_bytes, strict=True))
-        metrics = RequestMetrics(
-            ttft_s=self._first_token_at - self.request.arrival,
-            prefill_s=self._prefill_s,
-            decode_s=self._decode_s,
-            decoded_tokens=decoded,
-            pages_read_ratio=llm._page_reads.ratio(prompt, decoded),
-            retrieval_bytes=retrieval,
-            streaming_bytes=streaming,
-            dense_bf16_bytes=dense_bf16_bytes(llm.config, prompt + decoded),
-        )
+        assert self.finish_reason is not None
         return RequestOutput(
             prompt_token_ids=self.request.prompt,
             token_ids=tuple(self.token_ids),
             text="" if self._stream is None else self._stream.text,
             finish_reason=self.finish_reason,
             logprobs=tuple(self._logprobs) if self.params.logprobs else None,
-            metrics=metrics,
+            metrics=self._metrics(llm),
         )
+
+    def score(self, llm: LLM) -> ScoreOutput:
+        """Returns the finished request, whose continuation was forced."""
+        return ScoreOutput(
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self._logprobs),
+            greedy_token_ids=tuple(self._choices),
+            metrics=self._metrics(llm),
+        )
+
+    def _metrics(self, llm: LLM) -> RequestMetrics:
+        assert self._first_token_at is not None
+        prompt = len(self.request.prompt)
+        decoded = len(self.token_ids) - 1
+        by_layer = _mean_of_measured(self._recalls)
+        retrieval, streaming = (count * size for count, size in zip(self._pages, llm._page_bytes, strict=True))
+        return RequestMetrics(
+            ttft_s=self._first_token_at - self.request.arrival,
+            prefill_s=self._prefill_s,
+            decode_s=self._decode_s,
+            decoded_tokens=decoded,
+            pages_read_ratio=llm._page_reads.ratio(prompt, decoded),
+            attention_recall=None if np.isnan(by_layer).all() else float(np.nanmean(by_layer)),
+            attention_recall_by_layer=tuple(by_layer.tolist()) or None,
+            retrieval_bytes=retrieval,
+            streaming_bytes=streaming,
+            dense_bf16_bytes=dense_bf16_bytes(llm.config, prompt + decoded),
+        )
+
+
+def _mean_of_measured(rows: list[np.ndarray]) -> np.ndarray:
+    """Returns the mean of rows [n], element by element and without NaN; NaN where nothing is left, empty of no rows."""
+    if not rows:
+        return np.empty(0)
+    table = np.stack(rows)
+    count = (~np.isnan(table)).sum(axis=0)
+    return np.where(count > 0, np.nansum(table, axis=0) / np.maximum(count, 1), np.nan)
 
 
 def open_tokenizer(setup: Setup, tokenizer: str | None) -> Tokenizer | None:

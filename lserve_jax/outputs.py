@@ -37,6 +37,10 @@ class RequestMetrics:
       decoded_tokens: tokens that those decode calls gave this request.
       pages_read_ratio: KV pages read while decoding, over what dense attention would have read; None if nothing was
         decoded.
+      attention_recall: the share of the true attention mass that the selected pages held, mean over the layers below;
+        None if it was not measured or nothing was left out.
+      attention_recall_by_layer: the same layer by layer, mean over sampled decode steps and retrieval heads; NaN in
+        layers that read everything.
       retrieval_bytes: of the retrieval pages held at the end, statistics included.
       streaming_bytes: of the streaming pages held at the end.
       dense_bf16_bytes: of the same tokens' keys and values in bfloat16 without sparsity.
@@ -47,9 +51,33 @@ class RequestMetrics:
     decode_s: float
     decoded_tokens: int
     pages_read_ratio: float | None
+    attention_recall: float | None
+    attention_recall_by_layer: tuple[float, ...] | None
     retrieval_bytes: int
     streaming_bytes: int
     dense_bf16_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOutput:
+    """A continuation that was given, and what the model thought of it.
+
+    Attributes:
+      token_ids: the continuation.
+      logprobs: the log-probability (natural logarithm) of each of its tokens, given all before it.
+      greedy_token_ids: the likeliest token at each of these places.
+      metrics: how it went; ``decoded_tokens`` are those after the first, which the prefill scores.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    greedy_token_ids: tuple[int, ...]
+    metrics: RequestMetrics
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy decoding would have given this continuation."""
+        return self.token_ids == self.greedy_token_ids
 
 
 @dataclass(frozen=True, kw_only=True)

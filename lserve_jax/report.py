@@ -1,6 +1,7 @@
 """What the command lines say of finished requests: a JSON object for programs, a few lines for people."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,9 @@ def to_json(llm: LLM, output: RequestOutput) -> dict[str, Any]:
             "streaming_bytes": metrics.streaming_bytes,
             "dense_bf16_bytes": metrics.dense_bf16_bytes,
         },
-        "pages_read_ratio": None if metrics.pages_read_ratio is None else round(metrics.pages_read_ratio, 4),
+        "pages_read_ratio": _rounded(metrics.pages_read_ratio),
+        "attention_recall": _rounded(metrics.attention_recall),
+        "attention_recall_by_layer": [_rounded(x) for x in metrics.attention_recall_by_layer or ()] or None,
     }
 
 
@@ -49,6 +52,7 @@ def summary(llm: LLM, outputs: Sequence[RequestOutput]) -> str:
     ratios = [output.metrics.pages_read_ratio for output in outputs if output.metrics.pages_read_ratio is not None]
     kept, heads = sum(llm.config.num_retrieval), llm.config.model.num_layers * llm.config.model.num_kv_heads
     attention = llm.config.attention
+    recalls = [output.metrics.attention_recall for output in outputs if output.metrics.attention_recall is not None]
     lines = [
         f"prompt {prompt} tokens, {_rate(prompt, prefill_s)} tokens/s; first token after {first:.2f} s",
         (
@@ -57,10 +61,15 @@ def summary(llm: LLM, outputs: Sequence[RequestOutput]) -> str:
         ),
         f"attention {attention.preset}: {kept} retrieval + {heads - kept} streaming KV heads, "
         f"token budget {attention.token_budget or 'all'}"
-        + (f", {sum(ratios) / len(ratios):.0%} of the pages read" if ratios else ""),
+        + (f", {sum(ratios) / len(ratios):.0%} of the pages read" if ratios else "")
+        + (f", which held {sum(recalls) / len(recalls):.1%} of the attention" if recalls else ""),
         f"KV cache {llm.config.kv_dtype}: {held / 2**20:.1f} MiB, {held / dense:.2f}x of dense bfloat16",
     ]
     return "\n".join(lines)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else round(value, 4)
 
 
 def _rate(tokens: int, seconds: float) -> float:

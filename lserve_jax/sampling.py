@@ -132,8 +132,13 @@ def sample(logits: Array, positions: Array, state: SamplingState) -> tuple[Array
         lambda: jnp.where(is_drawn, _draw(clean, positions, state), greedy),
         lambda: greedy,
     )
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return tokens, token_logprobs(logits, tokens)
+
+
+def token_logprobs(logits: Array, tokens: Array) -> Array:
+    """Returns the log-probabilities [...] float32 of tokens [...] int32 under logits [..., V]."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _draw(logits: Array, positions: Array, state: SamplingState) -> Array:

@@ -16,7 +16,7 @@ from lserve_jax.attention import decode_attend, prefill_attend
 from lserve_jax.cache import KVCache, LayerCache
 from lserve_jax.inference_config import InferenceConfig
 from lserve_jax.models.llama import Attend, Llama
-from lserve_jax.sampling import SamplingState, sample
+from lserve_jax.sampling import SamplingState, sample, token_logprobs
 from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray
 
 type Params = dict[str, Any]
@@ -41,17 +41,30 @@ class DecodeState(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """Tokens [steps, B] int32 (-1 where a slot had ended) and their log-probabilities [steps, B] float32."""
+    """What decode steps brought, [steps, B].
+
+    Attributes:
+      tokens: int32 the tokens that each sequence took; -1 where it had ended.
+      logprobs: float32 their log-probabilities.
+      choices: int32 the tokens that sampling chose: the same, unless others were forced.
+    """
 
     tokens: jax.Array
     logprobs: jax.Array
+    choices: jax.Array
 
 
-def _run(
-    params: Params, cache: KVCache, tokens: jax.Array, positions: jax.Array, attend: Attend, config: InferenceConfig
-) -> tuple[jax.Array, KVCache]:
+def run_model(
+    params: Params,
+    state: tuple[Any, ...],
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    config: InferenceConfig,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Returns the hidden states [B, T, D] of tokens [B, T], and the new state of each layer (see `Llama`)."""
     model = Llama(config.model, jnp.dtype(config.dtype))
-    result: Any = model.apply({"params": params}, tokens, positions, cache, attend)
+    result: Any = model.apply({"params": params}, tokens, positions, state, attend)
     return result
 
 
@@ -86,7 +99,7 @@ def prefill_step(
       has_all_logits: return the logits of every token, [B, T, V].
     """
     positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    hidden, cache = _run(params, cache, tokens, positions, prefill_attend(config, tables, starts, counts), config)
+    hidden, cache = run_model(params, cache, tokens, positions, prefill_attend(config, tables, starts, counts), config)
     if not has_all_logits:
         last = jnp.maximum(counts - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
@@ -104,7 +117,7 @@ def _decode(
 ) -> tuple[jax.Array, KVCache]:
     positions = jnp.maximum(lengths - 1, 0)[:, None]
     attend = decode_attend(config, tables, lengths, decode_steps)
-    hidden, cache = _run(params, cache, tokens[:, None], positions, attend, config)
+    hidden, cache = run_model(params, cache, tokens[:, None], positions, attend, config)
     return _unembed(params, hidden[:, 0], config), cache
 
 
@@ -133,6 +146,17 @@ def decode_step(
     return _decode(params, cache, tokens, lengths, decode_steps, tables, config)
 
 
+def _take(
+    logits: jax.Array, positions: jax.Array, sampling: SamplingState, forced: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the next tokens [B], their log-probabilities [B] and what sampling chose [B]: forced tokens go first."""
+    choices, logprobs = sample(logits, positions, sampling)
+    if forced is None:
+        return choices, logprobs, choices
+    tokens = jnp.where(forced >= 0, forced, choices)
+    return tokens, token_logprobs(logits, tokens), choices
+
+
 @partial(jax.jit, static_argnames=("config", "max_steps"), donate_argnames="cache")
 def decode_loop(
     params: Params,
@@ -141,6 +165,7 @@ def decode_loop(
     tables: PageTables,
     sampling: SamplingState,
     num_steps: jax.Array,
+    forced: jax.Array | None = None,
     *,
     config: InferenceConfig,
     max_steps: int,
@@ -157,11 +182,14 @@ def decode_loop(
       tables: page tables [B, max_pages] int32.
       sampling: settings of each slot.
       num_steps: scalar int32, at most ``max_steps``.
+      forced: [max_steps, B] int32 tokens that are taken whatever sampling chooses; -1 where it is free. None forces
+        nothing.
       config: static settings.
       max_steps: rows of the result.
     """
     slots = state.tokens.shape[0]
-    nothing = Generated(jnp.full((max_steps, slots), -1, jnp.int32), jnp.zeros((max_steps, slots), jnp.float32))
+    no_tokens = jnp.full((max_steps, slots), -1, jnp.int32)
+    nothing = Generated(no_tokens, jnp.zeros((max_steps, slots), jnp.float32), no_tokens)
 
     def is_running(carry: tuple[jax.Array, Generated, DecodeState, KVCache]) -> jax.Array:
         return (carry[0] < num_steps) & jnp.any(carry[2].remaining > 0)
@@ -173,8 +201,11 @@ def decode_loop(
         is_active = state.remaining > 0
         lengths = jnp.where(is_active, state.lengths, 0)
         logits, cache = _decode(params, cache, state.tokens, lengths, state.decode_steps, tables, config)
-        tokens, logprobs = sample(logits, state.lengths, sampling)
-        tokens = jnp.where(is_active, tokens, -1)
+        taken = _take(logits, state.lengths, sampling, None if forced is None else forced[index])
+        new = Generated(
+            *(jnp.where(is_active, x, nothing_of) for x, nothing_of in zip(taken, (-1, 0.0, -1), strict=True))
+        )
+        tokens = new.tokens
         is_stop = jnp.any(tokens[:, None] == state.stop_tokens, axis=1)
         one = is_active.astype(jnp.int32)
         state = DecodeState(
@@ -184,7 +215,7 @@ def decode_loop(
             remaining=jnp.where(is_stop, 0, state.remaining - one),
             stop_tokens=state.stop_tokens,
         )
-        out = Generated(out.tokens.at[index].set(tokens), out.logprobs.at[index].set(logprobs))
+        out = Generated(*(rows.at[index].set(row) for rows, row in zip(out, new, strict=True)))
         return index + 1, out, state, cache
 
     _, out, state, cache = jax.lax.while_loop(is_running, step, (jnp.int32(0), nothing, state, cache))
@@ -192,9 +223,17 @@ def decode_loop(
 
 
 @jax.jit
-def sample_first(logits: jax.Array, positions: jax.Array, sampling: SamplingState) -> tuple[jax.Array, jax.Array]:
-    """Returns tokens [B] int32 and log-probabilities [B] float32 drawn from prefill logits [B, V] (see `sample`)."""
-    return sample(logits, positions, sampling)
+def sample_first(
+    logits: jax.Array, positions: jax.Array, sampling: SamplingState, forced: jax.Array | None = None
+) -> Generated:
+    """Returns what prefill logits [B, V] bring, [B] (see `sample`); ``forced`` [B] int32 as in `decode_loop`."""
+    return Generated(*_take(logits, positions, sampling, forced))
+
+
+@jax.jit
+def score_chunk(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns the log-probabilities [..., T] float32 of tokens [..., T] int32 under logits [..., T, V]."""
+    return token_logprobs(logits, tokens)
 
 
 # An exported step (`jax.export`) can be written to a file only if its arguments' types are registered by name.

@@ -33,7 +33,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lserve_jax.jinja_budget", "lserve_jax.literal_text", "lserve_jax.text_stream"),
     ("lserve_jax.chat_template", "lserve_jax.tokenizer_gguf"),
     ("lserve_jax.sampling", "lserve_jax.tokenizer"),
-    ("lserve_jax.steps",),
+    ("lserve_jax.steps", "lserve_jax.prose"),
+    ("lserve_jax.recall",),
     ("lserve_jax.engine.request",),
     ("lserve_jax.engine.allocator",),
     ("lserve_jax.engine.scheduler", "lserve_jax.engine.reads"),
@@ -47,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lserve_jax.serve.*", "lserve_jax.evaluation.*", "lserve_jax.calibration.*"),
     ("lserve_jax.command_line", "lserve_jax.report"),
     ("lserve_jax.generate", "lserve_jax.convert", "lserve_jax.demo"),
+    ("lserve_jax.calibrate", "lserve_jax.evaluate", "lserve_jax.harness"),
 )
 
 # These decide on the host and are tested without a device: neither they nor what they import may import jax.

@@ -1,7 +1,7 @@
 """The loop between scheduler and device: one plan, one call of a compiled program, one record of what came of it."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,9 @@ from lserve_jax.engine.request import Request, Sequence
 from lserve_jax.engine.scheduler import Decode, Prefill, Scheduler, SchedulerConfig
 from lserve_jax.inference_config import InferenceConfig
 from lserve_jax.plan import PoolSizes
+from lserve_jax.recall import recall_step
 from lserve_jax.sampling import SamplingParams, SamplingState
-from lserve_jax.steps import DecodeState, Params, decode_loop, prefill_step, sample_first
+from lserve_jax.steps import DecodeState, Params, decode_loop, prefill_step, sample_first, score_chunk
 from pallas_kernels import PageTables
 
 SHORT_CHUNK = 64
@@ -34,6 +35,7 @@ class EngineConfig:
       prefill_chunk: prompt tokens a prefill call.
       steps_per_call: decode steps between two looks of the host.
       max_stop_tokens: stop tokens of one request.
+      has_recall: measure the recall of page selection at the first decode step of every call.
     """
 
     max_model_len: int
@@ -41,6 +43,7 @@ class EngineConfig:
     prefill_chunk: int
     steps_per_call: int
     max_stop_tokens: int = 8
+    has_recall: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +54,21 @@ class Progress:
       sequence: the sequence, already advanced.
       tokens: new tokens that it generated, in order.
       logprobs: their log-probabilities under the model's own distribution.
+      choices: what sampling chose in their place, where they were forced; else the same.
       seconds: wall time of the call without compilation.
       is_prefill: whether it was a prefill call.
       pages_held: pages of both pools that the sequence held during the call.
+      recall: [L] of the call's first decode step (see `recall_step`), where it is measured.
     """
 
     sequence: Sequence
     tokens: list[int]
     logprobs: list[float]
+    choices: list[int]
     seconds: float
     is_prefill: bool
     pages_held: tuple[int, int]
+    recall: np.ndarray | None = None
 
 
 type Accept = Callable[[Sequence, list[int]], tuple[int, str | None]]
@@ -120,17 +127,30 @@ class Engine:
 
     def prompt_logits(self, prompt: tuple[int, ...]) -> np.ndarray:
         """Returns the logits [T, V] float32 of every token of a prompt, by the same path as generation."""
+        return np.concatenate([np.asarray(logits)[0, : plan.count] for plan, logits in self._prompt_chunks(prompt)])
+
+    def prompt_logprobs(self, prompt: tuple[int, ...]) -> np.ndarray:
+        """Returns the log-probabilities [T - 1] float32 of a prompt's tokens from the second on, by the same path."""
+        parts = []
+        for plan, logits in self._prompt_chunks(prompt):
+            following = np.zeros(logits.shape[:2], np.int32)
+            new = prompt[plan.start + 1 : plan.start + 1 + plan.count]
+            following[0, : len(new)] = new
+            call = Call(f"score_{logits.shape[1]}", score_chunk, (logits, following), {})
+            parts.append(np.asarray(self.programs.run(call))[0, : len(new)])
+        return np.concatenate(parts)
+
+    def _prompt_chunks(self, prompt: tuple[int, ...]) -> Iterator[tuple[Prefill, jax.Array]]:
+        """Yields a prompt's chunks with the logits [1, chunk, V] of all their tokens."""
         assert self.scheduler.is_idle, "logits are computed between generations"
         sequence = self.scheduler.add(Request(id=-1, prompt=prompt, sampling=SamplingParams(max_tokens=1)))
-        parts = []
         with self._surviving_failure():
             while isinstance(plan := self.scheduler.schedule(), Prefill):
                 logits, _ = self._run_prefill(plan, has_all_logits=True)
-                parts.append(np.asarray(logits)[0, : plan.count])
+                yield plan, logits
                 token, reason = (0, "length") if plan.is_last else (None, None)
                 self.scheduler.record_prefill(plan, token, reason)
         assert sequence.finish_reason == "length"
-        return np.concatenate(parts)
 
     def _new_cache(self) -> KVCache:
         return init_cache(
@@ -162,16 +182,17 @@ class Engine:
         if not plan.is_last:
             self.scheduler.record_prefill(plan)
             return Progress(
-                sequence=sequence, tokens=[], logprobs=[], seconds=seconds, is_prefill=True, pages_held=held
+                sequence=sequence, tokens=[], logprobs=[], choices=[], seconds=seconds, is_prefill=True, pages_held=held
             )
         result, more = self._timed(self._sample_call(logits, sequence))
-        tokens, logprobs = (np.asarray(x) for x in result)
-        _, reason = accept(sequence, tokens.tolist())
-        self.scheduler.record_prefill(plan, int(tokens[0]), reason)
+        tokens, logprobs, choices = (np.asarray(x).tolist() for x in result)
+        _, reason = accept(sequence, tokens)
+        self.scheduler.record_prefill(plan, tokens[0], reason)
         return Progress(
             sequence=sequence,
-            tokens=tokens.tolist(),
-            logprobs=logprobs.tolist(),
+            tokens=tokens,
+            logprobs=logprobs,
+            choices=choices,
             seconds=seconds + more,
             is_prefill=True,
             pages_held=held,
@@ -206,38 +227,53 @@ class Engine:
 
     def _sample_call(self, logits: jax.Array | jax.ShapeDtypeStruct, sequence: Sequence) -> Call:
         sampling = SamplingState.from_params([_sampling(sequence)])
-        return Call("sample", sample_first, (logits, np.array([sequence.prompt_length], np.int32), sampling), {})
+        positions = np.array([sequence.prompt_length], np.int32)
+        return Call("sample", sample_first, (logits, positions, sampling, _forced([sequence], 1)[0]), {})
 
     def _decode(self, plan: Decode, accept: Accept) -> list[Progress]:
+        recall = self._recall(plan) if self.engine_config.has_recall else None
         (generated, _, self.cache), seconds = self._timed(self._decode_call(plan))
-        tokens, logprobs = (np.asarray(x) for x in generated)
+        tokens, logprobs, choices = (np.asarray(x) for x in generated)
         results = []
         for sequence in plan.sequences:
             column = tokens[:, sequence.slot]
             new = column[column >= 0].tolist()
             kept, reason = accept(sequence, new)
-            scores, held = logprobs[:kept, sequence.slot].tolist(), _pages_held(sequence)
+            scores, chosen = (x[:kept, sequence.slot].tolist() for x in (logprobs, choices))
+            held, recalled = _pages_held(sequence), None if recall is None else recall[:, sequence.slot]
             self.scheduler.record_decode(sequence, new[:kept], reason)
             results.append(
                 Progress(
                     sequence=sequence,
                     tokens=new[:kept],
                     logprobs=scores,
+                    choices=chosen,
                     seconds=seconds,
                     is_prefill=False,
                     pages_held=held,
+                    recall=recalled,
                 )
             )
         return results
 
+    def _recall(self, plan: Decode) -> np.ndarray:
+        """Returns the recall [L, slots] of the step that comes next."""
+        state, tables = self._decode_state(plan), self._tables(plan.sequences)
+        lengths = np.where(np.asarray(state.remaining) > 0, state.lengths, 0)
+        args = (self.params, self.cache, state.tokens, lengths, state.decode_steps, tables)
+        recall, self.cache = self.programs.run(Call("recall", recall_step, args, {"config": self.config}))
+        return np.asarray(recall)
+
     def _decode_call(self, plan: Decode) -> Call:
-        sampling = SamplingState.from_params(self._by_slot(plan.sequences))
-        tables = self._tables(plan.sequences)
+        sequences = self._by_slot(plan.sequences)
+        sampling = SamplingState.from_params([None if one is None else _sampling(one) for one in sequences])
+        max_steps = self.engine_config.steps_per_call
+        steps = np.int32(plan.num_steps), _forced(sequences, max_steps)
         return Call(
             "decode",
             decode_loop,
-            (self.params, self.cache, self._decode_state(plan), tables, sampling, np.int32(plan.num_steps)),
-            {"config": self.config, "max_steps": self.engine_config.steps_per_call},
+            (self.params, self.cache, self._decode_state(plan), self._tables(plan.sequences), sampling, *steps),
+            {"config": self.config, "max_steps": max_steps},
         )
 
     def _decode_state(self, plan: Decode) -> DecodeState:
@@ -256,11 +292,11 @@ class Engine:
         tables = stack_tables(sequences, self.engine_config.num_slots, self._max_pages)
         return PageTables(*tables)
 
-    def _by_slot(self, sequences: Iterable[Sequence]) -> list[SamplingParams | None]:
-        rows: list[SamplingParams | None] = [None] * self.engine_config.num_slots
+    def _by_slot(self, sequences: Iterable[Sequence]) -> list[Sequence | None]:
+        rows: list[Sequence | None] = [None] * self.engine_config.num_slots
         for sequence in sequences:
             assert sequence.slot is not None
-            rows[sequence.slot] = _sampling(sequence)
+            rows[sequence.slot] = sequence
         return rows
 
     def _timed(self, call: Call) -> tuple[Any, float]:
@@ -282,3 +318,13 @@ def _sampling(sequence: Sequence) -> SamplingParams:
     """Returns the sampling parameters that scheduling leaves opaque."""
     assert isinstance(sequence.request.sampling, SamplingParams)
     return sequence.request.sampling
+
+
+def _forced(sequences: Collection[Sequence | None], steps: int) -> np.ndarray:
+    """Returns the tokens [steps, B] int32 that the next steps of each sequence must take; -1 where they are free."""
+    rows = np.full((steps, len(sequences)), -1, np.int32)
+    for column, sequence in enumerate(sequences):
+        if sequence is not None:
+            due = sequence.request.forced[sequence.num_generated :][:steps]
+            rows[: len(due), column] = due
+    return rows

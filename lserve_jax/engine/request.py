@@ -40,15 +40,18 @@ class Request:
         id: unique among the requests that a scheduler holds.
         prompt: token ids, at least one.
         sampling: opaque here except for its limits.
+        forced: tokens that the continuation takes whatever is sampled, for scoring; ``max_tokens`` of them, or none.
         arrival: seconds on the caller's clock, for its statistics; scheduling goes by the order of `add`.
     """
 
     id: int
     prompt: tuple[int, ...]
     sampling: Limits
+    forced: tuple[int, ...] = ()
     arrival: float = 0.0
 
     def __post_init__(self) -> None:
+        assert len(self.forced) in (0, self.sampling.max_tokens)
         if not self.prompt:
             raise ValueError(f"request {self.id}: the prompt is empty; it must have at least one token")
         if self.sampling.max_tokens < 1:
@@ -114,6 +117,11 @@ class Sequence:
     def prompt_length(self) -> int:
         """Returns how many tokens the prompt has."""
         return len(self.request.prompt)
+
+    @property
+    def num_generated(self) -> int:
+        """Returns how many tokens follow the prompt."""
+        return len(self.tokens) - self.prompt_length
 
     @property
     def generated(self) -> list[int]:

@@ -107,6 +107,7 @@ def test_json_is_one_object_a_line_with_the_promised_fields(run: Callable[..., R
     assert list(found) == [
         *("text", "token_ids", "prompt_tokens", "completion_tokens", "finish_reason", "ttft_s"),
         *("prefill_tokens_per_s", "decode_tokens_per_s", "compile_s", "attention", "kv_cache", "pages_read_ratio"),
+        *("attention_recall", "attention_recall_by_layer"),
     ]
     count = len(chat_tokens(llm))
     assert (found["prompt_tokens"], found["completion_tokens"], len(found["token_ids"])) == (count, 12, 12)
