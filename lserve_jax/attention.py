@@ -62,6 +62,7 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
                     interval=attention.selector_interval,
                     sink_pages=attention.sink_pages,
                     reduction=attention.group_reduction,
+                    spread=attention.selector_spread,
                     implementation=config.implementation,
                 )
             )

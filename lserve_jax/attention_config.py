@@ -25,6 +25,8 @@ class AttentionConfig:
       dense_layers: layers whose retrieval heads always read everything.
       kv_dtype: element type of the pages; "auto" is the model's own.
       is_sink_forced: whether the sink's pages are selected whatever their score.
+      selector_spread: how much of the distance between the bounds of a sub-page's keys counts in its score, 0 … 1; 1 is
+        the upper bound of Quest and LServe (see `pallas_kernels.page_select`).
       group_reduction: how the scores of a KV head's query heads become one, "max" or "mean".
     """
 
@@ -40,6 +42,7 @@ class AttentionConfig:
     dense_layers: tuple[int, ...] = ()
     kv_dtype: str = "auto"
     is_sink_forced: bool = True
+    selector_spread: float = 0.5
     group_reduction: str = "max"
 
     def __post_init__(self) -> None:
@@ -47,9 +50,11 @@ class AttentionConfig:
             object.__setattr__(self, name, _whole(name, getattr(self, name), least))
         if self.page_size % self.sub_page_size:
             raise ValueError(f"page_size={self.page_size} must be a multiple of sub_page_size={self.sub_page_size}")
-        if not (isinstance(self.static_sparsity, Real) and 0 <= self.static_sparsity <= 1):
-            raise ValueError(f"static_sparsity={self.static_sparsity!r} must be a number from 0 to 1")
-        object.__setattr__(self, "static_sparsity", float(self.static_sparsity))
+        for name in ("static_sparsity", "selector_spread"):
+            share = getattr(self, name)
+            if not (isinstance(share, Real) and 0 <= share <= 1):
+                raise ValueError(f"{name}={share!r} must be a number from 0 to 1")
+            object.__setattr__(self, name, float(share))
         if self.kv_dtype not in ("auto", *KV_DTYPES):
             raise ValueError(f"kv_dtype={self.kv_dtype!r} must be auto or one of {', '.join(KV_DTYPES)}")
         if self.group_reduction not in ("max", "mean"):
@@ -99,7 +104,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lserve": {},
     "dense": {**_NO_SELECTOR, **_NO_STREAMING},
     "streaming": {**_NO_SELECTOR},
-    "quest": {**_NO_STREAMING, "page_size": 16, "selector_interval": 1, "dense_layers": (0, 1)},
+    "quest": {**_NO_STREAMING, "page_size": 16, "selector_interval": 1, "dense_layers": (0, 1), "selector_spread": 1.0},
     "qserve": {**_NO_SELECTOR, **_NO_STREAMING, "kv_dtype": "int4"},
 }
 """Systems as fields that differ from the defaults: LServe, vLLM-like, DuoAttention, Quest, QServe."""

@@ -38,6 +38,7 @@ _ATTENTION_FLAGS: dict[str, dict[str, Any]] = {
     "--page-size": {"type": int, "help": "tokens a page of the KV cache"},
     "--sub-page-size": {"type": int, "help": "tokens that share key statistics"},
     "--selector-interval": {"type": int, "help": "decode steps from one page selection to the next"},
+    "--selector-spread": {"type": float, "help": "share of the distance between key bounds in a page's score, 0 to 1"},
     "--sink": {"type": int, "help": "first tokens that streaming heads see"},
     "--local": {"type": int, "help": "newest tokens that streaming heads see while decoding"},
     "--prefill-local": {"type": int, "help": "the same during prefill"},

@@ -1,8 +1,8 @@
 """`page_select` for Hopper: a kernel scores the pages, another one chooses among the scores.
 
 Scoring. A program takes every n-th tile of one sequence: the statistics of a few pages and some KV heads, a row of
-shared memory for each sub-page. ``max(q·k_max, q·k_min)`` of one channel is ``max(q, 0)·k_max + min(q, 0)·k_min``, so
-two products on tensor cores bound all rows for the queries of all heads of the tile; each row keeps its own head's.
+shared memory for each sub-page. With s the spread, a channel scores ``(q + s·|q|)/2 · k_max + (q − s·|q|)/2 · k_min``,
+so two products on tensor cores score all rows for the queries of all heads of the tile; each row keeps its own head's.
 Copies begin and end at multiples of eight rows, around those of a page that are not.
 
 Choosing. The pages that nobody may leave out frame the list: only those between are ranked. Scores are stored as
@@ -65,6 +65,7 @@ class _Shape(NamedTuple):
     interval: int
     sink_pages: int
     reduction: str
+    spread: float
 
     @property
     def heads(self) -> int:
@@ -130,7 +131,7 @@ def heuristic(batch: int, shape: _Shape, device: Device) -> Config:
     return Config(splits=splits, stages=2 * 128 // shape.head_dim)
 
 
-@partial(jax.jit, static_argnames=("num_selected", "interval", "sink_pages", "reduction"))
+@partial(jax.jit, static_argnames=("num_selected", "interval", "sink_pages", "reduction", "spread"))
 def page_select(
     q: jax.Array,
     pages: PagedKV,
@@ -143,8 +144,9 @@ def page_select(
     interval: int,
     sink_pages: int,
     reduction: str,
+    spread: float,
 ) -> jax.Array:
-    """Returns what `pallas_kernels.page_select` defines.
+    """Returns what `pallas_kernels.page_select` defines; the queries' factors are rounded to bfloat16.
 
     Jitted for its cache: layers of one shape share the kernels, which take a second or two to build.
 
@@ -177,6 +179,7 @@ def page_select(
         interval=interval,
         sink_pages=sink_pages,
         reduction=reduction,
+        spread=spread,
     )
     # Tokens of the sequences that select, 0 for the others; the same for all layers of a step.
     held = jnp.where(is_refresh, lengths, 0)
@@ -233,18 +236,18 @@ def _score(
         def _work() -> None:
             first_query = pl.multiple_of((b * groups + heads) * shape.columns, shape.columns)
             queries = q_gmem.at[pl.ds(first_query, shape.columns)]
-            plgpu.copy_gmem_to_smem(queries, scratch["rising"], scratch["q_ready"])
+            plgpu.copy_gmem_to_smem(queries, scratch["on_high"], scratch["q_ready"])
             for i in range(config.stages):
                 pl.when(i < tiles)(lambda i=i: fetch(jnp.int32(i)))
             plgpu.barrier_wait(scratch["q_ready"])
-            _split_by_sign(scratch["rising"], scratch["falling"])
+            _split(scratch["on_high"], scratch["on_low"], shape.spread)
 
             @pl.loop(0, tiles)
             def _score_tile(i: jax.Array) -> None:
                 slot = i % config.stages
                 plgpu.barrier_wait(scratch["ready"].at[slot])
-                rising, falling = (scratch[name].transpose((1, 0)) for name in ("rising", "falling"))
-                factors = (scratch["high"].at[slot], rising), (scratch["low"].at[slot], falling)
+                on_high, on_low = (scratch[name].transpose((1, 0)) for name in ("on_high", "on_low"))
+                factors = (scratch["high"].at[slot], on_high), (scratch["low"].at[slot], on_low)
                 bounds = product(_ROWS, shape.columns, *factors)
                 first_rows = [n * shape.rows + offset for n, (_, offset) in enumerate(windows(i))]
                 scores = _page_scores(bounds, first_rows, scratch["bounds"], shape)
@@ -256,8 +259,8 @@ def _score(
                         keys_gmem[b, first_head + head, first + n] = scratch["keys"][row + head * shape.subs]
 
     scratch = {
-        "rising": tile((shape.columns, head_dim), q.dtype),
-        "falling": tile((shape.columns, head_dim), q.dtype),
+        "on_high": tile((shape.columns, head_dim), q.dtype),
+        "on_low": tile((shape.columns, head_dim), q.dtype),
         "low": tile((config.stages, _ROWS, head_dim), k_min.dtype),
         "high": tile((config.stages, _ROWS, head_dim), k_max.dtype),
         "bounds": plgpu.SMEM((2 * _ROWS,), jnp.float32),
@@ -277,12 +280,14 @@ def _score(
     )(held, table, *rows)
 
 
-def _split_by_sign(q_smem: Any, falling_smem: Any) -> None:
-    """Leaves ``max(q, 0)`` where q was and puts ``min(q, 0)`` beside it."""
+def _split(q_smem: Any, on_low_smem: Any, spread: float) -> None:
+    """Leaves the factor of the upper bounds where q was, and puts that of the lower ones beside it."""
     q = plgpu.load(q_smem, layout=plgpu.Layout.SMEM_GMEM_COPY(q_smem.shape, q_smem.dtype, 128))
     zero = jnp.zeros((), q.dtype)
-    q_smem[...] = jnp.maximum(q, zero)
-    falling_smem[...] = jnp.minimum(q, zero)
+    rising, falling = (part.astype(jnp.float32) for part in (jnp.maximum(q, zero), jnp.minimum(q, zero)))
+    more, less = jnp.float32((1 + spread) / 2), jnp.float32((1 - spread) / 2)
+    q_smem[...] = (more * rising + less * falling).astype(q.dtype)
+    on_low_smem[...] = (less * rising + more * falling).astype(q.dtype)
     plgpu.commit_smem()
 
 

@@ -19,6 +19,7 @@ def page_select(
     interval: int,
     sink_pages: int,
     reduction: str,
+    spread: float,
 ) -> jax.Array:
     """Returns what `pallas_kernels.page_select` defines."""
     result = np.array(previous)
@@ -30,7 +31,7 @@ def page_select(
         recent = range(max(length - interval, 0) // page_size, count)
         reserve = range(last + 1, min((length + interval - 2) // page_size + 1, table.shape[1]))
         for head in range(pages.num_kv_heads):
-            score = page_scores(q, pages, table, b, head, length, reduction)
+            score = page_scores(q, pages, table, b, head, length, reduction, spread)
             order = sorted(range(count), key=lambda i: (not (i < sink_pages or i in recent), -score[i], i))
             chosen = [*sorted(order[:num_selected]), *reserve]
             result[b, head] = chosen + [NO_PAGE] * (result.shape[2] - len(chosen))
@@ -38,7 +39,7 @@ def page_select(
 
 
 def page_scores(
-    q: jax.Array, pages: PagedKV, table: jax.Array, b: int, head: int, length: int, reduction: str
+    q: jax.Array, pages: PagedKV, table: jax.Array, b: int, head: int, length: int, reduction: str, spread: float
 ) -> np.ndarray:
     """Returns the scores [pages with a token] float32 of one sequence and KV head."""
     assert pages.k_min is not None and pages.k_max is not None
@@ -49,7 +50,8 @@ def page_scores(
         page = int(table[b, logical])
         subs = -(-min(length - logical * pages.page_size, pages.page_size) // sub_size)
         low, high = (np.asarray(x[page, head, :subs], np.float32) for x in (pages.k_min, pages.k_max))
-        bounds = np.maximum(queries[:, None] * low, queries[:, None] * high).sum(-1)  # [G, subs]
-        best = bounds.max(axis=1)
+        ends = queries[:, None] * low, queries[:, None] * high  # [G, subs, H]
+        by_channel = (1 + spread) / 2 * np.maximum(*ends) + (1 - spread) / 2 * np.minimum(*ends)
+        best = by_channel.sum(-1).max(axis=1)
         scores.append(best.max() if reduction == "max" else best.mean())
     return np.array(scores, np.float32)

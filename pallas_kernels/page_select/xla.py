@@ -1,7 +1,7 @@
 """`page_select` for any device: two small products a block of pages, then one top-k over page scores.
 
-``max(q·k_max, q·k_min)`` of one channel is ``q·k_max`` where q is positive and ``q·k_min`` where it is negative, so the
-sum over channels is ``max(q, 0) · k_max + min(q, 0) · k_min``: matrix products, with no intermediate of [G, subs, H].
+With s the spread, the score of one channel is ``(q + s·|q|)/2 · k_max + (q − s·|q|)/2 · k_min`` whatever the sign of q,
+so the sum over channels is two matrix products, with no intermediate of [G, subs, H].
 """
 
 import jax
@@ -24,6 +24,7 @@ def page_select(
     interval: int,
     sink_pages: int,
     reduction: str,
+    spread: float,
 ) -> jax.Array:
     """Returns what `pallas_kernels.page_select` defines."""
     page_size, max_pages = pages.page_size, table.shape[1]
@@ -34,7 +35,7 @@ def page_select(
         length = lengths[b]
         first_recent, count = jnp.maximum(length - interval, 0) // page_size, -(-length // page_size)
         is_forced = (logical < sink_pages) | (logical >= first_recent)
-        scores = _page_scores(q[b], pages, table[b], length, reduction)
+        scores = _page_scores(q[b], pages, table[b], length, reduction, spread)
         scores = jnp.where(is_forced, jnp.inf, scores)
         scores = jnp.where(logical < count, scores, -jnp.inf)
         best, chosen = jax.lax.top_k(scores, min(num_selected, max_pages))
@@ -61,7 +62,9 @@ def page_select(
     return jax.lax.map(sequence, jnp.arange(q.shape[0]))
 
 
-def _page_scores(q: jax.Array, pages: PagedKV, table: jax.Array, length: jax.Array, reduction: str) -> jax.Array:
+def _page_scores(
+    q: jax.Array, pages: PagedKV, table: jax.Array, length: jax.Array, reduction: str, spread: float
+) -> jax.Array:
     """Returns the page scores [K, max_pages] float32 of one sequence; -inf past its end."""
     k_min, k_max = pages.k_min, pages.k_max
     assert k_min is not None and k_max is not None
@@ -71,13 +74,13 @@ def _page_scores(q: jax.Array, pages: PagedKV, table: jax.Array, length: jax.Arr
     block = min(_PAGES_PER_BLOCK, max_pages)
     table = jnp.pad(table, (0, -table.size % block), constant_values=NO_PAGE)
     queries = q.astype(jnp.float32).reshape(heads, -1, head_dim)
-    rising, falling = jnp.maximum(queries, 0), jnp.minimum(queries, 0)
+    on_high, on_low = ((queries + sign * spread * jnp.abs(queries)) / 2 for sign in (1, -1))
 
     def score_block(index: jax.Array, scores: jax.Array) -> jax.Array:
         physical = jnp.maximum(jax.lax.dynamic_slice_in_dim(table, index * block, block), 0)
         high, low = (jnp.swapaxes(x[physical].astype(jnp.float32), 0, 1) for x in (k_max, k_min))
-        bounds = jnp.einsum("kgh,kpsh->kgps", rising, high, precision="highest")
-        bounds = bounds + jnp.einsum("kgh,kpsh->kgps", falling, low, precision="highest")
+        bounds = jnp.einsum("kgh,kpsh->kgps", on_high, high, precision="highest")
+        bounds = bounds + jnp.einsum("kgh,kpsh->kgps", on_low, low, precision="highest")
         first = (index * block + jnp.arange(block))[:, None] * page_size + jnp.arange(subs) * sub_size
         best = jnp.max(jnp.where(first < length, bounds, -jnp.inf), axis=-1)
         best = jnp.max(best, axis=1) if reduction == "max" else jnp.mean(best, axis=1)

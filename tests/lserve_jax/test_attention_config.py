@@ -21,7 +21,10 @@ def test_presets_differ_from_the_defaults_in_what_makes_each_system():
     expected: dict[str, dict[str, Any]] = {
         "dense": {"token_budget": None, "static_sparsity": 0.0},
         "streaming": {"token_budget": None},
-        "quest": {"static_sparsity": 0.0, "page_size": 16, "selector_interval": 1, "dense_layers": (0, 1)},
+        "quest": {
+            **{"static_sparsity": 0.0, "page_size": 16, "selector_interval": 1, "dense_layers": (0, 1)},
+            "selector_spread": 1.0,
+        },
         "qserve": {"token_budget": None, "static_sparsity": 0.0, "kv_dtype": "int4"},
     }
     assert set(PRESETS) == {"lserve", *expected}

@@ -30,7 +30,7 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
 OPTIONS = {
     "kv_write": (),
     "prefill_attention": ("sink", "local"),
-    "page_select": ("num_selected", "interval", "sink_pages", "reduction"),
+    "page_select": ("num_selected", "interval", "sink_pages", "reduction", "spread"),
     "decode_attention": ("sink", "local"),
 }
 NOT_FOR_JIT = {("kv_write", "reference"), ("page_select", "reference")}

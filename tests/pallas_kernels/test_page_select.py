@@ -40,6 +40,7 @@ def select(
     is_refresh: ArrayLike | None = None,
     sink_pages: int = 1,
     reduction: str = "max",
+    spread: float = 1.0,
 ) -> NDArray[np.int32]:
     width = selection_width(workload.num_selected, workload.interval, workload.page_size)
     batch = len(cache.lengths)
@@ -52,6 +53,7 @@ def select(
         interval=workload.interval,
         sink_pages=sink_pages,
         reduction=reduction,
+        spread=spread,
     )
     assert selected.shape == previous.shape and selected.dtype == np.int32
     return np.asarray(selected)
@@ -74,15 +76,15 @@ def integer_queries(workload: Workload, rng: np.random.Generator, batch: int, li
 
 
 @each_implementation
-@pytest.mark.parametrize(("reduction", "sink_pages"), [("max", 0), ("max", 1), ("mean", 3)])
+@pytest.mark.parametrize(("reduction", "sink_pages", "spread"), [("max", 0, 1.0), ("max", 1, 0.5), ("mean", 3, 0.0)])
 @pytest.mark.parametrize("limit", [1, 100])
 def test_equals_the_reference_ties_included(
-    implementation: str, reduction: str, sink_pages: int, limit: int, rng: np.random.Generator
+    implementation: str, reduction: str, sink_pages: int, spread: float, limit: int, rng: np.random.Generator
 ):
     """With keys and queries of -1, 0 and 1 most scores are equal: the earlier page wins. The longest fill the table."""
     cache, q = integer_cache(LONG, rng, LENGTHS, limit), integer_queries(LONG, rng, len(LENGTHS), limit)
     mine, theirs = (
-        select(name, q, cache, LONG, sink_pages=sink_pages, reduction=reduction)
+        select(name, q, cache, LONG, sink_pages=sink_pages, reduction=reduction, spread=spread)
         for name in (implementation, "reference")
     )
     np.testing.assert_array_equal(mine, theirs)
@@ -126,14 +128,14 @@ def test_a_table_that_is_shorter_than_the_selection(implementation: str, rng: np
 @given(
     lengths=st.lists(st.integers(0, 1120), min_size=13, max_size=13),
     seed=st.integers(0, 2**31),
-    spread=st.sampled_from([0.0, 1.0, 3.0]),
+    ranges=st.sampled_from([0.0, 1.0, 3.0]),
 )
-def test_the_score_bounds_every_product_from_above(implementation: str, lengths: list[int], seed: int, spread: float):
+def test_the_score_bounds_every_product_from_above(implementation: str, lengths: list[int], seed: int, ranges: float):
     """No page that was left out holds a key whose product with a query exceeds the score of one that was chosen."""
     rng = np.random.default_rng(seed)
     workload = replace(LONG, batch=len(lengths))
     shape = (len(lengths), 1120, 3, 8)
-    k = (rng.normal(size=shape) * np.exp(spread * rng.normal(size=shape))).astype(np.float32)
+    k = (rng.normal(size=shape) * np.exp(ranges * rng.normal(size=shape))).astype(np.float32)
     cache = filled_cache(workload, rng, lengths, k=k)
     q = rng.normal(size=(len(lengths), 4, 8)).astype(np.float32)
     selected = select(implementation, q, cache, LONG)
@@ -145,7 +147,7 @@ def test_the_score_bounds_every_product_from_above(implementation: str, lengths:
             products = q[b].reshape(2, 2, 8)[head].astype(np.float64) @ k[b, :, head].T.astype(np.float64)
             largest = np.where(np.arange(1120) < length, products, -np.inf).max(0).reshape(70, 16).max(1)
             scores = (
-                page_scores(jnp.asarray(q), cache.kv.retrieval, table, b, head, length, "max")
+                page_scores(jnp.asarray(q), cache.kv.retrieval, table, b, head, length, "max", 1.0)
                 if length
                 else largest[:0]
             )
@@ -268,6 +270,7 @@ def test_a_needle_in_a_million_tokens_is_found(implementation: str):
         ({"num_selected": 3, "sink_pages": 2}, r"num_selected=3 must be at least the 4 pages"),
         ({"interval": 18}, r"num_selected=3 must be at least the 4 pages"),
         ({"reduction": "median"}, r"reduction='median' must be \"max\" or \"mean\""),
+        ({"spread": 1.5}, "spread=1.5 must be from 0 to 1"),
     ],
 )
 def test_a_selection_that_cannot_be_made_is_refused(options: dict[str, Any], message: str, rng: np.random.Generator):

@@ -58,12 +58,13 @@ def _queries(workload: Workload, rng: np.random.Generator, batch: int, limit: in
     return q.astype(jnp.bfloat16)
 
 
-def _options(workload: Workload, sink_pages: int = 1, reduction: str = "max") -> dict[str, Any]:
+def _options(workload: Workload, sink_pages: int = 1, reduction: str = "max", spread: float = 1.0) -> dict[str, Any]:
     return {
         "num_selected": workload.num_selected,
         "interval": workload.interval,
         "sink_pages": sink_pages,
         "reduction": reduction,
+        "spread": spread,
     }
 
 
@@ -90,12 +91,16 @@ def _assert_selects(
 
 
 @pytest.mark.usefixtures("ring")
-@pytest.mark.parametrize(("reduction", "sink_pages", "limit"), [("max", 0, 1), ("mean", 3, 100)])
-def test_equals_the_reference_ties_included(reduction: str, sink_pages: int, limit: int, rng: np.random.Generator):
+@pytest.mark.parametrize(
+    ("reduction", "sink_pages", "spread", "limit"), [("max", 0, 1.0, 1), ("mean", 3, 1.0, 100), ("max", 1, 0.5, 2)]
+)
+def test_equals_the_reference_ties_included(
+    reduction: str, sink_pages: int, spread: float, limit: int, rng: np.random.Generator
+):
     """Sums of small whole numbers are exact in any order; with a limit of 1 most are equal, and earlier pages win."""
     q = _queries(SMALL, rng, len(LENGTHS), limit)
     cache = _cache(SMALL, rng, LENGTHS, limit)
-    _assert_selects(SMALL, q, cache, rng, reduction=reduction, sink_pages=sink_pages)
+    _assert_selects(SMALL, q, cache, rng, reduction=reduction, sink_pages=sink_pages, spread=spread)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +145,7 @@ def test_rounded_scores_rank_alike(rng: np.random.Generator):
     arguments: Any = (q, cache.kv.retrieval, cache.tables.retrieval, cache.lengths, previous, np.array([True]))
     selected = np.asarray(evaluate(partial(mosaic_gpu.page_select, **_options(workload)), *arguments))
     for head in range(2):
-        scores = reference.page_scores(*arguments[:3], b=0, head=head, length=1117, reduction="max")
+        scores = reference.page_scores(*arguments[:3], b=0, head=head, length=1117, reduction="max", spread=1.0)
         chosen = [page for page in selected[0, head] if 1 <= page < 69]
         left_out = sorted(set(range(1, 69)) - set(chosen))
         assert len(chosen) == 4 and chosen == sorted(chosen)
@@ -149,7 +154,14 @@ def test_rounded_scores_rank_alike(rng: np.random.Generator):
 
 def _shape(**fields: Any) -> Any:
     """Sizes of Llama-3-8B at 128K, but for some."""
-    options: dict[str, Any] = {"num_selected": 64, "interval": 4, "sink_pages": 1, "reduction": "max", "width": 65}
+    options: dict[str, Any] = {
+        "num_selected": 64,
+        "interval": 4,
+        "sink_pages": 1,
+        "reduction": "max",
+        "spread": 1.0,
+        "width": 65,
+    }
     arrays = {"num_heads": 4, "group": 4, "head_dim": 128, "page_size": 64, "subs": 4, "max_pages": 2048}
     everything: dict[str, Any] = {**options, **arrays, **fields}
     return mosaic_gpu._Shape(**everything)
