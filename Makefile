@@ -48,5 +48,5 @@ clean: ## remove the environment, builds and caches
 	@touch $@
 
 .venv/.installed-dev: $(INPUTS)
-	@scripts/install.sh dev,bench,hub
+	@scripts/install.sh dev,bench,hub,eval
 	@touch $@ .venv/.installed

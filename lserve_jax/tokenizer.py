@@ -137,6 +137,19 @@ class Tokenizer:
         """Returns the text of the ids; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template; None where there is none."""
+        return self._chat_template
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Returns a conversation as text; what looks like a special token in a message has become one.
+
+        `apply_chat_template` keeps it text: this is for programs that want text themselves.
+        """
+        _check_messages(messages)
+        return self._template().render(messages, add_generation_prompt=add_generation_prompt)
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> list[int]:

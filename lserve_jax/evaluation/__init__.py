@@ -1,0 +1,1 @@
+"""Tasks, metrics and runs that show how a sparsity setting answers beside dense attention."""

@@ -1,0 +1,377 @@
+"""The adapter under the real lm-evaluation-harness, on tasks written here: nothing is fetched."""
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lserve_jax import LLM, SamplingParams, harness
+
+ROOT = Path(__file__).parents[3]
+MODEL = str(ROOT / "tests" / "golden" / "tiny" / "llama3")
+SETTINGS: dict[str, Any] = {"attention": "dense", "max_model_len": 64, "prefill_chunk": 64, "max_num_seqs": 2}
+
+DOCS = [
+    {"question": "hello", "choices": [" world", " there", "?"], "gold": 1, "text": "hello there, how are you"},
+    {"question": "one two", "choices": [" 3", " three", " it is three"], "gold": 2, "text": "one two three"},
+    {"question": "a", "choices": ["b", "c", "d"], "gold": 0, "text": "abcdefghijklmnopqrstuvwxyz " * 5},
+]
+TASKS: dict[str, dict[str, Any]] = {
+    "tiny_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "tiny_answer": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{text}}",
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    "tiny_text": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "byte_perplexity"}],
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing may be fetched, and what the libraries keep goes where the test's files go."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+            patch.setenv(name, "1")
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tasks as the harness reads them: YAML (of which JSON is a part) beside their documents."""
+    folder = tmp_path_factory.mktemp("tasks")
+    documents = folder / "documents.jsonl"
+    documents.write_text("".join(json.dumps(document) + "\n" for document in DOCS))
+    source = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(documents)}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+    }
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **source, **task}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(MODEL, **SETTINGS)
+
+
+@pytest.fixture
+def lm(llm: LLM) -> Any:
+    return harness.register()(llm)
+
+
+def run(lm: Any, tasks: Path, *names: str, **options: Any) -> Mapping[str, Any]:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    evaluate: Any = lm_eval.simple_evaluate
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return evaluate(model=lm, tasks=list(names), task_manager=manager, bootstrap_iters=0, **options)
+
+
+def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type=kind, doc={}, arguments=one, idx=0) for one in arguments]  # type: ignore[arg-type]
+
+
+def by_logits(llm: LLM, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """The definition: log-softmax of the logits before each token, and whether each token is the likeliest."""
+    logits = np.asarray(jax.nn.log_softmax(llm.logits(context + continuation), axis=-1))[len(context) - 1 : -1]
+    chosen = logits[np.arange(len(continuation)), continuation]
+    return float(chosen.sum()), bool((logits.argmax(-1) == continuation).all())
+
+
+def test_the_harness_runs_all_kinds_of_tasks(lm: Any, llm: LLM, tasks: Path):
+    results = run(lm, tasks, *TASKS)
+    encode = lm.tok_encode
+    for document, sample in zip(DOCS, results["samples"]["tiny_choice"], strict=True):
+        expected = [by_logits(llm, encode(document["question"]), encode(choice)) for choice in document["choices"]]
+        got = [response[0] for response in sample["resps"]]
+        np.testing.assert_allclose([value for value, _ in got], [value for value, _ in expected], rtol=1e-4)
+        assert [is_greedy for _, is_greedy in got] == [is_greedy for _, is_greedy in expected]
+        assert sample["acc"] == float(np.argmax([value for value, _ in expected]) == document["gold"])
+    for document, sample in zip(DOCS, results["samples"]["tiny_answer"], strict=True):
+        (output,) = llm.generate(document["question"], SamplingParams(max_tokens=8, stop="\n\n"))
+        assert sample["resps"] == [[output.text]]
+    total = sum(response for sample in results["samples"]["tiny_text"] for response in sample["resps"][0])
+    size = sum(len(document["text"]) for document in DOCS)
+    got = results["results"]["tiny_text"]["byte_perplexity,none"]
+    assert got == pytest.approx(math.exp(-total / size), rel=1e-6)
+    assert results["config"]["attention"]["preset"] == "dense"
+
+
+def test_a_text_is_scored_in_windows_each_token_once(lm: Any, llm: LLM):
+    text = DOCS[2]["text"]
+    ids = lm.tok_encode(text)
+    assert len(ids) > 2 * llm.setup.engine_config.max_model_len
+    (got,) = lm.loglikelihood_rolling(instances("loglikelihood_rolling", (text,)), disable_tqdm=True)
+    # Windows of 64 tokens, the first of which is context; the last window is as long, and scores what is left.
+    whole = [lm.prefix_token_id, *ids]
+    expected, scored = 0.0, 1
+    while scored < len(whole):
+        end = min(scored + 63, len(whole))
+        logprobs = llm.prompt_logprobs(whole[max(0, end - 64) : end])
+        expected += float(logprobs[scored - end :].sum())
+        scored = end
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_answers_keep_their_order_whatever_order_they_are_computed_in(lm: Any, llm: LLM):
+    pairs = [("x" * length, "y" * (1 + length % 3)) for length in (3, 40, 1, 20, 11, 33, 2, 9, 5)] * 4
+    assert len(pairs) > harness._ROUNDS * llm.setup.engine_config.num_slots
+    got = lm.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
+    expected = [by_logits(llm, lm.tok_encode(a), lm.tok_encode(b)) for a, b in pairs]
+    np.testing.assert_allclose([value for value, _ in got], [value for value, _ in expected], rtol=1e-4)
+    settings = {"until": [], "max_gen_toks": 4}
+    texts = lm.generate_until(instances("generate_until", *((a, settings) for a, _ in pairs)), disable_tqdm=True)
+    outputs = llm.generate([a for a, _ in pairs], SamplingParams(max_tokens=4))
+    assert texts == [output.text for output in outputs]
+
+
+def test_an_empty_context_is_the_beginning_token(lm: Any, llm: LLM):
+    (got,) = lm.loglikelihood(instances("loglikelihood", ("", "hello")), disable_tqdm=True)
+    assert lm.prefix_token_id == llm.tokenizer.bos_token_id == 1  # type: ignore[union-attr]
+    assert got[0] == pytest.approx(by_logits(llm, [1], lm.tok_encode("hello"))[0], rel=1e-4)
+
+
+def test_a_greedy_continuation_is_said_to_be_greedy(lm: Any, llm: LLM):
+    (output,) = llm.generate([lm.tok_encode("hello there")], SamplingParams(max_tokens=5, ignore_eos=True))
+    ((value, is_greedy),) = lm._loglikelihood_tokens([(None, lm.tok_encode("hello there"), list(output.token_ids))])
+    assert is_greedy
+    assert value < 0
+
+
+def test_page_selection_is_at_work_where_continuations_are_scored(lm: Any):
+    sizes = {"page_size": 4, "sub_page_size": 4, "token_budget": 16, "sink": 4, "dense_layers": ()}
+    sparse = LLM(MODEL, **SETTINGS | {"attention": "quest"}, **sizes)
+    pairs = instances("loglikelihood", ("abcdefgh" * 5, "xyz" * 4))
+    (dense,) = lm.loglikelihood(pairs, disable_tqdm=True)
+    (got,) = harness.register()(sparse).loglikelihood(pairs, disable_tqdm=True)
+    (output,) = sparse.score([lm.tok_encode("abcdefgh" * 5)], [lm.tok_encode("xyz" * 4)])
+    assert got[0] == pytest.approx(sum(output.logprobs))
+    assert abs(got[0] - dense[0]) > 1e-3
+
+
+def test_contexts_that_are_too_long_lose_their_beginning(lm: Any, llm: LLM, caplog: pytest.LogCaptureFixture):
+    text = "".join(chr(97 + i % 26) for i in range(100))
+    ids = lm.tok_encode(text)
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        (got,) = lm.loglikelihood(instances("loglikelihood", (text, "xyz")), disable_tqdm=True)
+        (answer,) = lm.generate_until(instances("generate_until", (text, {"max_gen_toks": 6})), disable_tqdm=True)
+    assert got[0] == pytest.approx(by_logits(llm, ids[-61:], lm.tok_encode("xyz"))[0], rel=1e-4)
+    assert answer == llm.generate([ids[-58:]], SamplingParams(max_tokens=6))[0].text
+    cut = "1 of 1 contexts are too long for max_model_len=64 and lose their beginning (the longest has 100 tokens)"
+    assert [record.message for record in caplog.records] == [cut, cut]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "problem"),
+    [
+        ("loglikelihood", ("a", "b" * 64), r"a continuation has 64 tokens, but max_model_len is 64: raise it"),
+        ("loglikelihood", ("a b", ""), r"a continuation adds no token to its context"),
+        ("generate_until", ("a", {"max_gen_toks": 64}), r"an answer of max_gen_toks=64 leaves no room for its context"),
+        (
+            "generate_until",
+            ("a", {"num_beams": 4}),
+            r"unknown generation setting num_beams; known are do_sample, max_gen",
+        ),
+        (
+            "generate_until",
+            ("a", {"temperature": 1.0, "top_p": 2}),
+            r"top_p must be a number above 0 and up to 1, got 2",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(lm: Any, kind: str, arguments: tuple[Any, ...], problem: str):
+    with pytest.raises(ValueError, match=problem) as caught:
+        getattr(lm, kind)(instances(kind, arguments), disable_tqdm=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_generation_settings_become_ours(lm: Any):
+    given = {"until": ["\n", "<|im_end|>", ""], "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5}
+    params = lm._sampling_params(given | {"max_new_tokens": 9, "num_beams": 1})
+    assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.7, 0.9, 5, 9)
+    assert params.stop == ("\n", "<|im_end|>")
+    assert params.stop_token_ids == tuple(lm.tok_encode("<|im_end|>"))  # no text shows it
+    assert given["until"] == ["\n", "<|im_end|>", ""]
+    greedy = lm._sampling_params({"until": "x", "do_sample": False, "temperature": 0.0})
+    assert (greedy.temperature, greedy.stop, greedy.max_tokens) == (0.0, ("x",), 256)
+
+
+def test_draws_follow_the_harness_seed(lm: Any, tasks: Path):
+    def texts(seed: int) -> list[Any]:
+        settings = {"do_sample": True, "temperature": 2.0}
+        results = run(lm, tasks, "tiny_answer", gen_kwargs=settings, random_seed=seed)
+        return [sample["resps"] for sample in results["samples"]["tiny_answer"]]
+
+    assert texts(1) == texts(1) != texts(2)
+
+
+def test_an_answer_ends_before_its_stop_string(lm: Any, llm: LLM):
+    whole = llm.generate("hello there", SamplingParams(max_tokens=12))[0].text
+    stop = whole[4]
+    settings = {"until": [stop], "max_gen_toks": 12}
+    (text,) = lm.generate_until(instances("generate_until", ("hello there", settings)), disable_tqdm=True)
+    assert text == whole[: whole.index(stop)]
+
+
+def test_chats_are_rendered_as_the_checkpoint_has_them(lm: Any, llm: LLM, tasks: Path):
+    chat = [{"role": "user", "content": "hello"}]
+    text = lm.apply_chat_template(chat)
+    assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert lm.tok_encode(text) == llm.render_chat(chat)
+    begun = [*chat, {"role": "assistant", "content": "It is "}]
+    assert lm.apply_chat_template(begun, add_generation_prompt=False).endswith("assistant\nIt is")
+    assert lm.chat_template(True).startswith("{% for message in messages %}")
+    results = run(lm, tasks, "tiny_answer", apply_chat_template=True)
+    for document, sample in zip(DOCS, results["samples"]["tiny_answer"], strict=True):
+        prompt = llm.render_chat([{"role": "user", "content": document["question"]}])
+        assert sample["resps"] == [[llm.generate([prompt], SamplingParams(max_tokens=8))[0].text]]
+
+
+def test_a_template_that_refuses_system_messages_gets_none(
+    lm: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    template = llm.tokenizer._template()  # type: ignore[union-attr]
+    render = template.render
+
+    def refuse(messages: Any, **options: Any) -> str:
+        if messages[0]["role"] == "system":
+            raise ValueError("tiny: the chat template failed: no system messages")
+        return render(messages, **options)
+
+    monkeypatch.setattr(template, "render", refuse)
+    chat = [{"role": "user", "content": "hello"}]
+    assert lm.apply_chat_template([{"role": "system", "content": "Be brief."}, *chat]) == lm.apply_chat_template(chat)
+    assert "refuses the system message" in caplog.text
+
+
+def test_a_text_that_begins_with_the_beginning_token_gets_no_second_one(lm: Any, monkeypatch: pytest.MonkeyPatch):
+    flags = []
+
+    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        flags.append(add_special_tokens)
+        return [1]
+
+    monkeypatch.setattr(lm._tokenizer, "encode", encode)
+    lm.tok_encode("hello")
+    lm.tok_encode(f"{lm._prefix_text}hello")
+    lm.tok_encode("hello", add_special_tokens=False)
+    assert flags == [True, False, False]
+
+
+def test_results_are_kept_as_they_come_and_not_computed_again(
+    lm: Any, llm: LLM, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = run(lm, tasks, *TASKS, use_cache=str(tmp_path / "answers"))
+
+    def fail(*arguments: Any) -> None:
+        raise AssertionError("computed again")
+
+    for name in ("score", "generate", "prompt_logprobs"):
+        monkeypatch.setattr(llm, name, fail)
+    again = run(harness.register()(llm), tasks, *TASKS, use_cache=str(tmp_path / "answers"))
+    assert again["results"] == first["results"]
+
+
+def test_each_call_saves_its_results(lm: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    """An evaluation that is stopped keeps what it had: the hook hears of every call's results."""
+    kept: list[Any] = []
+    monkeypatch.setattr(lm, "cache_hook", type("Hook", (), {"add_partial": lambda self, *row: kept.append(row)})())
+    monkeypatch.setattr(harness, "_ROUNDS", 1)
+    score, calls = llm.score, []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("stopped")
+        return score(*arguments)
+
+    monkeypatch.setattr(llm, "score", failing)
+    with pytest.raises(RuntimeError, match="stopped"):
+        lm.loglikelihood(instances("loglikelihood", *(("abc"[:n], "d") for n in (1, 2, 3))), disable_tqdm=True)
+    assert [(kind, key) for kind, key, _ in kept] == [("loglikelihood", ("abc", "d")), ("loglikelihood", ("ab", "d"))]
+    asked = ("abc", {"until": ["\n"], "max_gen_toks": 4})
+    (text,) = lm.generate_until(instances("generate_until", asked), disable_tqdm=True)
+    assert kept[-1] == ("generate_until", asked, text)
+
+
+def test_model_arguments_make_the_model():
+    make = harness.register().create_from_arg_obj
+    settings = {name: value for name, value in SETTINGS.items() if name != "max_num_seqs"}
+    lm = make(
+        {"model": MODEL, **settings, "attention": "lserve", "kv_dtype": "int8"}, {"batch_size": 3, "device": "cuda"}
+    )
+    assert lm.llm.setup.engine_config.num_slots == 3
+    assert lm.get_model_info()["kv_dtype"] == "int8"
+    assert lm.tokenizer_name.endswith("__llama3")
+    with pytest.raises(ValueError, match=r"unknown attention option pretrained; known are"):
+        make({"pretrained": MODEL})
+
+
+@pytest.mark.slow
+def test_the_command_line_is_the_harness_with_our_model(tasks: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "lserve_jax.harness", "--model_args", f"model={MODEL},max_model_len=64"]
+    command += ["--tasks", str(tasks / "tiny_choice.yaml"), "--output_path", str(tmp_path), "--limit", "2"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tiny_choice" in done.stdout
+    (path,) = tmp_path.rglob("results_*.json")
+    results = json.loads(path.read_text())
+    assert results["config"]["model"] == "lserve_jax"
+    assert results["config"]["attention"]["preset"] == "lserve"
+    assert results["n-samples"]["tiny_choice"]["effective"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--tasks", "x"], ["run", "--model", "lserve_jax", "--tasks", "x"]),
+        (["run", "--tasks", "x"], ["run", "--model", "lserve_jax", "--tasks", "x"]),
+        (["ls", "tasks"], ["ls", "tasks"]),
+        ([], ["--help"]),
+    ],
+)
+def test_runs_name_our_model(arguments: list[str], expected: list[str]):
+    assert harness._with_model(arguments) == expected
+
+
+def test_without_the_harness_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    harness.register.cache_clear()
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    assert harness.main(["--tasks", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the harness needs lm_eval: pip install 'lserve_jax[eval]'")
+    assert error.count("\n") == 1
