@@ -63,6 +63,7 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
                     sink_pages=attention.sink_pages,
                     reduction=attention.group_reduction,
                     spread=attention.selector_spread,
+                    has_lookahead=attention.has_lookahead,
                     implementation=config.implementation,
                 )
             )

@@ -27,6 +27,8 @@ class AttentionConfig:
       is_sink_forced: whether the sink's pages are selected whatever their score.
       selector_spread: how much of the distance between the bounds of a sub-page's keys counts in its score, 0 … 1; 1 is
         the upper bound of Quest and LServe (see `pallas_kernels.page_select`).
+      has_lookahead: whether the page after a chosen end of a page is chosen with it: for copying, where sub-pages are
+        about as long as the interval.
       group_reduction: how the scores of a KV head's query heads become one, "max" or "mean".
     """
 
@@ -43,6 +45,7 @@ class AttentionConfig:
     kv_dtype: str = "auto"
     is_sink_forced: bool = True
     selector_spread: float = 0.5
+    has_lookahead: bool = False
     group_reduction: str = "max"
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ def page_select(
     sink_pages: int,
     reduction: str = "max",
     spread: float = 1.0,
+    has_lookahead: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """Returns the logical pages [B, K, `selection_width`] int32 that each KV head reads until the next selection.
@@ -38,6 +39,7 @@ def page_select(
                         + (1 − spread)/2 · min(q[d] · k_max[sub, d], q[d] · k_min[sub, d])     float32
         score(page) = max over the query heads of the KV head (reduction "max", or "mean") of
                       max over its sub-pages with a token <= p
+                      with ``has_lookahead``, at least the score of the last sub-page of the page before
         selected    = the sink pages, the pages of tokens p − interval + 1 … p, and of the others the ``num_selected``
                       best in all (earlier page first among equals); all pages if there are no more than that
         then, as reserve, the pages after p's that tokens up to p + interval − 1 will begin, if the table has them
@@ -45,6 +47,9 @@ def page_select(
     A ``spread`` of 1 bounds q · k from above, as Quest and LServe do; 0 takes the middle of the bounds. Channels are
     seldom extreme together, so the bound is far above any true score (√H times, if they are independent), and how far
     is noise in the ranking: a spread between the two finds more of the attention mass.
+
+    Copying reads on by a token a step. Lookahead brings the following page along when the end of a page is
+    what is looked for, before the next selection could. It wants sub-pages about as long as the interval.
 
     Args:
       q: [B, K · G, H] queries of the retrieval heads.
@@ -58,6 +63,7 @@ def page_select(
       sink_pages: first pages, always selected.
       reduction: "max" or "mean" over the query heads of a group.
       spread: 0 … 1, how much of the distance between a sub-page's bounds counts.
+      has_lookahead: whether a page that follows a chosen end of a page scores as well as that.
       implementation: a backend name, or None for the first that accepts.
 
     Raises:
@@ -80,4 +86,5 @@ def page_select(
         sink_pages=sink_pages,
         reduction=reduction,
         spread=spread,
+        has_lookahead=has_lookahead,
     )

@@ -66,6 +66,7 @@ class _Shape(NamedTuple):
     sink_pages: int
     reduction: str
     spread: float
+    has_lookahead: bool
 
     @property
     def heads(self) -> int:
@@ -131,7 +132,7 @@ def heuristic(batch: int, shape: _Shape, device: Device) -> Config:
     return Config(splits=splits, stages=2 * 128 // shape.head_dim)
 
 
-@partial(jax.jit, static_argnames=("num_selected", "interval", "sink_pages", "reduction", "spread"))
+@partial(jax.jit, static_argnames=("num_selected", "interval", "sink_pages", "reduction", "spread", "has_lookahead"))
 def page_select(
     q: jax.Array,
     pages: PagedKV,
@@ -145,6 +146,7 @@ def page_select(
     sink_pages: int,
     reduction: str,
     spread: float,
+    has_lookahead: bool,
 ) -> jax.Array:
     """Returns what `pallas_kernels.page_select` defines; the queries' factors are rounded to bfloat16.
 
@@ -163,6 +165,7 @@ def page_select(
     refuse_unless(_window(subs) <= _ROWS, f"{subs} sub-pages of a page: at most {_ROWS}")
     refuse_unless(q.shape[1] // num_heads <= 128, f"{q.shape[1] // num_heads} query heads of a KV head: at most 128")
     refuse_unless(num_selected < 2**15, f"{num_selected=} must be less than {2**15}")
+    refuse_unless(reduction == "max" or not has_lookahead, f"lookahead with {reduction=}: it must be max")
     rows = num_pages * num_heads * subs
     refuse_unless(
         rows % 8 == 0 and rows < 2**31, f"pools must be of 8n sub-pages and heads, less than {2**31}, not {rows}"
@@ -180,6 +183,7 @@ def page_select(
         sink_pages=sink_pages,
         reduction=reduction,
         spread=spread,
+        has_lookahead=has_lookahead,
     )
     # Tokens of the sequences that select, 0 for the others; the same for all layers of a step.
     held = jnp.where(is_refresh, lengths, 0)
@@ -188,7 +192,9 @@ def page_select(
         batch = q.shape[0]
         size = f"B{batch}_K{num_heads}_G{shape.group}_H{head_dim}_subs{subs}_pages{shape.max_pages}"
         config = configure("page_select", device.kind, size, heuristic(batch, shape, device))
-        keys = _score(q, k_min, k_max, table, held, shape, config)
+        keys, *ends = _score(q, k_min, k_max, table, held, shape, config)
+        if ends:
+            keys = jnp.maximum(keys, jnp.pad(ends[0][..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=_LEAST))
     selected = jax.new_ref(previous)
     _choose(selected, held, keys, shape)
     return jax.freeze(selected)
@@ -202,15 +208,18 @@ def _score(
     held: jax.Array,
     shape: _Shape,
     config: Config,
-) -> jax.Array:
-    """Returns the scores of ranked pages as order keys [B, K, blocks · block] int32; others are not written."""
+) -> list[jax.Array]:
+    """Returns the scores of ranked pages as order keys [B, K, blocks · block] int32; others are not written.
+
+    With lookahead also those of their last sub-pages.
+    """
     batch, _, head_dim = q.shape
     groups, page_rows = shape.num_heads // shape.heads, shape.num_heads * shape.subs
     q = q.reshape(batch * groups, shape.heads * shape.group, head_dim)
     q = jnp.pad(q, ((0, 0), (0, shape.columns - q.shape[1]), (0, 0)))
 
     def score(
-        held_gmem: Any, table_gmem: Any, q_gmem: Any, low_gmem: Any, high_gmem: Any, keys_gmem: Any, **scratch: Any
+        held_gmem: Any, table_gmem: Any, q_gmem: Any, low_gmem: Any, high_gmem: Any, *keys_gmem: Any, **scratch: Any
     ) -> None:
         b, heads, split = (jax.lax.axis_index(name) for name in ("sequence", "heads", "split"))
         end = shape.end_of_ranked(held_gmem[b])
@@ -252,11 +261,17 @@ def _score(
                 first_rows = [n * shape.rows + offset for n, (_, offset) in enumerate(windows(i))]
                 scores = _page_scores(bounds, first_rows, scratch["bounds"], shape)
                 pl.when(i + config.stages < tiles)(lambda: fetch(i + config.stages))
-                scratch["keys"][...] = _order_key(scores)
                 first = (split + i * config.splits) * shape.pages
-                for n, row in enumerate(first_rows):
-                    for head in range(shape.heads):
-                        keys_gmem[b, first_head + head, first + n] = scratch["keys"][row + head * shape.subs]
+                wanted = [(scores, 0)]
+                if shape.has_lookahead:  # rows by themselves, as `_max_over_subs` has left them
+                    ends = plgpu.load(scratch["bounds"].at[pl.ds(0, _ROWS)], layout=_BY_ROW)
+                    wanted.append((ends, shape.subs - 1))
+                for target_gmem, (values, sub) in zip(keys_gmem, wanted, strict=True):
+                    scratch["keys"][...] = _order_key(values)
+                    for n, row in enumerate(first_rows):
+                        for head in range(shape.heads):
+                            key = scratch["keys"][row + head * shape.subs + sub]
+                            target_gmem[b, first_head + head, first + n] = key
 
     scratch = {
         "on_high": tile((shape.columns, head_dim), q.dtype),
@@ -269,9 +284,10 @@ def _score(
         "ready": plgpu.Barrier(num_arrivals=2 * shape.pages, num_barriers=config.stages),
     }
     rows = [x.reshape(-1, head_dim) for x in (q, k_min, k_max)]
+    keys = jax.ShapeDtypeStruct((batch, shape.num_heads, shape.blocks * _BLOCK), jnp.int32)
     return plgpu.kernel(
         score,
-        out_type=jax.ShapeDtypeStruct((batch, shape.num_heads, shape.blocks * _BLOCK), jnp.int32),
+        out_type=[keys] * (1 + shape.has_lookahead),
         scratch_types=scratch,
         grid=(config.splits, groups, batch),
         grid_names=("split", "heads", "sequence"),

@@ -20,6 +20,7 @@ def page_select(
     sink_pages: int,
     reduction: str,
     spread: float,
+    has_lookahead: bool,
 ) -> jax.Array:
     """Returns what `pallas_kernels.page_select` defines."""
     result = np.array(previous)
@@ -31,7 +32,9 @@ def page_select(
         recent = range(max(length - interval, 0) // page_size, count)
         reserve = range(last + 1, min((length + interval - 2) // page_size + 1, table.shape[1]))
         for head in range(pages.num_kv_heads):
-            score = page_scores(q, pages, table, b, head, length, reduction, spread)
+            score, ends = page_scores(q, pages, table, b, head, length, reduction, spread)
+            if has_lookahead:
+                score[1:] = np.maximum(score[1:], ends[:-1])
             order = sorted(range(count), key=lambda i: (not (i < sink_pages or i in recent), -score[i], i))
             chosen = [*sorted(order[:num_selected]), *reserve]
             result[b, head] = chosen + [NO_PAGE] * (result.shape[2] - len(chosen))
@@ -40,18 +43,20 @@ def page_select(
 
 def page_scores(
     q: jax.Array, pages: PagedKV, table: jax.Array, b: int, head: int, length: int, reduction: str, spread: float
-) -> np.ndarray:
-    """Returns the scores [pages with a token] float32 of one sequence and KV head."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the scores [pages with a token] float32 of one sequence and KV head, and of each page's last sub-page."""
     assert pages.k_min is not None and pages.k_max is not None
     sub_size = pages.page_size // pages.k_min.shape[2]
     queries = np.asarray(q[b], np.float32).reshape(pages.num_kv_heads, -1, q.shape[-1])[head]
-    scores = []
+    scores, ends = [], []
     for logical in range(-(-length // pages.page_size)):
         page = int(table[b, logical])
         subs = -(-min(length - logical * pages.page_size, pages.page_size) // sub_size)
         low, high = (np.asarray(x[page, head, :subs], np.float32) for x in (pages.k_min, pages.k_max))
-        ends = queries[:, None] * low, queries[:, None] * high  # [G, subs, H]
-        by_channel = (1 + spread) / 2 * np.maximum(*ends) + (1 - spread) / 2 * np.minimum(*ends)
-        best = by_channel.sum(-1).max(axis=1)
-        scores.append(best.max() if reduction == "max" else best.mean())
-    return np.array(scores, np.float32)
+        bounds = queries[:, None] * low, queries[:, None] * high  # [G, subs, H]
+        by_channel = (1 + spread) / 2 * np.maximum(*bounds) + (1 - spread) / 2 * np.minimum(*bounds)
+        by_sub = by_channel.sum(-1)  # [G, subs]
+        best, end = (x.max() if reduction == "max" else x.mean() for x in (by_sub.max(axis=1), by_sub[:, -1]))
+        scores.append(best)
+        ends.append(end)
+    return np.array(scores, np.float32), np.array(ends, np.float32)

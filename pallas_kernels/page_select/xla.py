@@ -25,6 +25,7 @@ def page_select(
     sink_pages: int,
     reduction: str,
     spread: float,
+    has_lookahead: bool,
 ) -> jax.Array:
     """Returns what `pallas_kernels.page_select` defines."""
     page_size, max_pages = pages.page_size, table.shape[1]
@@ -35,7 +36,9 @@ def page_select(
         length = lengths[b]
         first_recent, count = jnp.maximum(length - interval, 0) // page_size, -(-length // page_size)
         is_forced = (logical < sink_pages) | (logical >= first_recent)
-        scores = _page_scores(q[b], pages, table[b], length, reduction, spread)
+        scores, ends = _page_scores(q[b], pages, table[b], length, reduction, spread)
+        if has_lookahead:
+            scores = jnp.maximum(scores, jnp.pad(ends[:, :-1], ((0, 0), (1, 0)), constant_values=-jnp.inf))
         scores = jnp.where(is_forced, jnp.inf, scores)
         scores = jnp.where(logical < count, scores, -jnp.inf)
         best, chosen = jax.lax.top_k(scores, min(num_selected, max_pages))
@@ -64,8 +67,8 @@ def page_select(
 
 def _page_scores(
     q: jax.Array, pages: PagedKV, table: jax.Array, length: jax.Array, reduction: str, spread: float
-) -> jax.Array:
-    """Returns the page scores [K, max_pages] float32 of one sequence; -inf past its end."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the scores [K, max_pages] float32 of pages and of their last sub-pages; -inf past the sequence's end."""
     k_min, k_max = pages.k_min, pages.k_max
     assert k_min is not None and k_max is not None
     heads, subs, head_dim = k_min.shape[1:]
@@ -76,16 +79,21 @@ def _page_scores(
     queries = q.astype(jnp.float32).reshape(heads, -1, head_dim)
     on_high, on_low = ((queries + sign * spread * jnp.abs(queries)) / 2 for sign in (1, -1))
 
-    def score_block(index: jax.Array, scores: jax.Array) -> jax.Array:
+    def score_block(index: jax.Array, scores: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         physical = jnp.maximum(jax.lax.dynamic_slice_in_dim(table, index * block, block), 0)
         high, low = (jnp.swapaxes(x[physical].astype(jnp.float32), 0, 1) for x in (k_max, k_min))
         bounds = jnp.einsum("kgh,kpsh->kgps", on_high, high, precision="highest")
         bounds = bounds + jnp.einsum("kgh,kpsh->kgps", on_low, low, precision="highest")
         first = (index * block + jnp.arange(block))[:, None] * page_size + jnp.arange(subs) * sub_size
-        best = jnp.max(jnp.where(first < length, bounds, -jnp.inf), axis=-1)
-        best = jnp.max(best, axis=1) if reduction == "max" else jnp.mean(best, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(scores, best, index * block, axis=1)
+        bounds = jnp.where(first < length, bounds, -jnp.inf)
+        over_group = jnp.max if reduction == "max" else jnp.mean
+        found = (over_group(x, axis=1) for x in (jnp.max(bounds, axis=-1), bounds[..., -1]))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, new, index * block, axis=1)
+            for old, new in zip(scores, found, strict=True)
+        )
 
     blocks = -(-length // (page_size * block))
-    scores = jnp.full((heads, table.size), -jnp.inf)
-    return jax.lax.fori_loop(0, blocks, score_block, scores)[:, :max_pages]
+    nothing = jnp.full((heads, table.size), -jnp.inf)
+    scores, ends = jax.lax.fori_loop(0, blocks, score_block, (nothing, nothing))
+    return scores[:, :max_pages], ends[:, :max_pages]

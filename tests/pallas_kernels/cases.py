@@ -30,7 +30,7 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
 OPTIONS = {
     "kv_write": (),
     "prefill_attention": ("sink", "local"),
-    "page_select": ("num_selected", "interval", "sink_pages", "reduction", "spread"),
+    "page_select": ("num_selected", "interval", "sink_pages", "reduction", "spread", "has_lookahead"),
     "decode_attention": ("sink", "local"),
 }
 NOT_FOR_JIT = {("kv_write", "reference"), ("page_select", "reference")}

@@ -41,6 +41,7 @@ def select(
     sink_pages: int = 1,
     reduction: str = "max",
     spread: float = 1.0,
+    has_lookahead: bool = False,
 ) -> NDArray[np.int32]:
     width = selection_width(workload.num_selected, workload.interval, workload.page_size)
     batch = len(cache.lengths)
@@ -54,6 +55,7 @@ def select(
         sink_pages=sink_pages,
         reduction=reduction,
         spread=spread,
+        has_lookahead=has_lookahead,
     )
     assert selected.shape == previous.shape and selected.dtype == np.int32
     return np.asarray(selected)
@@ -76,17 +78,24 @@ def integer_queries(workload: Workload, rng: np.random.Generator, batch: int, li
 
 
 @each_implementation
-@pytest.mark.parametrize(("reduction", "sink_pages", "spread"), [("max", 0, 1.0), ("max", 1, 0.5), ("mean", 3, 0.0)])
+@pytest.mark.parametrize(
+    ("reduction", "sink_pages", "spread", "has_lookahead"),
+    [("max", 0, 1.0, False), ("max", 1, 0.5, True), ("mean", 3, 0.0, True)],
+)
 @pytest.mark.parametrize("limit", [1, 100])
 def test_equals_the_reference_ties_included(
-    implementation: str, reduction: str, sink_pages: int, spread: float, limit: int, rng: np.random.Generator
+    implementation: str,
+    reduction: str,
+    sink_pages: int,
+    spread: float,
+    has_lookahead: bool,
+    limit: int,
+    rng: np.random.Generator,
 ):
     """With keys and queries of -1, 0 and 1 most scores are equal: the earlier page wins. The longest fill the table."""
     cache, q = integer_cache(LONG, rng, LENGTHS, limit), integer_queries(LONG, rng, len(LENGTHS), limit)
-    mine, theirs = (
-        select(name, q, cache, LONG, sink_pages=sink_pages, reduction=reduction, spread=spread)
-        for name in (implementation, "reference")
-    )
+    options: Any = {"sink_pages": sink_pages, "reduction": reduction, "spread": spread, "has_lookahead": has_lookahead}
+    mine, theirs = (select(name, q, cache, LONG, **options) for name in (implementation, "reference"))
     np.testing.assert_array_equal(mine, theirs)
 
 
@@ -147,7 +156,7 @@ def test_the_score_bounds_every_product_from_above(implementation: str, lengths:
             products = q[b].reshape(2, 2, 8)[head].astype(np.float64) @ k[b, :, head].T.astype(np.float64)
             largest = np.where(np.arange(1120) < length, products, -np.inf).max(0).reshape(70, 16).max(1)
             scores = (
-                page_scores(jnp.asarray(q), cache.kv.retrieval, table, b, head, length, "max", 1.0)
+                page_scores(jnp.asarray(q), cache.kv.retrieval, table, b, head, length, "max", 1.0)[0]
                 if length
                 else largest[:0]
             )

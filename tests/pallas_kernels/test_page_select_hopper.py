@@ -58,13 +58,16 @@ def _queries(workload: Workload, rng: np.random.Generator, batch: int, limit: in
     return q.astype(jnp.bfloat16)
 
 
-def _options(workload: Workload, sink_pages: int = 1, reduction: str = "max", spread: float = 1.0) -> dict[str, Any]:
+def _options(
+    workload: Workload, sink_pages: int = 1, reduction: str = "max", spread: float = 1.0, has_lookahead: bool = False
+) -> dict[str, Any]:
     return {
         "num_selected": workload.num_selected,
         "interval": workload.interval,
         "sink_pages": sink_pages,
         "reduction": reduction,
         "spread": spread,
+        "has_lookahead": has_lookahead,
     }
 
 
@@ -92,15 +95,17 @@ def _assert_selects(
 
 @pytest.mark.usefixtures("ring")
 @pytest.mark.parametrize(
-    ("reduction", "sink_pages", "spread", "limit"), [("max", 0, 1.0, 1), ("mean", 3, 1.0, 100), ("max", 1, 0.5, 2)]
+    ("reduction", "sink_pages", "spread", "has_lookahead", "limit"),
+    [("max", 0, 1.0, False, 1), ("mean", 3, 1.0, False, 100), ("max", 1, 0.5, True, 2), ("max", 0, 1.0, True, 1)],
 )
 def test_equals_the_reference_ties_included(
-    reduction: str, sink_pages: int, spread: float, limit: int, rng: np.random.Generator
+    reduction: str, sink_pages: int, spread: float, has_lookahead: bool, limit: int, rng: np.random.Generator
 ):
     """Sums of small whole numbers are exact in any order; with a limit of 1 most are equal, and earlier pages win."""
     q = _queries(SMALL, rng, len(LENGTHS), limit)
     cache = _cache(SMALL, rng, LENGTHS, limit)
-    _assert_selects(SMALL, q, cache, rng, reduction=reduction, sink_pages=sink_pages, spread=spread)
+    options = {"reduction": reduction, "sink_pages": sink_pages, "spread": spread, "has_lookahead": has_lookahead}
+    _assert_selects(SMALL, q, cache, rng, **options)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +150,7 @@ def test_rounded_scores_rank_alike(rng: np.random.Generator):
     arguments: Any = (q, cache.kv.retrieval, cache.tables.retrieval, cache.lengths, previous, np.array([True]))
     selected = np.asarray(evaluate(partial(mosaic_gpu.page_select, **_options(workload)), *arguments))
     for head in range(2):
-        scores = reference.page_scores(*arguments[:3], b=0, head=head, length=1117, reduction="max", spread=1.0)
+        scores = reference.page_scores(*arguments[:3], b=0, head=head, length=1117, reduction="max", spread=1.0)[0]
         chosen = [page for page in selected[0, head] if 1 <= page < 69]
         left_out = sorted(set(range(1, 69)) - set(chosen))
         assert len(chosen) == 4 and chosen == sorted(chosen)
@@ -160,6 +165,7 @@ def _shape(**fields: Any) -> Any:
         "sink_pages": 1,
         "reduction": "max",
         "spread": 1.0,
+        "has_lookahead": False,
         "width": 65,
     }
     arrays = {"num_heads": 4, "group": 4, "head_dim": 128, "page_size": 64, "subs": 4, "max_pages": 2048}
@@ -243,6 +249,24 @@ def test_machine_code(workload: Workload, reduction: str):
     assert not re.search(r"= \S+ (copy|copy-start|sort|custom-call-start)\(", text)
     scores = workload.batch * workload.retrieval * max(workload.max_pages, 2048) * 4
     assert program.memory_analysis().temp_size_in_bytes <= scores + 2**20
+
+
+@pytest.mark.parametrize("sub_page_size", [4, 16])
+def test_machine_code_with_lookahead(sub_page_size: int):
+    """Scores of the ends of pages are stored beside those of pages, and put together between the kernels."""
+    workload = replace(LLAMA, sub_page_size=sub_page_size)
+    run = partial(page_select, implementation="mosaic_gpu", **_options(workload, spread=0.5, has_lookahead=True))
+    program, kernels = compiled(run, *_arguments(workload), donate=(4,))
+    assert_fits(kernels, count=2)
+    scores = workload.batch * workload.retrieval * max(workload.max_pages, 2048) * 4
+    assert program.memory_analysis().temp_size_in_bytes <= 3 * scores + 2**20
+
+
+def test_lookahead_with_a_mean_is_refused(rng: np.random.Generator):
+    cache = _cache(SMALL, rng, LENGTHS)
+    q = _queries(SMALL, rng, len(LENGTHS))
+    with pytest.raises(NotImplementedError, match="lookahead with reduction='mean': it must be max"):
+        _assert_selects(SMALL, q, cache, rng, reduction="mean", has_lookahead=True)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8, 64, 256])
