@@ -184,7 +184,7 @@ class LLM:
         return [work.score(self) for work in works]
 
     def _forced_work(self, prompt: Prompt, continuation: Prompt) -> "_Work":
-        ids, forced = self._encode(prompt), self._encode(continuation)
+        ids, forced = self._encode(prompt), self._encode(continuation, is_start=False)
         limit = self.setup.engine_config.max_model_len
         if len(ids) + len(forced) > limit:
             raise ValueError(
@@ -207,11 +207,14 @@ class LLM:
             )
         return self.tokenizer
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Returns the tokens of a prompt, each one of the model's vocabulary."""
+    def _encode(self, prompt: Prompt, *, is_start: bool = True) -> tuple[int, ...]:
+        """Returns the tokens of a prompt, each one of the model's vocabulary; ``is_start`` if nothing stands before."""
         if not len(prompt):  # before encoding: a tokenizer may put a token before even an empty text
             raise ValueError("the prompt is empty: give at least one token")
-        ids = self._need_tokenizer("a text prompt").encode(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            ids = self._need_tokenizer("a text prompt").encode(prompt, add_special_tokens=is_start)
+        else:
+            ids = prompt
         vocabulary = self.config.model.vocab_size
         wrong = [token for token in ids if not (isinstance(token, int | np.integer) and 0 <= token < vocabulary)]
         if wrong:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from lserve_jax import LLM, SamplingParams, attention_recall
 from pallas_kernels import PagedKV
@@ -67,6 +69,17 @@ def test_selection_is_at_work_in_scores(dense: LLM, sparse: LLM):
 def test_an_end_token_inside_a_continuation_does_not_end_it(dense: LLM):
     (score,) = dense.score([PROMPT], [[5, 2, 6, 2]])
     assert len(score.logprobs) == 4
+
+
+def test_text_is_continued_without_another_beginning_token(tmp_path: Path):
+    backend = tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    begin = backend.id_to_token(1)
+    backend.post_processor = TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 1)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    llm = LLM(str(TINY), tokenizer=str(tmp_path), attention="dense", **SIZES)
+    (score,) = llm.score(["hello there"], [" and you"])
+    assert llm.tokenizer is not None
+    assert llm.tokenizer.encode(" and you") == [1, *score.token_ids]
 
 
 @pytest.mark.parametrize(

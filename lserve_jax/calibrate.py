@@ -1,0 +1,229 @@
+"""`python -m lserve_jax.calibrate`: finds which KV heads of a model may stream, and writes them as a head pattern."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lserve_jax.attention_config import AttentionConfig
+from lserve_jax.calibration.folder import require_target, write_pattern
+from lserve_jax.calibration.passkeys import Passkeys
+from lserve_jax.calibration.picture import head_map, require_matplotlib
+from lserve_jax.calibration.prompts import make_prompts
+from lserve_jax.calibration.scores import DEFAULT_SCORE, MEASURES, SCORES, Scores, combine, score_heads, to_gates
+from lserve_jax.calibration.shares import describe, expected_losses
+from lserve_jax.calibration.training import CHECKPOINT_FILE, Checkpoint, TrainingConfig, train
+from lserve_jax.command_line import OneLineParser, ProgressBars, run_command, use_compilation_cache
+from lserve_jax.engine_setup import DEFAULT_MODEL, Setup, prepare
+from lserve_jax.heads import QUOTAS
+from lserve_jax.inference_config import DTYPES
+from lserve_jax.llm import open_tokenizer
+from lserve_jax.steps import Params
+from lserve_jax.tokenizer import Tokenizer
+
+_LONGEST = 32768
+_ATTENTION = AttentionConfig()
+_SCHEDULE = TrainingConfig()
+
+_FLAGS: dict[str, dict[str, Any]] = {
+    "--sink": {"type": int, "default": _ATTENTION.sink, "help": "first tokens that streaming heads see (%(default)s)"},
+    "--local": {"type": int, "default": _ATTENTION.local, "help": "newest tokens that they see (%(default)s)"},
+    "--quota": {
+        "choices": QUOTAS,
+        "default": "model",
+        "help": "rank all heads together, or each layer's (%(default)s)",
+    },
+    "--length": {"type": int, "default": 1536, "help": "tokens of a synthetic prompt (%(default)s)"},
+    "--held-out": {"type": int, "default": 6, "help": "prompts for the table of losses (%(default)s); 0 for no table"},
+    "--seed": {"type": int, "default": 0, "help": "of everything that is drawn (%(default)s)"},
+    "--dtype": {"choices": ("auto", *DTYPES), "default": "auto", "help": "of weights and activations (%(default)s)"},
+    "--chunk": {"type": int, "help": "prompt tokens a call: fewer take less memory (default: the device's)"},
+    "--no-picture": {"action": "store_true", "help": "draw no heads.png, which needs matplotlib"},
+    "--quiet": {"action": "store_true", "help": "nothing on stderr but errors"},
+}
+
+_SCORE_FLAGS: dict[str, dict[str, Any]] = {
+    "--score": {"choices": tuple(SCORES), "default": DEFAULT_SCORE, "help": "what heads are ranked by (%(default)s)"},
+    "--prompts": {"type": int, "default": 12, "help": "(%(default)s)"},
+}
+
+_TRAINING_FLAGS: dict[str, dict[str, Any]] = {
+    "--steps": {"type": int, "default": _SCHEDULE.steps, "help": "of one text each (%(default)s)"},
+    "--learning-rate": {"type": float, "default": _SCHEDULE.learning_rate, "help": "(%(default)s)"},
+    "--regularisation": {"type": float, "default": _SCHEDULE.regularisation, "help": "pull towards 0 (%(default)s)"},
+    "--min-length": {"type": int, "default": 2048, "help": "tokens of the shortest text (%(default)s)"},
+    "--max-length": {"type": int, "help": f"tokens of the longest (default: {_LONGEST}, or the model's context)"},
+    "--passkeys": {"type": int, "default": 10, "help": "hidden in each text (%(default)s)"},
+}
+
+
+class _Found(NamedTuple):
+    """Gates [L, K], what they were found with, and by which scores of which kinds of prompts."""
+
+    gates: NDArray[np.floating]
+    settings: dict[str, Any]
+    scores: dict[str, Scores] | None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all flags."""
+    parser = OneLineParser(prog="python -m lserve_jax.calibrate", description=__doc__)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder, .gguf file, hub id or name (%(default)s)")
+    parser.add_argument("--tokenizer", help="folder or .gguf file to take the tokenizer from instead")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write: new, empty, or of a stopped training")
+    parser.add_argument("--method", choices=tuple(_METHODS), default="score", help="(%(default)s)")
+    for flag, options in _FLAGS.items():
+        parser.add_argument(flag, **options)
+    scoring = parser.add_argument_group("--method score: what heads would lose on synthetic prompts; minutes")
+    for flag, options in _SCORE_FLAGS.items():
+        scoring.add_argument(flag, **options)
+    training = parser.add_argument_group("--method train: DuoAttention's gates by gradient descent; hours")
+    for flag, options in _TRAINING_FLAGS.items():
+        training.add_argument(flag, **options)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after one line on stderr that says what to change."""
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: _calibrate(args))
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s", force=True)
+    _check(args)
+    setup = _prepare(args)
+    tokenizer = open_tokenizer(setup, args.tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer: give one with --tokenizer")
+    held_out = make_prompts(tokenizer, count=args.held_out, length=args.length, seed=f"held out {args.seed}")
+    # All that can be wrong is found before the weights are loaded.
+    find = _METHODS[args.method](args, setup, tokenizer)
+    setup.warn()
+    use_compilation_cache()
+    with ProgressBars(is_shown=not args.quiet) as bars:
+        params = setup.checkpoint.load_params(
+            setup.config.dtype, None, lambda done, total: bars.report("weights", done, total)
+        )
+        found = find(params, bars)
+        rows = []
+        if held_out:
+            chunk = setup.engine_config.prefill_chunk
+            rows = expected_losses(params, setup.config, held_out, found.gates, chunk=chunk, on_progress=bars.report)
+    settings = _settings(args, setup) | found.settings | {"expected_loss": [asdict(row) for row in rows]}
+    picture = (
+        None if args.no_picture else head_map(found.gates, f"{Path(setup.checkpoint.name).name}, {settings['method']}")
+    )
+    write_pattern(args.out, found.gates, settings, scores=found.scores, picture=picture)
+    (args.out / CHECKPOINT_FILE).unlink(missing_ok=True)
+    if rows:
+        print(describe(rows))
+    print(f"wrote {args.out}: use it with --head-pattern {args.out}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    require_target(args.out, CHECKPOINT_FILE if args.method == "train" else None)
+    if args.prompts < 1:
+        raise ValueError(f"--prompts {args.prompts} must be at least 1")
+    if args.held_out < 0:
+        raise ValueError(f"--held-out {args.held_out} must be at least 0")
+    if args.length <= args.sink + args.local:
+        raise ValueError(
+            f"--length {args.length} must be more than --sink {args.sink} and --local {args.local} together: "
+            "streaming heads see all of a shorter prompt"
+        )
+    if not args.no_picture:
+        require_matplotlib()
+
+
+def _prepare(args: argparse.Namespace) -> Setup:
+    setup = prepare(
+        args.model,
+        attention="dense",
+        dtype=args.dtype,
+        max_model_len=args.length,
+        max_num_seqs=1,
+        prefill_chunk=args.chunk,
+        sink=args.sink,
+        local=args.local,
+    )
+    if not setup.plan.fits:
+        raise ValueError(
+            f"--length {args.length} does not fit into memory with {args.model}: at most {setup.plan.largest_context}"
+        )
+    return setup
+
+
+def _settings(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
+    return {
+        "model_name": setup.checkpoint.name,
+        "sink_size": args.sink,
+        "recent_size": args.local,
+        "quota": args.quota,
+        "seed": args.seed,
+        "dtype": setup.config.dtype,
+        "length": args.length,
+    }
+
+
+def _scoring(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> Callable[[Params, ProgressBars], _Found]:
+    prompts = make_prompts(tokenizer, count=args.prompts, length=args.length, seed=args.seed)
+
+    def find(params: Params, bars: ProgressBars) -> _Found:
+        chunk = setup.engine_config.prefill_chunk
+        names = dict.fromkeys((*MEASURES, args.score))
+        scores = score_heads(params, setup.config, prompts, names=tuple(names), chunk=chunk, on_progress=bars.report)
+        gates = to_gates(combine(scores, args.score), args.quota)
+        settings = {"method": args.score, "measured": SCORES[args.score], "num_prompts": args.prompts}
+        return _Found(gates, settings, scores)
+
+    return find
+
+
+def _training(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> Callable[[Params, ProgressBars], _Found]:
+    training = TrainingConfig(steps=args.steps, learning_rate=args.learning_rate, regularisation=args.regularisation)
+    passkeys = Passkeys(
+        tokenizer=tokenizer,
+        min_length=args.min_length,
+        max_length=args.max_length or max(min(_LONGEST, setup.checkpoint.config.max_context), args.min_length),
+        seed=args.seed,
+        num_passkeys=args.passkeys,
+    )
+    settings = {
+        "method": "DuoAttention",
+        "num_steps": training.steps,
+        "lr": training.learning_rate,
+        "reg_weight": training.regularisation,
+        "context_length_min": passkeys.min_length,
+        "context_length_max": passkeys.max_length,
+        "num_passkeys": passkeys.num_passkeys,
+    }
+    checkpoint = Checkpoint(folder=args.out, settings=_settings(args, setup) | settings)
+    checkpoint.require_same()
+
+    def find(params: Params, bars: ProgressBars) -> _Found:
+        args.out.mkdir(parents=True, exist_ok=True)
+
+        def report(step: int, loss: float, gate: float) -> None:
+            bars.report("training", step, training.steps)
+            if not args.quiet and step % max(training.steps // 20, 1) == 0:
+                tqdm.write(f"step {step}: loss {loss:.3g}, mean gate {gate:.3f}", file=sys.stderr)
+
+        gates = train(params, setup.config, passkeys.make, training, checkpoint=checkpoint, on_step=report)
+        return _Found(gates if args.quota == "model" else to_gates(gates, args.quota), settings, None)
+
+    return find
+
+
+_METHODS = {"score": _scoring, "train": _training}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""A head pattern on disk, in DuoAttention's format: gates as a table, and how they came about."""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lserve_jax.heads import GATES_FILE
+
+CONFIG_FILE = "config.json"
+SCORES_FILE = "scores.npz"
+PICTURE_FILE = "heads.png"
+
+
+def require_target(folder: Path, resumable: str | None = None) -> None:
+    """Raises ValueError unless a pattern may be written: ``folder`` is new, empty, or has ``resumable`` in it.
+
+    Args:
+      folder: where to write.
+      resumable: name of the file with which an interrupted run goes on, if it is of that kind.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: exists and is not a folder")
+    if not folder.is_dir() or (resumable is not None and (folder / resumable).is_file()):
+        return
+    if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        reason = "" if resumable is None else f" and has no {resumable} to go on from"
+        raise ValueError(f"{folder}: the folder is not empty{reason}; name a new one")
+
+
+def write_pattern(
+    folder: Path,
+    gates: NDArray[np.floating],
+    settings: Mapping[str, Any],
+    *,
+    scores: Mapping[str, Mapping[str, NDArray[np.floating]]] | None = None,
+    picture: bytes | None = None,
+) -> None:
+    """Writes a pattern; the gates come last, so that a folder without them is one that is not complete.
+
+    Args:
+      folder: made where it does not exist.
+      gates: [L, K] in [0, 1].
+      settings: becomes `CONFIG_FILE`.
+      scores: kind of prompt → score → [L, K], kept in `SCORES_FILE` as ``kind/score``.
+      picture: a PNG.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if scores is not None:
+        arrays = {f"{kind}/{name}": value for kind, found in scores.items() for name, value in found.items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        _write(folder / SCORES_FILE, buffer.getvalue())
+    if picture is not None:
+        _write(folder / PICTURE_FILE, picture)
+    _write(folder / CONFIG_FILE, f"{json.dumps(settings, indent=1)}\n".encode())
+    rows = "".join("\t".join(f"{gate:.6f}" for gate in row) + "\n" for row in gates)
+    _write(folder / GATES_FILE, rows.encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -1,0 +1,139 @@
+"""A model over a piece of a sequence, the rest of which lies in the pages of a dense KV cache; open to its heads."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lserve_jax.cache import KVCache, LayerCache
+from lserve_jax.calibration import layerwise
+from lserve_jax.calibration.attention import by_kv_head, by_query_head
+from lserve_jax.inference_config import InferenceConfig
+from lserve_jax.steps import Params
+from pallas_kernels import PagedKV, PageTables, kv_write
+from pallas_kernels.core.paging import is_visible
+
+
+class Chunk(NamedTuple):
+    """Successive tokens of one sequence, of which the pages hold what came before.
+
+    Attributes:
+      tokens: [T] int32.
+      targets: [T] int32 the right next tokens, -1 where they do not count.
+      asks: [T] int32 the passage that each target comes from, 0 for none.
+      start: scalar int32 position of the first token.
+      count: scalar int32 valid tokens.
+      table: [pages] int32 page table.
+      sources: [S] int32, S = pages · page_size: the passage that each token of the sequence is part of, 0 for none.
+    """
+
+    tokens: jax.Array
+    targets: jax.Array
+    asks: jax.Array
+    start: jax.Array
+    count: jax.Array
+    table: jax.Array
+    sources: jax.Array
+
+    @property
+    def is_target(self) -> jax.Array:
+        """1 for tokens [T] with a target, 0 for others; float32."""
+        return (self.targets >= 0).astype(jnp.float32)
+
+    def nll(self, log_probabilities: jax.Array) -> jax.Array:
+        """Returns the negative log-likelihood [T] of the targets, given [T, V]; 0 where there is none."""
+        found = jnp.take_along_axis(log_probabilities, jnp.maximum(self.targets, 0)[:, None], axis=-1)[:, 0]
+        return -found * self.is_target
+
+
+class LayerHeads(NamedTuple):
+    """A layer's heads before the chunk: queries [K, G, T, H], new keys and values [T, K, H], and the pages."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    pool: PagedKV
+
+    def map[T](self, chunk: Chunk, head: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], T]) -> T:
+        """Returns what ``head`` gives for each KV head, stacked: one is computed at a time, and again for a gradient.
+
+        Args:
+          chunk: tells which pages there are.
+          head: number of the head, queries [G, T, H], keys and values [S + T, H] → any arrays.
+        """
+        size, head_dim = chunk.sources.size, self.k.shape[-1]
+
+        @jax.checkpoint
+        def one(index: jax.Array) -> T:
+            keys, values = (
+                jnp.concatenate([pages[chunk.table, index].reshape(size, head_dim), new[:, index]])
+                for pages, new in ((self.pool.k, self.k), (self.pool.v, self.v))
+                if isinstance(pages, jax.Array)  # quantised pages are refused by Reader
+            )
+            return head(index, self.q[index], keys, values)
+
+        return jax.lax.map(one, jnp.arange(self.k.shape[1]))
+
+
+def visible_keys(chunk: Chunk, config: InferenceConfig) -> tuple[jax.Array, jax.Array]:
+    """Returns which of the keys of pages and chunk each query sees, [T, S + T] bool: densely, and when streaming."""
+    size, attention = chunk.sources.size, config.attention
+    at = chunk.start + jnp.arange(chunk.tokens.size, dtype=jnp.int32)
+    positions = jnp.concatenate([jnp.arange(size, dtype=jnp.int32), at])
+    exists = jnp.concatenate([jnp.arange(size) < chunk.start, jnp.ones(at.size, bool)])
+    windows = ((None, None), (attention.sink, attention.local))
+    dense, streaming = (exists & is_visible(at[:, None], positions, *window) for window in windows)
+    return dense, streaming
+
+
+type Attend[T] = Callable[[int, jax.Array, LayerHeads, jax.Array], tuple[jax.Array, T]]
+"""Layer, hidden states [1, T, D] before it, its heads, gates [K] → outputs [K, G, T, H], and anything else."""
+
+
+def forward[T](
+    params: Params, cache: KVCache, chunk: Chunk, gates: jax.Array, attend: Attend[T], config: InferenceConfig
+) -> tuple[jax.Array, list[T], KVCache]:
+    """Returns the hidden states [1, T, D] after the final norm, what each layer tells, and the cache with the chunk.
+
+    Args:
+      params: the model's parameters in the checkpoint's order of heads.
+      cache: a dense model's, with the tokens before the chunk.
+      chunk: the tokens.
+      gates: [L, K].
+      attend: the attention of a layer.
+      config: a dense model.
+    """
+    rope = layerwise.rotary(config, chunk.start + jnp.arange(chunk.tokens.size, dtype=jnp.int32))
+    x, told, new_cache = layerwise.embed(params, config, chunk.tokens), [], []
+    for layer, (state, gate) in enumerate(zip(cache, gates, strict=True)):
+        run = jax.checkpoint(partial(_layer, params, config, layer, rope, state, chunk, attend))
+        x, (found, new_state) = run(x, gate)
+        told.append(found)
+        new_cache.append(new_state)
+    return layerwise.final_norm(params, config, x), told, tuple(new_cache)
+
+
+def _layer(
+    params: Params,
+    config: InferenceConfig,
+    layer: int,
+    rope: layerwise.RopeTables,
+    cache: LayerCache,
+    chunk: Chunk,
+    attend: Attend[Any],
+    x: jax.Array,
+    gate: jax.Array,
+) -> tuple[jax.Array, Any]:
+    table = chunk.table[None]
+
+    def through_pages(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache) -> tuple[jax.Array, Any]:
+        assert state.kv.retrieval is not None
+        heads = LayerHeads(by_kv_head(q[0], k.shape[2]), k[0], v[0], state.kv.retrieval)
+        outputs, told = attend(layer, x, heads, gate)
+        k, v = (jax.lax.stop_gradient(new) for new in (k, v))  # this chunk does not read what it writes
+        kv = kv_write(k, v, state.kv, PageTables(table, table), chunk.start[None], chunk.count[None])
+        return by_query_head(outputs)[None].astype(q.dtype), (told, state._replace(kv=kv))
+
+    return layerwise.run_layer(params, config, layer, x, rope, cache, through_pages)

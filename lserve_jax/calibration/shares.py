@@ -1,0 +1,119 @@
+"""What answers lose as more heads stream: measured on prompts that the gates were not found with."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from lserve_jax.cache import KVCache
+from lserve_jax.calibration import layerwise
+from lserve_jax.calibration.attention import average, scores, weights
+from lserve_jax.calibration.pages import Chunk, LayerHeads, forward, visible_keys
+from lserve_jax.calibration.prompts import Prompt
+from lserve_jax.calibration.reader import Reader
+from lserve_jax.heads import classify
+from lserve_jax.inference_config import InferenceConfig
+from lserve_jax.steps import Params
+
+SHARES = (0.25, 0.5, 0.75, 0.9)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def masked_step(
+    params: Params, cache: KVCache, chunk: Chunk, is_retrieval: jax.Array, *, config: InferenceConfig
+) -> tuple[jax.Array, KVCache]:
+    """Returns the summed negative log-likelihood of a chunk's targets, and the cache with the chunk in it.
+
+    Which heads [L, K] keep the whole context is data, so that one program serves all patterns; the others stream.
+
+    Args:
+      params: the model's parameters in the checkpoint's order of heads.
+      cache: a dense model's, with the tokens before the chunk; donated.
+      chunk: the tokens.
+      is_retrieval: [L, K] bool.
+      config: a dense model; its ``attention`` has the ``sink`` and ``local`` of streaming.
+    """
+    is_dense, is_streaming = visible_keys(chunk, config)
+
+    def attend(layer: int, x: jax.Array, heads: LayerHeads, gate: jax.Array) -> tuple[jax.Array, None]:
+        def head(index: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return average(weights(scores(q, k), jnp.where(gate[index], is_dense, is_streaming)), v)
+
+        return heads.map(chunk, head), None
+
+    hidden, _, cache = forward(params, cache, chunk, is_retrieval, attend, config)
+
+    def nll() -> jax.Array:
+        return jnp.sum(chunk.nll(layerwise.log_probabilities(params, config, hidden)[0]))
+
+    return jax.lax.cond(jnp.any(chunk.targets >= 0), nll, lambda: jnp.float32(0)), cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareLoss:
+    """Mean negative log-likelihood of answers, nats a token, by kind of prompt, where a share of the heads streams."""
+
+    share: float
+    streaming: int
+    nll: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over kinds."""
+        return sum(self.nll.values()) / len(self.nll)
+
+
+def expected_losses(
+    params: Params,
+    config: InferenceConfig,
+    prompts: Sequence[Prompt],
+    gates: NDArray[np.floating],
+    *,
+    chunk: int,
+    shares: Sequence[float] = SHARES,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[ShareLoss]:
+    """Returns the losses of dense attention and of each share of streaming heads, those of the lowest gates [L, K].
+
+    They stream from the first token of a prompt on. Other arguments are those of `score_heads`.
+    """
+    reader, rows = Reader(params, config, prompts, chunk=chunk), []
+    total = (1 + len(shares)) * len(prompts)
+    for share in (0.0, *shares):
+        is_retrieval = retrieval_heads(gates, share)
+        losses: dict[str, list[float]] = {}
+        for prompt in prompts:
+            loss = reader.read_through(prompt, partial(masked_step, is_retrieval=jnp.asarray(is_retrieval)))
+            losses.setdefault(prompt.kind, []).append(loss / prompt.num_answer)
+            if on_progress is not None:
+                done = len(rows) * len(prompts) + sum(map(len, losses.values()))
+                on_progress("expected loss", done, total)
+        nll = {kind: float(np.mean(values)) for kind, values in losses.items()}
+        rows.append(ShareLoss(share=share, streaming=int(np.sum(~is_retrieval)), nll=nll))
+    return rows
+
+
+def retrieval_heads(gates: NDArray[np.floating], share: float) -> NDArray[np.bool_]:
+    """Returns which heads [L, K] keep the whole context at a static sparsity, as the loader would choose them."""
+    classes = classify(gates, share)
+    heads = np.arange(classes.num_kv_heads)
+    kept = zip(classes.order, classes.num_retrieval, strict=True)
+    return np.stack([np.isin(heads, order[:count]) for order, count in kept])
+
+
+def describe(rows: Sequence[ShareLoss]) -> str:
+    """Returns a table for people; the first row is dense attention."""
+    dense, kinds = rows[0], list(rows[0].nll)
+    lines = [["streaming", "heads", *kinds, "mean", "change"]]
+    for row in rows:
+        values = [*(row.nll[kind] for kind in kinds), row.mean]
+        change = "" if row is dense else f"{row.mean - dense.mean:+.4f}"
+        name = "dense" if row is dense else f"{row.share:.0%}"
+        lines.append([name, str(row.streaming), *(f"{value:.4f}" for value in values), change])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(["negative log-likelihood of answers to other prompts of the same kinds, nats a token:", *table])

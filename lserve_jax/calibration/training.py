@@ -1,0 +1,186 @@
+"""DuoAttention's gates by gradient descent (Xiao et al., arXiv 2410.10819, section 3.2), resumable bit for bit."""
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpy.typing import NDArray
+
+from lserve_jax.calibration.two_streams import Example, distillation_loss
+from lserve_jax.inference_config import InferenceConfig
+from lserve_jax.steps import Params
+
+CHECKPOINT_FILE = "training.npz"
+_SETTINGS = "settings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The paper's schedule: a fifth of the steps warms up, a fifth decays to a tenth of the learning rate.
+
+    Attributes:
+      steps: gradient steps, of one sequence each.
+      learning_rate: of AdamW without weight decay.
+      regularisation: weight of the gates' mean in the loss.
+    """
+
+    steps: int = 2000
+    learning_rate: float = 0.02
+    regularisation: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be more than 0")
+        if not self.regularisation >= 0:
+            raise ValueError(f"regularisation={self.regularisation} must be at least 0")
+
+    def optimiser(self) -> optax.GradientTransformation:
+        """Returns AdamW under the schedule."""
+        ramp = max(self.steps // 5, 1)
+
+        def rate(step: Any) -> jax.Array:
+            return self.learning_rate * jnp.clip(jnp.minimum(step + 1, self.steps - step) / ramp, 0.1, 1.0)
+
+        return optax.adamw(rate, weight_decay=0.0)
+
+
+class TrainingState(NamedTuple):
+    """Steps done, gates [L, K] float32, and the optimiser's state."""
+
+    step: jax.Array
+    gates: jax.Array
+    optimiser: Any
+
+    @classmethod
+    def start(cls, shape: tuple[int, int], training: TrainingConfig) -> "TrainingState":
+        """Returns the state before the first step: every head attends to everything."""
+        gates = jnp.ones(shape, jnp.float32)
+        return cls(jnp.int32(0), gates, training.optimiser().init(gates))
+
+
+@partial(jax.jit, static_argnames=("config", "training"))
+def train_step(
+    params: Params, state: TrainingState, example: Example, *, config: InferenceConfig, training: TrainingConfig
+) -> tuple[TrainingState, jax.Array]:
+    """Returns the state after a step, and the distillation loss before it."""
+
+    def loss(gates: jax.Array) -> tuple[jax.Array, jax.Array]:
+        distilled = distillation_loss(params, example, gates, config)
+        return distilled + training.regularisation * jnp.mean(jnp.abs(gates)), distilled
+
+    slopes, distilled = jax.grad(loss, has_aux=True)(state.gates)
+    updates, optimiser = training.optimiser().update(slopes, state.optimiser, state.gates)
+    gates = jnp.clip(optax.apply_updates(state.gates, updates), 0.0, 1.0)  # type: ignore[arg-type]
+    return TrainingState(state.step + 1, gates, optimiser), distilled
+
+
+def train(
+    params: Params,
+    config: InferenceConfig,
+    examples: Callable[[int], Example],
+    training: TrainingConfig,
+    *,
+    checkpoint: "Checkpoint | None" = None,
+    on_step: Callable[[int, float, float], None] | None = None,
+) -> NDArray[np.float32]:
+    """Returns the gates [L, K] in [0, 1] after all steps, going on from the checkpoint if there is one.
+
+    Whatever ends it, a keyboard interrupt too, the checkpoint holds the last step that was finished or, where the
+    process was killed, the last that was saved; the gates do not depend on where a run was interrupted.
+
+    Args:
+      params: the model's parameters in the checkpoint's order of heads.
+      config: a dense model; its ``attention`` has the ``sink`` and ``local`` of streaming.
+      examples: step → sequence.
+      training: the schedule.
+      checkpoint: where to keep the state.
+      on_step: called with the steps done, the distillation loss before the last one, and the mean gate after it.
+    """
+    model = config.model
+    state = TrainingState.start((model.num_layers, model.num_kv_heads), training)
+    if checkpoint is not None:
+        state = checkpoint.restore(state)
+    saved = int(state.step)
+    try:
+        for step in range(saved, training.steps):
+            state, loss = train_step(params, state, examples(step), config=config, training=training)
+            if on_step is not None:
+                on_step(step + 1, float(loss), float(jnp.mean(state.gates)))
+            if checkpoint is not None and (step + 1) % checkpoint.interval == 0:
+                checkpoint.save(state)
+                saved = step + 1
+    finally:
+        if checkpoint is not None and int(state.step) > saved:
+            checkpoint.save(state)
+    return np.asarray(state.gates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The state of a training run on disk.
+
+    Attributes:
+      folder: holds `CHECKPOINT_FILE`.
+      settings: JSON values; a state is taken up only under the settings that it was saved with.
+      interval: steps from one saving to the next.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    interval: int = 20
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / CHECKPOINT_FILE
+
+    def save(self, state: TrainingState) -> None:
+        """Writes the state; a file is there whole or not at all."""
+        leaves = {f"leaf_{index}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(state))}
+        partial_path = self.folder / f".{CHECKPOINT_FILE}.partial"
+        with partial_path.open("wb") as file:
+            np.savez(file, allow_pickle=False, **{_SETTINGS: np.array(json.dumps(self.settings))}, **leaves)
+        partial_path.replace(self.path)
+
+    def require_same(self) -> None:
+        """Raises ValueError if a state was saved under other settings, or cannot be read."""
+        if self.path.exists():
+            self._read(0)
+
+    def restore(self, state: TrainingState) -> TrainingState:
+        """Returns the state that was saved, or ``state``, of the same structure, where none was.
+
+        Raises:
+          ValueError: if it was saved under other settings or for another model, or is damaged.
+        """
+        if not self.path.exists():
+            return state
+        leaves, structure = jax.tree.flatten(state)
+        restored = self._read(len(leaves))
+        if [leaf.shape for leaf in restored] != [leaf.shape for leaf in leaves]:
+            raise ValueError(f"{self.path}: is of a model of another shape; name another folder")
+        return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in restored])
+
+    def _read(self, num_leaves: int) -> list[NDArray]:
+        try:
+            with np.load(self.path, allow_pickle=False) as saved:
+                settings = json.loads(str(saved[_SETTINGS]))
+                leaves = [saved[f"leaf_{index}"] for index in range(num_leaves)]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{self.path}: damaged ({error}); delete it to start again") from None
+        now = json.loads(json.dumps(self.settings))
+        others = [name for name in sorted({*now, *settings}) if now.get(name) != settings.get(name)]
+        if others:
+            pairs = ", ".join(f"{name}={settings.get(name)} (now {now.get(name)})" for name in others)
+            raise ValueError(f"{self.path}: was begun with {pairs}: go on with that, or name another folder")
+        return leaves

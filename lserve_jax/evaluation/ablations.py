@@ -1,0 +1,71 @@
+"""The ablation: one field at a time away from a base variant, as in the paper's tables."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lserve_jax.evaluation.summary import Cell
+from lserve_jax.evaluation.variants import Variant, change, parse_variant
+
+BASE = "lserve:token_budget=25%+kv_dtype=int8"
+
+AXES: Mapping[str, tuple[str, ...]] = {
+    "page": (
+        "page_size=16+sub_page_size=16",
+        "page_size=32+sub_page_size=32",
+        "page_size=32+sub_page_size=16",
+        "page_size=64+sub_page_size=64",
+        "page_size=64+sub_page_size=16",
+    ),
+    "budget": tuple(f"token_budget={share}%" for share in (12.5, 25, 50, 100)),
+    "interval": tuple(f"selector_interval={steps}" for steps in (1, 2, 4, 8, 16)),
+    "sparsity": tuple(f"static_sparsity={share}" for share in (0, 0.25, 0.5, 0.75)),
+    "sink": tuple(f"sink={tokens}" for tokens in (0, 16, 64, 128, 256)),
+    "local": tuple(f"local={tokens}" for tokens in (64, 128, 256, 512)),
+    "prefill_local": tuple(f"prefill_local={tokens}" for tokens in (128, 256, 512, 1024, 4096)),
+    "kv_dtype": tuple(f"kv_dtype={name}" for name in ("auto", "int8", "int4")),
+    "reduction": tuple(f"group_reduction={name}" for name in ("max", "mean")),
+    "spread": tuple(f"selector_spread={share}" for share in (0, 0.25, 0.5, 0.75, 1)),
+    "forced_sink": ("is_sink_forced=true", "is_sink_forced=false"),
+}
+"""Each axis: the fields that its settings replace in the base variant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A point of an axis: the fields that it changes, and the variant that this makes."""
+
+    axis: str
+    fields: str
+    variant: Variant
+
+
+def settings(base: str, axes: Iterable[str]) -> list[Setting]:
+    """Returns the settings of some axes; those that change nothing have the base variant itself.
+
+    Raises:
+      ValueError: for an unknown axis, or a base that is no variant.
+    """
+    start = parse_variant(base)
+    found = []
+    for axis in axes:
+        if axis not in AXES:
+            raise ValueError(f"ablation {axis!r} must be one of {', '.join(AXES)}")
+        found += [Setting(axis=axis, fields=fields, variant=change(start, fields)) for fields in AXES[axis]]
+    return found
+
+
+def by_axis(settings: Sequence[Setting], cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Returns the cells of each axis, its settings named by the fields that they change, the reference before them."""
+    found = {}
+    for axis in dict.fromkeys(setting.axis for setting in settings):
+        fields = {setting.variant.label: setting.fields for setting in settings if setting.axis == axis}
+        order = [cell["variant"] for cell in cells if cell["is_reference"]][:1] + list(fields)
+        groups = dict.fromkeys((cell["task"], cell["length"]) for cell in cells)
+        members = {(cell["task"], cell["length"], cell["variant"]): cell for cell in cells}
+        found[axis] = [
+            {**members[*group, label], "variant": fields.get(label, label)}
+            for group in groups
+            for label in order
+            if (*group, label) in members
+        ]
+    return found

@@ -1,0 +1,133 @@
+"""Tasks with right answers: how good the model's answer is, and how likely it finds the right one."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lserve_jax.evaluation.measurement import Item, Row, decoding, mean, prompt_length
+from lserve_jax.evaluation.rendering import word_render
+from lserve_jax.evaluation.sample import Render, Request, Sample, Task
+from lserve_jax.llm import LLM
+from lserve_jax.sampling import SamplingParams
+from lserve_jax.tokenizer import Tokenizer
+
+_VALUES = ("score", "nll", "token_accuracy", "pages_read_ratio", "attention_recall", "answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """The measurement of a task.
+
+    Attributes:
+      name: what the command line calls the task.
+      task: the task.
+      tokenizer: of the model.
+      render: how a prompt becomes tokens.
+      context: tokens that the model is made for.
+      seed: of the run.
+      haystack: see `Request`.
+      samples: how many the task has; None if there is no end of them.
+      has_word_lengths: whether lengths count words.
+    """
+
+    name: str
+    task: Task
+    tokenizer: Tokenizer
+    render: Render
+    context: int
+    seed: int
+    haystack: Callable[[random.Random], Any]
+    samples: int | None = None
+    has_word_lengths: bool = False
+
+    def count(self, length: int) -> int | None:
+        """Returns how many samples there are."""
+        del length
+        return self.samples
+
+    def make(self, length: int, index: int) -> Item:
+        """Returns a sample as a prompt, a little shorter than asked for where else its answer would leave the context.
+
+        Raises:
+          ValueError: if it would have to be clearly shorter, or the task needs more than the length.
+        """
+        item = self._make(length, length, index)
+        if self.has_word_lengths:
+            prompt_length(self.name, len(item.prompt), item.room, self.context)
+            return item
+        tokens = prompt_length(self.name, length, item.room, self.context)
+        return item if tokens == length else self._make(tokens, length, index)
+
+    def _make(self, tokens: int, length: int, index: int) -> Item:
+        render = word_render if self.has_word_lengths else self.render
+        request = Request(length=tokens, index=index, seed=self.seed, render=render, haystack=self.haystack)
+        sample = self.task.make(request)
+        prompt = self.render(sample.text, sample.answer_prefix)
+        target = self._target(sample, prompt)
+        return Item(
+            task=self.name,
+            length=length,
+            index=index,
+            prompt=np.asarray(prompt, np.int32),
+            continuation=target,
+            room=max(sample.max_tokens, len(target)),
+            record={"prompt_tokens": len(prompt), **vars(sample)},
+            sample=sample,
+        )
+
+    def _target(self, sample: Sample, prompt: list[int]) -> tuple[int, ...]:
+        """Returns the tokens of the target as they follow the prompt."""
+        if not sample.target:
+            return ()
+        whole = self.render(sample.text, sample.answer_prefix + sample.target)
+        if whole[: len(prompt)] == prompt:
+            return tuple(whole[len(prompt) :])
+        # The end of the prompt and the beginning of the target would share a token, but the prompt is as it is.
+        return tuple(self.tokenizer.encode(sample.target, add_special_tokens=False))
+
+    def measure(self, llm: LLM, items: Sequence[Item], reference: Callable[[Item], Row | None]) -> list[dict[str, Any]]:
+        """Returns score, answer, and what the model makes of the target."""
+        del reference
+        rows: list[dict[str, Any]] = [dict.fromkeys(_VALUES) for _ in items]
+        pairs = list(zip(items, rows, strict=True))
+        _score(llm, [(item, row) for item, row in pairs if item.continuation])
+        _answer(llm, [(item, row) for item, row in pairs if row["answer"] is None])
+        for item, row in pairs:
+            sample = _sample(item)
+            row.update(score=float(self.task.metric(row["answer"], sample.references)), info=sample.info)
+        return rows
+
+
+def _sample(item: Item) -> Sample:
+    assert item.sample is not None
+    return item.sample
+
+
+def _score(llm: LLM, pairs: Sequence[tuple[Item, dict[str, Any]]]) -> None:
+    """Adds what the model makes of targets, and the answer where that is the target.
+
+    Scoring feeds the target's tokens and greedy decoding its own choices, both through the same steps. Where each
+    choice is the target's token they feed the same, so generating would say the target once more; as a prompt costs
+    far more than its answer, the generation is left out. What it would say after the target is not looked at.
+    """
+    outputs = llm.score([item.prompt.tolist() for item, _ in pairs], [item.continuation for item, _ in pairs])
+    for (item, row), output in zip(pairs, outputs, strict=True):
+        hits = np.equal(output.token_ids, output.greedy_token_ids)
+        row.update(nll=mean(np.negative(output.logprobs)), token_accuracy=mean(hits), **decoding(output.metrics))
+        sample = _sample(item)
+        if output.is_greedy and len(item.continuation) <= sample.max_tokens:
+            row["answer"] = sample.target
+
+
+def _answer(llm: LLM, pairs: Sequence[tuple[Item, dict[str, Any]]]) -> None:
+    """Adds greedy answers."""
+    samples = [_sample(item) for item, _ in pairs]
+    params = [SamplingParams(max_tokens=sample.max_tokens, stop=sample.stop) for sample in samples]
+    outputs = llm.generate([item.prompt.tolist() for item, _ in pairs], params)
+    for (item, row), output in zip(pairs, outputs, strict=True):
+        row["answer"] = output.text
+        if not item.continuation:
+            row.update(decoding(output.metrics))

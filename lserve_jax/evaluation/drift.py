@@ -1,0 +1,84 @@
+"""Drift: how far a variant comes from the reference over a long generation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lserve_jax.evaluation.corpus import Windows
+from lserve_jax.evaluation.measurement import Item, Row, by_position, decoding, mean, prompt_length
+from lserve_jax.llm import LLM
+from lserve_jax.sampling import SamplingParams
+
+NAME = "drift"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """The measurement of prompts of ``length`` tokens.
+
+    The reference continues each greedily. The others are led along its text: two free generations that once differ
+    in a token cannot be compared any more, but whether a variant would have chosen the same can be said everywhere.
+
+    Attributes:
+      windows: the text that prompts are of.
+      context: tokens that the model is made for.
+      tokens: how many are generated.
+    """
+
+    windows: Windows
+    context: int
+    tokens: int
+    name: str = NAME
+
+    def count(self, length: int) -> int:
+        """Returns how many prompts the text has."""
+        return self.windows.count(length)
+
+    def make(self, length: int, index: int) -> Item:
+        """Returns a prompt, a little shorter than asked for where else the generation would leave the context."""
+        prompt = self.windows.get(length, index)[: prompt_length(self.name, length, self.tokens, self.context)]
+        return Item(
+            task=self.name,
+            length=length,
+            index=index,
+            prompt=prompt,
+            continuation=(),
+            room=self.tokens,
+            record={"prompt_tokens": len(prompt), "text": self.windows.tokenizer.decode(prompt.tolist())},
+        )
+
+    def measure(self, llm: LLM, items: Sequence[Item], reference: Callable[[Item], Row | None]) -> list[dict[str, Any]]:
+        """Returns agreement with the reference's greedy choices, and the negative log-likelihood of its text."""
+        prompts = [item.prompt.tolist() for item in items]
+        led_by = [reference(item) for item in items]
+        if any(row is None for row in led_by):
+            params = SamplingParams(max_tokens=self.tokens, ignore_eos=True, logprobs=True)
+            return [
+                {
+                    **_values(output.logprobs or (), np.ones(len(output.token_ids))),
+                    **decoding(output.metrics),
+                    "answer": output.text,
+                    "token_ids": list(output.token_ids),
+                }
+                for output in llm.generate(prompts, params)
+            ]
+        outputs = llm.score(prompts, [row["token_ids"] for row in led_by if row])
+        return [
+            {
+                **_values(output.logprobs, np.equal(output.token_ids, output.greedy_token_ids)),
+                **decoding(output.metrics),
+            }
+            for output in outputs
+        ]
+
+
+def _values(logprobs: Sequence[float], agrees: np.ndarray) -> dict[str, Any]:
+    nll = np.negative(logprobs)
+    return {
+        "agreement": mean(agrees),
+        "nll": mean(nll),
+        "agreement_by_position": by_position(agrees),
+        "nll_by_position": by_position(nll),
+    }

@@ -1,0 +1,69 @@
+"""Perplexity on natural text, by position, and of its last tokens where they are decoded."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lserve_jax.evaluation.corpus import Windows
+from lserve_jax.evaluation.measurement import Item, Row, by_position, decoding, mean, prompt_length
+from lserve_jax.llm import LLM
+
+NAME = "perplexity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """The measurement of windows of ``length`` tokens.
+
+    All positions go through prefill, where streaming heads are at work; the last ``tail`` tokens go through decode
+    steps as well, where page selection and the window for decoding are at work too.
+
+    Attributes:
+      windows: the text.
+      context: tokens that the model is made for.
+      tail: tokens that are also decoded.
+    """
+
+    windows: Windows
+    context: int
+    tail: int
+    name: str = NAME
+
+    def count(self, length: int) -> int:
+        """Returns how many windows the text has."""
+        return self.windows.count(length)
+
+    def make(self, length: int, index: int) -> Item:
+        """Returns a window; ValueError if it is too short for the tail, or too long for the context."""
+        prompt_length(self.name, length, 0, self.context)
+        if length <= self.tail:
+            raise ValueError(f"{self.name} at length {length} needs more tokens than the {self.tail} of its tail")
+        window = self.windows.get(length, index)
+        return Item(
+            task=self.name,
+            length=length,
+            index=index,
+            prompt=window[: -self.tail],
+            continuation=tuple(window[-self.tail :].tolist()),
+            room=self.tail,
+            record={"prompt_tokens": length, "text": self.windows.tokenizer.decode(window.tolist())},
+        )
+
+    def measure(self, llm: LLM, items: Sequence[Item], reference: Callable[[Item], Row | None]) -> list[dict[str, Any]]:
+        """Returns negative log-likelihoods a token, in nats."""
+        del reference
+        tails = llm.score([item.prompt.tolist() for item in items], [item.continuation for item in items])
+        rows = []
+        for item, tail in zip(items, tails, strict=True):
+            nll = np.negative(llm.prompt_logprobs([*item.prompt.tolist(), *item.continuation]))
+            rows.append(
+                {
+                    "nll": mean(nll),
+                    "nll_by_position": by_position(nll),
+                    "tail_nll": mean(np.negative(tail.logprobs)),
+                    **decoding(tail.metrics),
+                }
+            )
+        return rows

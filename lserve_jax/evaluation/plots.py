@@ -1,0 +1,249 @@
+"""The summary as pictures. matplotlib is loaded when the first is drawn."""
+
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lserve_jax.evaluation.summary import Cell, Row, select
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_DEPTHS = 10
+_MOST_COLUMNS = 4
+_WIDTH, _HEIGHT, _RESOLUTION = 4.2, 3.6, 150
+
+
+def new_figure(columns: int, rows: int = 1, *, width: float = _WIDTH, height: float = _HEIGHT) -> tuple["Figure", Any]:
+    """Returns an empty figure and its panels [rows, columns], each of a size in inches.
+
+    Raises:
+      ValueError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install 'lserve_jax[eval]'") from None
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save(figure: "Figure", path: Path) -> Path:
+    """Writes a PNG that is there whole or not at all; returns its path."""
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=_RESOLUTION, format="png")
+    partial.replace(path)
+    return path
+
+
+def draw(cells: Sequence[Cell], rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Returns the pictures drawn of what there is: needles, scores, perplexity and drift by position."""
+    figures = [
+        *((f"{task}.png", _needles(task, members)) for task, members in _with_depths(rows)),
+        *((name, draw_it(members)) for name, draw_it, members in _kinds(cells) if members),
+    ]
+    return [save(figure, folder / name) for name, figure in figures]
+
+
+def _kinds(cells: Sequence[Cell]) -> Iterator[tuple[str, Callable[[list[Cell]], "Figure"], list[Cell]]]:
+    yield "scores.png", _scores, [cell for cell in cells if "score" in cell]
+    yield "perplexity.png", _perplexity, [cell for cell in cells if "tail_nll" in cell]
+    yield "drift.png", _drift, [cell for cell in cells if "agreement" in cell]
+
+
+def names(cells: Sequence[Mapping[str, Any]], field: str) -> list[Any]:
+    """Returns the values of a field, each once, in order."""
+    return list(dict.fromkeys(cell[field] for cell in cells))
+
+
+# --- needles ---------------------------------------------------------------------------------------------------------
+
+
+def _with_depths(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    for task in names(rows, "task"):
+        members = [row for row in rows if row["task"] == task and "depth" in (row.get("info") or {})]
+        if members:
+            yield task, members
+
+
+def _needles(task: str, rows: Sequence[Row]) -> "Figure":
+    """Returns a map of depth against length for each variant, side by side."""
+    variants, lengths = names(rows, "variant"), sorted(names(rows, "length"))
+    columns = min(len(variants), _MOST_COLUMNS)
+    lines = -(-len(variants) // columns)
+    figure, panels = new_figure(columns, lines, width=max(2.2 + 0.55 * len(lengths), 3.2), height=4.4)
+    for axes in panels.flat[len(variants) :]:
+        axes.axis("off")
+    for axes, variant in zip(panels.flat, variants, strict=False):
+        grid = _grid([row for row in rows if row["variant"] == variant], lengths)
+        axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="upper")
+        for (y, x), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                colour = "black" if 0.15 < value < 0.85 else "white"
+                axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
+        axes.set_yticks(range(_DEPTHS), [f"{100 * (place + 0.5) / _DEPTHS:.0f}" for place in range(_DEPTHS)])
+        axes.set_title(_wrapped(variant, 24), fontsize=8)
+        axes.set_xlabel("prompt, tokens")
+        axes.set_ylabel("depth of the needle, %")
+    figure.colorbar(panels[0, 0].images[0], ax=panels, label="score", shrink=0.8)
+    figure.suptitle(task)
+    return figure
+
+
+def _grid(rows: Sequence[Row], lengths: Sequence[int]) -> np.ndarray:
+    """Returns mean scores [depths, lengths], NaN where there is no sample."""
+    total, count = np.zeros((2, _DEPTHS, len(lengths)))
+    for row in rows:
+        place = min(int(row["info"]["depth"] * _DEPTHS), _DEPTHS - 1), lengths.index(row["length"])
+        total[place] += row["score"]
+        count[place] += 1
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+# --- scores, perplexity, drift ---------------------------------------------------------------------------------------
+
+
+def _scores(cells: Sequence[Cell]) -> "Figure":
+    """Returns the scores of all variants by task with their intervals, a panel a length."""
+    tasks, variants, lengths = names(cells, "task"), names(cells, "variant"), sorted(names(cells, "length"))
+    figure, panels = new_figure(1, len(lengths), width=max(5.0, 0.9 * len(tasks) + 3.5), height=2.8)
+    for axes, length in zip(panels[:, 0], lengths, strict=True):
+        for place, variant in enumerate(variants):
+            found = [(tasks.index(c["task"]), c["score"]) for c in select(cells, length=length, variant=variant)]
+            places = [task + _shift(place, len(variants)) for task, _ in found]
+            style = {"color": f"C{place}", "label": variant, "marker": "o", "linestyle": "none"}
+            _error_bars(axes, places, [score for _, score in found], 100, style)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right", fontsize=8)
+        axes.set_ylim(-3, 103)
+        axes.set_ylabel("score, %")
+        axes.set_title(f"{length:,} tokens", fontsize=9)
+        axes.grid(axis="y", alpha=0.3)
+    _legend(figure, "outside lower center")
+    figure.suptitle("Scores with 95% intervals", fontsize=11)
+    return figure
+
+
+def _perplexity(cells: Sequence[Cell]) -> "Figure":
+    """Returns perplexity over positions, a panel a length and a curve a variant."""
+    lengths = sorted(names(cells, "length"))
+    figure, panels = new_figure(len(lengths))
+    for axes, length in zip(panels[0], lengths, strict=True):
+        for cell, style in _styled(cells, length):
+            perplexity = np.exp(cell["nll_by_position"])
+            axes.plot(_centres(len(perplexity)) * length, perplexity, **style)
+        axes.set_title(f"{length:,} tokens", fontsize=9)
+        axes.set_xlabel("position in the window, tokens")
+        axes.set_ylabel("perplexity")
+        axes.grid(alpha=0.3)
+    _legend(figure, "outside lower center")
+    figure.suptitle("Perplexity by position (prefill)", fontsize=11)
+    return figure
+
+
+def _drift(cells: Sequence[Cell]) -> "Figure":
+    """Returns agreement and likelihood along the reference's generation, a column a length and a curve a variant."""
+    lengths = sorted(names(cells, "length"))
+    figure, panels = new_figure(len(lengths), 2)
+    for column, length in enumerate(lengths):
+        reference = next((np.array(c["nll_by_position"]) for c in select(cells, length=length, is_reference=True)), 0.0)
+        for cell, style in _styled(cells, length):
+            x = 100 * _centres(len(cell["nll_by_position"]))
+            panels[0, column].plot(x, 100 * np.array(cell["agreement_by_position"]), **style)
+            panels[1, column].plot(x, np.array(cell["nll_by_position"]) - reference, **style)
+        panels[0, column].set_title(f"after {length:,} tokens", fontsize=9)
+        panels[0, column].set_ylabel("greedy agreement, %")
+        panels[1, column].set_ylabel("nll over the reference's, nats")
+    for axes in panels.flat:
+        axes.set_xlabel("position in the generation, %")
+        axes.grid(alpha=0.3)
+    _legend(figure, "outside lower center")
+    figure.suptitle("Drift along the reference's generation", fontsize=11)
+    return figure
+
+
+def _styled(cells: Sequence[Cell], length: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Yields the cells of a length with how a variant is drawn, the same in all panels."""
+    variants = names(cells, "variant")
+    for cell in select(cells, length=length):
+        place = variants.index(cell["variant"])
+        yield cell, {"color": f"C{place}", "label": cell["variant"], "marker": ".", "linewidth": 1.2}
+
+
+def _centres(count: int) -> np.ndarray:
+    """Returns the middles of ``count`` equal parts of the way from 0 to 1."""
+    return (np.arange(count) + 0.5) / count
+
+
+# --- ablations -------------------------------------------------------------------------------------------------------
+
+
+def draw_axis(axis: str, cells: Sequence[Cell], folder: Path) -> Path:
+    """Returns the picture of an ablation's axis: scores, and likelihoods beside the reference's, of each setting."""
+    figure, ((scores, likelihoods),) = new_figure(2, width=5.4, height=4.2)
+    settings = names(cells, "variant")
+    groups = list(dict.fromkeys((cell["task"], cell["length"]) for cell in cells))
+    for number, (task, length) in enumerate(groups):
+        style = {"color": f"C{number % 10}", "label": f"{task} {length:,}", "marker": "os^Dv"[number % 5]}
+        members = select(cells, task=task, length=length)
+        places = [settings.index(cell["variant"]) + _shift(number, len(groups)) for cell in members]
+        score, nll = ("agreement" if task == "drift" else "score"), ("tail_nll" if task == "perplexity" else "nll")
+        _error_bars(scores, places, [cell.get(score) for cell in members], 100, style)
+        _error_bars(
+            likelihoods, places, [cell[nll]["difference"] if nll in cell else None for cell in members], 1, style
+        )
+    scores.set_ylabel("score, %")
+    likelihoods.set_ylabel("nll over the reference's, nats")
+    likelihoods.axhline(0, color="black", linewidth=0.8)
+    for axes in (scores, likelihoods):
+        axes.set_xticks(
+            range(len(settings)), [_wrapped(name, 18) for name in settings], rotation=30, ha="right", fontsize=7
+        )
+        axes.set_xlim(-0.6, len(settings) - 0.4)
+        axes.grid(alpha=0.3)
+    _legend(figure, "outside right center")
+    figure.suptitle(f"Ablation: {axis}", fontsize=11)
+    return save(figure, folder / f"ablation_{axis}.png")
+
+
+def _shift(place: int, count: int) -> float:
+    """Returns how far from the middle one of several neighbours is drawn, so that all can be seen."""
+    return 0.6 * ((place + 0.5) / count - 0.5)
+
+
+def _error_bars(
+    axes: "Axes",
+    places: Sequence[float],
+    estimates: Sequence[Mapping[str, Any] | None],
+    scale: float,
+    style: Mapping[str, Any],
+) -> None:
+    """Draws estimates at their places, with their intervals as far as they have one."""
+    known = [(x, one) for x, one in zip(places, estimates, strict=True) if one is not None]
+    if not known:
+        return
+    y = scale * np.array([one["mean"] for _, one in known])
+    low, high = (
+        scale * np.array([one["mean"] if one[end] is None else one[end] for _, one in known]) for end in ("low", "high")
+    )
+    error = np.maximum([y - low, high - y], 0)
+    axes.errorbar([x for x, _ in known], y, error, capsize=2, markersize=4, linewidth=1, **style)
+
+
+def _wrapped(label: str, width: int = 40) -> str:
+    return textwrap.fill(label.replace(":", ": ").replace("+", " + "), width)
+
+
+def _legend(figure: "Figure", place: Any) -> None:
+    """Names what all panels show, once each."""
+    labelled = [axes.get_legend_handles_labels() for axes in figure.axes]
+    found = {
+        _wrapped(label): handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)
+    }
+    figure.legend(list(found.values()), list(found), loc=place, fontsize=7)

@@ -1,0 +1,197 @@
+"""The run: every prompt by every variant, what is there already left out, each result on disk before the next."""
+
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import batched, groupby
+from typing import Any
+
+from lserve_jax.attention_config import AttentionConfig
+from lserve_jax.engine_setup import Setup
+from lserve_jax.evaluation.measurement import Item, Measurement, Row
+from lserve_jax.evaluation.store import Key, PromptKey, Store
+from lserve_jax.evaluation.variants import Variant
+from lserve_jax.llm import LLM
+
+_STEP = 256
+"""Contexts are multiples of so many tokens, so that runs which differ a little compile the same programs."""
+
+type OnProgress = Callable[[str, int, int], None]
+"""Stage, done, total."""
+type Todo = Mapping[PromptKey, tuple[Measurement, list[Variant]]]
+"""The prompts that some variants still have to see, with these variants."""
+type OpenSetup = Callable[[Variant, AttentionConfig, int], Setup]
+"""Variant, its policy, and the context in tokens → a model opened but not loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be measured.
+
+    Attributes:
+      measurements: in the order of the results.
+      lengths: of prompts, in tokens (or words, as the measurements have it).
+      samples: prompts of each measurement and length; fewer where there are no more.
+      variants: the first is the reference.
+      context: tokens that the model is made for.
+    """
+
+    measurements: Sequence[Measurement]
+    lengths: Sequence[int]
+    samples: int
+    variants: Sequence[Variant]
+    context: int
+
+    def prompts(self) -> Iterator[tuple[Measurement, PromptKey]]:
+        """Yields every prompt, by length, measurement and index."""
+        for length in self.lengths:
+            for measurement in self.measurements:
+                count = measurement.count(length)
+                for index in range(self.samples if count is None else min(count, self.samples)):
+                    yield measurement, (measurement.name, length, index)
+
+    def shortages(self) -> list[str]:
+        """Returns a line for each cell that has fewer samples than asked for.
+
+        Raises:
+          ValueError: if a cell has none.
+        """
+        lines = []
+        for length in self.lengths:
+            for measurement in self.measurements:
+                count = measurement.count(length)
+                if count == 0:
+                    raise ValueError(f"{measurement.name} at length {length} has no samples: its text is too short")
+                if count is not None and count < self.samples:
+                    lines.append(f"{measurement.name} at length {length} has {count} samples, {self.samples} asked for")
+        return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """One loaded model's share of the work: a variant, and the prompts for which its settings are the same.
+
+    Attributes:
+      variant: the variant.
+      setup: opened for these prompts, the longest with what follows it.
+      items: the prompts, each with its measurement.
+    """
+
+    variant: Variant
+    setup: Setup
+    items: Sequence[tuple[Measurement, Item]]
+
+
+def missing(plan: Plan, rows: Mapping[Key, Any]) -> Todo:
+    """Returns the prompts that some variants still have to see, with these variants."""
+    found = {}
+    for measurement, key in plan.prompts():
+        variants = [variant for variant in plan.variants if (*key, variant.label) not in rows]
+        if variants:
+            found[key] = measurement, variants
+    return found
+
+
+def make_items(todo: Todo, report: OnProgress) -> dict[PromptKey, Item]:
+    """Returns the prompts that are needed; ValueError, before anything is loaded, where one cannot be made."""
+    items = {}
+    for done, (key, (measurement, _)) in enumerate(todo.items(), start=1):
+        _, length, index = key
+        items[key] = measurement.make(length, index)
+        report("prompts", done, len(todo))
+    return items
+
+
+def make_loads(plan: Plan, todo: Todo, items: Mapping[PromptKey, Item], open_setup: OpenSetup) -> list[Load]:
+    """Returns the work by variant: one load for all lengths, or one for each at which the variant's settings differ.
+
+    Raises:
+      ValueError: before anything is loaded, where a model cannot be set up so, or does not fit into the memory.
+    """
+    loads = []
+    for variant in plan.variants:
+        by_config: dict[AttentionConfig, list[tuple[Measurement, Item]]] = {}
+        for key, (measurement, variants) in todo.items():
+            if variant in variants:
+                by_config.setdefault(variant.config(items[key].length), []).append((measurement, items[key]))
+        for config, members in by_config.items():
+            longest = max(len(item.prompt) + item.room for _, item in members)
+            setup = open_setup(variant, config, min(-(-longest // _STEP) * _STEP, plan.context))
+            setup.plan.require_fit()
+            loads.append(Load(variant=variant, setup=setup, items=members))
+    return loads
+
+
+def run(
+    loads: Sequence[Load],
+    store: Store,
+    *,
+    reference: str,
+    batch: int,
+    open_llm: Callable[[Setup], LLM],
+    report: OnProgress,
+) -> None:
+    """Measures everything and adds it to the store, a row a prompt and variant.
+
+    Args:
+      loads: see `make_loads`; those of the reference come first.
+      store: started.
+      reference: label of the variant that the others are compared with.
+      batch: prompts that are worked on together.
+      open_llm: loads a model; the one before has been let go.
+      report: told how far a load has got.
+
+    Raises:
+      ValueError: if a model's numbers are no numbers.
+    """
+    for number, load in enumerate(loads, start=1):
+        stage = f"{load.variant.label} ({number}/{len(loads)})"
+        llm = open_llm(load.setup)
+
+        def led_by(item: Item, label: str = load.variant.label) -> Row | None:
+            return None if label == reference else store.rows[*item.key, reference]
+
+        done = 0
+        for measurement, items in _batches(load.items, batch):
+            begin, compiled = time.perf_counter(), llm.compile_seconds
+            found = measurement.measure(llm, items, led_by)
+            seconds = time.perf_counter() - begin - (llm.compile_seconds - compiled)
+            for item, values in zip(items, found, strict=True):
+                store.append(_row(load, item, values, seconds / len(items)))
+            done += len(items)
+            report(stage, done, len(load.items))
+        # Its weights and pages must be gone before the next is loaded.
+        del llm
+        gc.collect()
+
+
+def _batches(items: Sequence[tuple[Measurement, Item]], size: int) -> Iterator[tuple[Measurement, list[Item]]]:
+    """Yields up to ``size`` neighbours of the same measurement and length."""
+    for _, group in groupby(items, key=lambda pair: (pair[0].name, pair[1].length)):
+        for pairs in batched(group, size):
+            yield pairs[0][0], [item for _, item in pairs]
+
+
+def _row(load: Load, item: Item, values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    broken = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    if broken:
+        raise ValueError(
+            f"variant {load.variant.label!r} gave no number for {broken[0]} on {item.task} at length {item.length}, "
+            f"index {item.index}: the model overflows (try --dtype float32)"
+        )
+    config = load.setup.config
+    heads = config.model.num_layers * config.model.num_kv_heads
+    return {
+        "task": item.task,
+        "length": item.length,
+        "index": item.index,
+        "variant": load.variant.label,
+        **values,
+        "prompt_tokens": len(item.prompt),
+        "streaming_share": round(1 - sum(config.num_retrieval) / heads, 6),
+        "attention": dataclasses.asdict(config.attention),
+        "seconds": round(seconds, 4),
+    }

@@ -1,0 +1,308 @@
+"""`python -m lserve_jax.evaluate`: the whole command on a tiny model, interrupted and taken up again, and refused."""
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lserve_jax import LLM
+from lserve_jax.evaluate import main
+from lserve_jax.evaluation import ablations
+from tests.lserve_jax import checkpoints
+
+ROOT = Path(__file__).parents[3]
+TOKENIZER = ROOT / "tests" / "golden" / "tiny" / "llama3"  # about a character a token
+SPARSE = "lserve:page_size=16+sub_page_size=4+sink=16+local=64+prefill_local=64+token_budget=25%"
+TASKS = ("--tasks", "niah_single_1,perplexity,drift", "--lengths", "700", "--samples", "3")
+SIZES = ("--batch", "2", "--tail", "16", "--drift-tokens", "24", "--corpus", str(ROOT / "LICENSE"))
+VARIANTS = ("--variants", f"dense,{SPARSE}")
+COMMAND = (*TASKS, *SIZES, *VARIANTS)
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """The command sets up logging for a process of its own."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a context of 1100 tokens, half of whose heads have a pattern."""
+    config = checkpoints.tiny_config(vocab_size=128, num_hidden_layers=2, max_position_embeddings=1100)
+    tensors = {name: 0.3 * tensor for name, tensor in checkpoints.random_tensors(config).items()}
+    folder = checkpoints.write_folder(tmp_path_factory.mktemp("tiny"), config, tensors)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((TOKENIZER / name).read_bytes())
+    np.savetxt(folder / "full_attention_heads.tsv", np.array([[1, 0, 1], [0, 1, 0]]), delimiter="\t")
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs the command in this process; results go to tmp_path/out unless --out says otherwise."""
+
+    def call(*arguments: str) -> Result:
+        capfd.readouterr()
+        own = ("--model", str(model), "--head-pattern", str(model), "--out", str(tmp_path / "out"))
+        try:
+            status = main([*own, *arguments])
+        except SystemExit as end:
+            status = end.code
+        assert isinstance(status, int)
+        captured = capfd.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    command = ["--model", str(model), "--head-pattern", str(model), "--out", str(folder), "--quiet", *COMMAND]
+    assert main(command) == 0
+    return folder
+
+
+@pytest.fixture
+def without_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads a model fails."""
+    monkeypatch.setattr("lserve_jax.weights.load.Checkpoint.load_params", None)
+
+
+def lines(folder: Path) -> list[str]:
+    """The results without their times."""
+    text = (folder / "results.jsonl").read_text(encoding="utf-8")
+    return [line.partition(', "seconds"')[0] for line in text.splitlines()]
+
+
+# --- what comes of it ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_settings_rows_prompts_summary_and_pictures(whole: Path):
+    settings, *rows = [json.loads(line) for line in (whole / "results.jsonl").read_text().splitlines()]
+    assert settings["settings"].items() >= {"seed": 0, "reference": "dense", "tail": 16, "raw": False}.items()
+    assert len(rows) == 3 * 3 * 2
+    prompts = [json.loads(line) for line in (whole / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(prompts) == 3 * 3
+    for row in rows:
+        (prompt,) = [p for p in prompts if all(p[name] == row[name] for name in ("task", "length", "index"))]
+        if row["task"] == "niah_single_1":
+            assert 0.98 * row["length"] <= row["prompt_tokens"] <= row["length"]
+            assert prompt["references"][0] in prompt["text"]
+            assert row["score"] == float(prompt["references"][0] in row["answer"])
+        assert row["streaming_share"] == (0.5 if row["variant"] == SPARSE else 0)
+        assert row["pages_read_ratio"] == 1 if row["variant"] == "dense" else row["pages_read_ratio"] < 0.6
+    assert {row["attention"]["token_budget"] for row in rows} == {None, 176}
+    summary = json.loads((whole / "summary.json").read_text())
+    assert len(summary["cells"]) == 3 * 2
+    names = {"results.jsonl", "prompts.jsonl", "summary.json", "niah_single_1.png", "scores.png"}
+    pytest.importorskip("matplotlib")
+    assert {path.name for path in whole.iterdir()} == names | {"perplexity.png", "drift.png"}
+
+
+def test_what_is_done_is_shown_again_without_loading(run: Callable[..., Result], whole: Path, without_loading: None):
+    before = (whole / "results.jsonl").read_bytes()
+    shown = run("--out", str(whole), *COMMAND)
+    assert shown.status == 0
+    assert [table.split()[0] for table in shown.out.split("\n\n")] == ["task"] * 3
+    assert f"drift     700  {SPARSE}  3 " in shown.out
+    assert "summary.json" in shown.err
+    found = run("--out", str(whole), *COMMAND, "--json", "--quiet")
+    assert found.err == ""
+    cells = [json.loads(line) for line in found.out.splitlines()]
+    assert {cell["variant"] for cell in cells} == {"dense", SPARSE}
+    assert (whole / "results.jsonl").read_bytes() == before
+
+
+def test_a_run_shows_progress_on_stderr_and_only_tables_on_stdout(run: Callable[..., Result]):
+    result = run("--tasks", "niah_single_1", "--lengths", "700", "--samples", "2", *SIZES, "--variants", "dense")
+    assert result.status == 0
+    assert result.out.splitlines()[1].split()[:4] == ["niah_single_1", "700", "dense", "2"]
+    assert len(result.out.splitlines()) == 2
+    for part in ("prompts: 100%", "weights: 100%", "compile", "dense (1/1): 100%"):
+        assert part in result.err
+
+
+def test_a_stopped_run_says_how_to_go_on_and_comes_to_the_same(
+    run: Callable[..., Result], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    generate, calls = LLM.generate, []
+
+    def stopping(self: LLM, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(LLM, "generate", stopping)
+    stopped = run(*COMMAND, "--quiet")
+    assert stopped.status == 130
+    assert stopped.out == ""
+    (line,) = stopped.err.splitlines()
+    assert str(tmp_path / "out") in line and "the same command goes on" in line
+    monkeypatch.undo()
+    path = tmp_path / "out" / "results.jsonl"
+    assert 1 < len(lines(tmp_path / "out")) < len(lines(whole))
+    path.write_bytes(path.read_bytes()[:-9])
+    resumed = run(*COMMAND)
+    assert resumed.status == 0
+    assert f"{path}: the last line is cut off" in resumed.err
+    assert lines(tmp_path / "out") == lines(whole)
+    assert (tmp_path / "out" / "prompts.jsonl").read_bytes() == (whole / "prompts.jsonl").read_bytes()
+
+
+def test_a_killed_process_loses_nothing(run: Callable[..., Result], whole: Path, model: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "lserve_jax.evaluate", "--model", str(model), "--head-pattern", str(model)]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out"), "--quiet", *COMMAND], cwd=ROOT, env=os.environ
+    )
+    path = tmp_path / "out" / "results.jsonl"
+    limit = time.monotonic() + 120
+    while not (path.exists() and path.read_bytes().count(b"\n") > 2):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    cut = lines(tmp_path / "out")
+    assert 2 < len(cut) < len(lines(whole))
+    assert run(*COMMAND).status == 0
+    assert lines(tmp_path / "out") == lines(whole)
+
+
+def test_an_ablation_has_tables_and_a_picture_for_each_axis(
+    run: Callable[..., Result], whole: Path, tmp_path: Path, without_loading: None
+):
+    settings = ablations.settings(SPARSE, ["reduction", "forced_sink"])
+    changed = {setting.variant.label for setting in settings} - {SPARSE}
+    assert len(changed) == 2
+    rows = (whole / "results.jsonl").read_text(encoding="utf-8")
+    base = [line for line in rows.splitlines(keepends=True) if f'"variant": "{SPARSE}"' in line]
+    out = tmp_path / "out"
+    out.mkdir()
+    # As if the changed variants had been measured too.
+    measured = [line.replace(f'"{SPARSE}"', f'"{label}"') for label in sorted(changed) for line in base]
+    (out / "results.jsonl").write_text(rows + "".join(measured), encoding="utf-8")
+    result = run(*TASKS, *SIZES, "--ablation", "reduction,forced_sink", "--base", SPARSE)
+    assert result.status == 0
+    axes = {}
+    for axis in ("reduction", "forced_sink"):
+        _, dense, *rows = result.out.partition(f"{axis}\n")[2].partition("\n\n")[0].splitlines()
+        assert dense.split()[2] == "dense"
+        axes[axis] = [row.split()[2] for row in rows]
+    assert axes == {
+        "reduction": ["group_reduction=max", "group_reduction=mean"],
+        "forced_sink": ["is_sink_forced=true", "is_sink_forced=false"],
+    }
+    pytest.importorskip("matplotlib")
+    pictures = {path.name for path in out.glob("*.png")}
+    assert pictures == {"ablation_reduction.png", "ablation_forced_sink.png"}
+
+
+def test_published_files_are_a_task_with_the_samples_they_have(run: Callable[..., Result], tmp_path: Path):
+    record = {"input": "Who?", "context": "word " * 400, "answers": ["Ada"], "length": 400, "all_classes": None}
+    (tmp_path / "qasper.jsonl").write_text("".join(json.dumps(record | {"_id": str(i)}) + "\n" for i in range(2)))
+    options = ("--longbench", str(tmp_path), "--lengths", "800", "--samples", "5", *SIZES, "--variants", "dense")
+    result = run("--tasks", "longbench:qasper", *options)
+    assert result.status == 0
+    assert "longbench:qasper at length 800 has 2 samples, 5 asked for" in result.err
+    assert result.out.splitlines()[1].split()[:4] == ["longbench:qasper", "800", "dense", "2"]
+
+
+# --- what cannot be --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--tasks", "niah"), ("--tasks: 'niah' must be one of niah_single_1", "perplexity, drift or longbench:NAME")),
+        (("--tasks", "niah_single_1,,vt"), ("--tasks: ''",)),
+        (("--tasks", "longbench:nothing"), ("'longbench:nothing'", "qasper")),
+        (("--tasks", "longbench:qasper", "--longbench", "nowhere"), ("qasper.jsonl", "nowhere")),
+        (("--lengths", "700,x"), ("--lengths '700,x' must be whole numbers",)),
+        (("--lengths", "0"), ("--lengths '0'",)),
+        (("--lengths", "700,4096"), ("--lengths: 4096 is beyond the 1100 tokens",)),
+        (("--lengths", "1090"), ("niah_single_1 at length 1090 takes", "context is 1100")),
+        (("--lengths", "90"), ("niah_single_1", "at least", "90")),
+        (("--tasks", "perplexity", "--lengths", "16"), ("perplexity at length 16", "16 of its tail")),
+        (("--samples", "0"), ("--samples must be at least 1, got 0",)),
+        (("--drift-tokens", "-1"), ("--drift-tokens must be at least 1, got -1",)),
+        (("--samples", "many"), ("--samples", "'many'")),
+        (("--variants", "dense,vllm"), ("variant 'vllm'", "must be one of lserve, dense")),
+        (("--variants", "dense,lserve:window=3"), ("unknown field 'window'",)),
+        (("--variants", "dense,lserve:token_budget=64"), ("'lserve:token_budget=64'", "at least 256")),
+        (("--variants", "dense,lserve:dense_layers=7"), ("dense_layers=[7] do not exist",)),
+        (("--variants", "dense,lserve:head_pattern=nowhere"), ("nowhere", "full_attention_heads.tsv")),
+        (("--ablation", "colour"), ("ablation 'colour' must be one of page, budget",)),
+        (("--corpus", "nowhere.txt", "--tasks", "drift"), ("nowhere.txt", "no such file")),
+        (("--haystack", "nowhere"), ("haystack nowhere", "no such folder")),
+        (("--model", "nowhere"), ("nowhere", "no such file or folder")),
+        (("--batch", "2", "--recall-interval", "0"), ("recall_interval must be a whole number from 1",)),
+        (("--implementation", "mosaic_gpu"), ("Hopper",)),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_anything_is_loaded_or_written(
+    run: Callable[..., Result],
+    arguments: tuple[str, ...],
+    parts: tuple[str, ...],
+    without_loading: None,
+    tmp_path: Path,
+):
+    result = run(*COMMAND, "--quiet", *arguments)
+    assert result.status == 2
+    assert result.out == ""
+    (line,) = result.err.splitlines()
+    for part in parts:
+        assert part in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_other_settings_or_a_broken_one_is_refused_and_left_alone(
+    run: Callable[..., Result], whole: Path, tmp_path: Path, without_loading: None
+):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    content = (whole / "results.jsonl").read_bytes()
+    (folder / "results.jsonl").write_bytes(content)
+    for arguments, part in (
+        (("--seed", "1"), "seed=0, this run has 1"),
+        (("--variants", f"{SPARSE},dense"), 'reference="dense"'),
+    ):
+        result = run(*COMMAND, "--quiet", *arguments)
+        assert (result.status, result.out) == (2, "")
+        assert part in result.err and len(result.err.splitlines()) == 1
+    broken = content.replace(b'{"task"', b'{task"', 1)
+    (folder / "results.jsonl").write_bytes(broken)
+    result = run(*COMMAND, "--quiet")
+    assert result.status == 2
+    assert "results.jsonl: line 2 is no JSON object" in result.err
+    assert (folder / "results.jsonl").read_bytes() == broken
+    assert [path.name for path in folder.iterdir()] == ["results.jsonl"]
+
+
+def test_all_of_a_text_shorter_than_a_window_is_refused(run: Callable[..., Result], tmp_path: Path):
+    (tmp_path / "short.txt").write_text("only a few words")
+    result = run(*COMMAND, "--quiet", "--corpus", str(tmp_path / "short.txt"))
+    assert result.status == 2
+    assert "perplexity at length 700 has no samples: its text is too short" in result.err

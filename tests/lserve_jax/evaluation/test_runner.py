@@ -1,0 +1,360 @@
+"""What is measured of a model, and in which order: on a tiny model, with tasks made for the test."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lserve_jax import LLM, SamplingParams
+from lserve_jax.engine_setup import Setup, prepare
+from lserve_jax.evaluation.answers import Answers
+from lserve_jax.evaluation.corpus import Windows, python_reference, read_texts
+from lserve_jax.evaluation.drift import Drift
+from lserve_jax.evaluation.measurement import Item, Row, by_position, prompt_length
+from lserve_jax.evaluation.perplexity import Perplexity
+from lserve_jax.evaluation.rendering import chat_render, raw_render
+from lserve_jax.evaluation.runner import Plan, make_items, make_loads, missing, run
+from lserve_jax.evaluation.sample import Request, Sample
+from lserve_jax.evaluation.store import Store
+from lserve_jax.evaluation.variants import parse_variants
+from lserve_jax.llm import open_tokenizer
+from lserve_jax.tokenizer import Tokenizer
+
+TINY = str(Path(__file__).parents[2] / "golden" / "tiny" / "llama3")
+TEXT = (Path(__file__).parents[3] / "LICENSE").read_text(encoding="utf-8")
+CONTEXT = 512
+SIZES: dict[str, Any] = {"prefill_chunk": 64, "max_num_seqs": 2}
+SPARSE = "lserve:page_size=16+sub_page_size=4+sink=16+local=32+token_budget=25%"
+
+
+@dataclasses.dataclass(frozen=True)
+class Echo:
+    """A task whose prompt is as many words as fit, and whose answer is one of them."""
+
+    name: str = "echo"
+    max_tokens: int = 12
+
+    def metric(self, answer: str, references: tuple[str, ...]) -> float:
+        return float(references[0] in answer)
+
+    def make(self, request: Request) -> Sample:
+        rng = random.Random(f"{request.length} {request.index} {request.seed}")
+        words = [rng.choice(("oak", "elm", "ash", "fir")) for _ in range(request.length)]
+        while len(request.render(" ".join(words), "It is")) > request.length:
+            words = words[:-1]
+        if not words:
+            raise ValueError(f"task {self.name}: no room in {request.length} tokens")
+        return Sample(
+            text=" ".join(words),
+            answer_prefix="It is",
+            references=(words[0],),
+            target=f" {words[0]}.",
+            max_tokens=self.max_tokens,
+            info={"depth": request.index / 4},
+        )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    found = open_tokenizer(prepare(TINY), None)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(TINY, attention="dense", max_model_len=256, **SIZES)
+
+
+def echo(tokenizer: Tokenizer, **fields: Any) -> Answers:
+    known = {"name": "echo", "task": Echo(), "render": chat_render(tokenizer), "context": CONTEXT, "seed": 0}
+    return Answers(**{"tokenizer": tokenizer, "haystack": iter, **known, **fields})
+
+
+def nobody(item: Item) -> Row | None:
+    return None
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_functions_of_length_and_index(tokenizer: Tokenizer):
+    first, again, other = (echo(tokenizer).make(100, index) for index in (0, 0, 1))
+    assert first.record == again.record != other.record
+    assert first.prompt.tolist() == again.prompt.tolist()
+    assert 96 <= len(first.prompt) <= 100
+    assert tokenizer.decode(first.prompt.tolist()).endswith("assistant\nIt is")
+    assert tokenizer.decode(first.continuation) == first.record["target"]
+    assert first.room == 12
+
+
+def test_the_target_goes_on_from_the_prompt_also_without_chat_format(tokenizer: Tokenizer):
+    item = echo(tokenizer, render=raw_render(tokenizer)).make(100, 0)
+    assert tokenizer.decode([*item.prompt.tolist(), *item.continuation]).endswith(f" It is{item.record['target']}")
+
+
+def test_a_prompt_gives_way_to_its_answer_at_the_edge_of_the_context(tokenizer: Tokenizer):
+    task = echo(tokenizer, task=Echo(max_tokens=5))
+    item = task.make(CONTEXT, 0)
+    assert item.length == CONTEXT
+    assert CONTEXT - 12 <= len(item.prompt) <= CONTEXT - item.room
+    with pytest.raises(ValueError, match="echo at length 512 takes 50 tokens more, but the model's context is 512"):
+        echo(tokenizer, task=Echo(max_tokens=50)).make(CONTEXT, 0)
+
+
+def test_lengths_may_count_words(tokenizer: Tokenizer):
+    item = echo(tokenizer, has_word_lengths=True).make(50, 0)
+    assert len(f"{item.record['text']} It is".split()) == 50
+    assert len(item.prompt) > 100
+    with pytest.raises(ValueError, match=r"echo at length \d+ takes 12 tokens more, but the model's context is 512"):
+        echo(tokenizer, has_word_lengths=True).make(400, 0)
+
+
+def test_prompt_length_gives_way_by_little():
+    assert prompt_length("x", 100, 10, 200) == 100
+    assert prompt_length("x", 1000, 10, 1000) == 990
+    with pytest.raises(ValueError, match="the longest length that it can have is 900"):
+        prompt_length("x", 1000, 100, 1000)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """An LLM that notes what it is asked to generate."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.generated: list[list[int]] = []
+        self.score = llm.score
+        self._generate = llm.generate
+
+    def generate(self, prompts: Sequence[list[int]], params: Any) -> Any:
+        self.generated += prompts
+        return self._generate(prompts, params)
+
+
+def greedy_target(tokenizer: Tokenizer, llm: LLM, item: Item, tokens: int) -> Item:
+    """The item with what the model itself says as its target."""
+    (output,) = llm.generate([item.prompt.tolist()], SamplingParams(max_tokens=tokens, ignore_eos=True))
+    assert item.sample is not None
+    sample = dataclasses.replace(item.sample, target=tokenizer.decode(output.token_ids), max_tokens=tokens)
+    return dataclasses.replace(item, continuation=output.token_ids, sample=sample)
+
+
+def test_a_target_that_greedy_decoding_takes_is_the_answer_without_generating_it(tokenizer: Tokenizer, llm: LLM):
+    task = echo(tokenizer)
+    plain = [task.make(100, index) for index in range(4)]
+    items = [greedy_target(tokenizer, llm, item, 8) if place % 2 else item for place, item in enumerate(plain)]
+    recorder: Any = Recorder(llm)
+    rows = task.measure(recorder, items, nobody)
+    assert recorder.generated == [plain[0].prompt.tolist(), plain[2].prompt.tolist()]
+    for item, row in zip(items, rows, strict=True):
+        assert item.sample is not None
+        (expected,) = llm.generate([item.prompt.tolist()], SamplingParams(max_tokens=item.sample.max_tokens))
+        assert row["answer"] == expected.text
+        assert row["score"] == Echo().metric(expected.text, item.sample.references)
+    assert [row["token_accuracy"] == 1 for row in rows] == [False, True, False, True]
+
+
+def test_a_target_beyond_the_tokens_of_an_answer_is_no_answer(tokenizer: Tokenizer, llm: LLM):
+    item = greedy_target(tokenizer, llm, echo(tokenizer).make(100, 1), 8)
+    assert item.sample is not None
+    short = dataclasses.replace(item, sample=dataclasses.replace(item.sample, max_tokens=3))
+    (row,) = echo(tokenizer).measure(llm, [short], nobody)
+    assert row["token_accuracy"] == 1
+    assert row["answer"] == tokenizer.decode(item.continuation[:3])
+
+
+def test_rows_hold_what_the_model_makes_of_the_target(tokenizer: Tokenizer, llm: LLM):
+    item = echo(tokenizer).make(100, 0)
+    (row,) = echo(tokenizer).measure(llm, [item], nobody)
+    logprobs = llm.prompt_logprobs([*item.prompt.tolist(), *item.continuation])[-len(item.continuation) :]
+    assert row["nll"] == pytest.approx(-logprobs.mean(), abs=1e-3)
+    assert row["pages_read_ratio"] == 1
+    assert row["info"] == {"depth": 0}
+
+
+def test_a_task_without_targets_is_answered_alone(tokenizer: Tokenizer, llm: LLM):
+    items = [dataclasses.replace(echo(tokenizer).make(100, index), continuation=()) for index in (1, 3)]
+    rows = echo(tokenizer).measure(llm, items, nobody)
+    for row in rows:
+        assert (row["nll"], row["token_accuracy"], row["pages_read_ratio"]) == (None, None, 1)
+        assert row["answer"]
+
+
+# --- perplexity and drift --------------------------------------------------------------------------------------------
+
+
+def test_windows_cover_the_text_once_each_in_an_order_of_the_seed(tokenizer: Tokenizer):
+    text = "all the words of a text. " * 60
+    windows = Windows(text, tokenizer, 0)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    count = windows.count(50)
+    assert count == len(tokens) // 50
+    found = [windows.get(50, index).tolist() for index in range(count)]
+    assert sorted(found) == sorted(tokens[place * 50 : place * 50 + 50] for place in range(count))
+    assert found[:3] != [Windows(text, tokenizer, 1).get(50, index).tolist() for index in range(3)]
+
+
+def test_texts_are_a_file_or_a_folder_of_files(tmp_path: Path):
+    (tmp_path / "b.txt").write_text("second", encoding="utf-8")
+    (tmp_path / "a.md").write_text("\ufefffirst", encoding="utf-8")
+    (tmp_path / "c.bin").write_bytes(b"\xff")
+    assert read_texts(tmp_path) == "first\n\n\nsecond"
+    assert read_texts(tmp_path / "b.txt") == "second"
+    (tmp_path / "d.txt").write_bytes(b"ab\xff")
+    with pytest.raises(ValueError, match=r"d\.txt is not UTF-8 text \(byte 2\)"):
+        read_texts(tmp_path)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        read_texts(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no text"):
+        read_texts(tmp_path / "empty")
+
+
+def test_the_corpus_that_python_brings_along_is_long():
+    assert len(python_reference()) > 300_000
+
+
+def test_perplexity_is_of_all_tokens_in_prefill_and_of_the_last_in_decode(tokenizer: Tokenizer, llm: LLM):
+    measurement = Perplexity(windows=Windows(TEXT, tokenizer, 0), context=CONTEXT, tail=20)
+    items = [measurement.make(200, index) for index in range(2)]
+    rows = measurement.measure(llm, items, nobody)
+    for item, row in zip(items, rows, strict=True):
+        window = [*item.prompt.tolist(), *item.continuation]
+        assert len(window) == 200
+        nll = -llm.prompt_logprobs(window)
+        assert row["nll"] == pytest.approx(nll.mean(), abs=1e-4)
+        assert row["tail_nll"] == pytest.approx(nll[-20:].mean(), abs=1e-3)
+        assert row["nll_by_position"] == by_position(nll)
+        assert len(row["nll_by_position"]) == 16
+    with pytest.raises(ValueError, match="perplexity at length 20 needs more tokens than the 20 of its tail"):
+        measurement.make(20, 0)
+    with pytest.raises(ValueError, match="perplexity at length 600 takes 0 tokens more, but"):
+        measurement.make(600, 0)
+
+
+def test_drift_leads_variants_along_the_text_of_the_reference(tokenizer: Tokenizer, llm: LLM):
+    measurement = Drift(windows=Windows(TEXT, tokenizer, 0), context=CONTEXT, tokens=40)
+    items = [measurement.make(150, index) for index in range(2)]
+    reference = {item.key: row for item, row in zip(items, measurement.measure(llm, items, nobody), strict=True)}
+    assert all(len(row["token_ids"]) == 40 and row["agreement"] == 1 for row in reference.values())
+    same = measurement.measure(llm, items, lambda item: reference[item.key])
+    for item, row in zip(items, same, strict=True):
+        assert row["agreement_by_position"] == reference[item.key]["agreement_by_position"] == [1.0] * 16
+        assert row["nll"] == reference[item.key]["nll"]
+        assert "token_ids" not in row
+    sparse = LLM(TINY, max_model_len=256, page_size=16, sub_page_size=4, sink=0, local=16, token_budget=32, **SIZES)
+    for row in measurement.measure(sparse, items, lambda item: reference[item.key]):
+        assert row["agreement"] < 1
+        assert row["pages_read_ratio"] < 0.5
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tokenizer: Tokenizer) -> Plan:
+    windows = Windows(TEXT, tokenizer, 0)
+    return Plan(
+        measurements=[echo(tokenizer), Drift(windows=windows, context=CONTEXT, tokens=24)],
+        lengths=[96, 224],
+        samples=3,
+        variants=parse_variants(f"dense,{SPARSE},quest:token_budget=64+sink=0"),
+        context=CONTEXT,
+    )
+
+
+def open_setup(variant: Any, config: Any, max_model_len: int) -> Setup:
+    options = {name: value for name, value in vars(config).items() if name != "preset"}
+    return prepare(TINY, attention=config.preset, max_model_len=max_model_len, **SIZES, **options)
+
+
+def execute(plan: Plan, store: Store, *, stop_after: int | None = None) -> list[Setup]:
+    """Runs to the end, or until so many results are stored; returns what was loaded."""
+    loaded = []
+    todo = missing(plan, store.rows)
+    items = make_items(todo, lambda *_: None)
+    loads = make_loads(plan, todo, items, open_setup)
+
+    def open_llm(setup: Setup) -> LLM:
+        loaded.append(setup)
+        return LLM.from_setup(setup)
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stop_after is not None and len(store.rows) >= stop_after:
+            raise KeyboardInterrupt
+
+    store.start(item.line for item in items.values())
+    try:
+        run(loads, store, reference="dense", batch=2, open_llm=open_llm, report=report)
+    except KeyboardInterrupt:
+        assert stop_after is not None
+    finally:
+        store.close()
+    return loaded
+
+
+def lines(folder: Path) -> list[str]:
+    """The results without their times."""
+    text = (folder / "results.jsonl").read_text(encoding="utf-8")
+    return [line.partition(', "seconds"')[0] for line in text.splitlines()]
+
+
+def test_a_run_stopped_between_two_loads_of_a_variant_goes_on_to_the_same_results(plan: Plan, tmp_path: Path):
+    plan = dataclasses.replace(plan, measurements=plan.measurements[:1], variants=plan.variants[:2])
+    execute(plan, Store(tmp_path / "whole", {}))
+    expected = lines(tmp_path / "whole")
+    assert len(expected) == 1 + 2 * 3 * 2
+    loaded = execute(plan, Store(tmp_path / "cut", {}), stop_after=9)
+    assert len(loaded) == 2
+    assert lines(tmp_path / "cut") == expected[:10]
+    path = tmp_path / "cut" / "results.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])  # and the last line has not made it to the disk
+    loaded = execute(plan, Store(tmp_path / "cut", {}))
+    assert [setup.config.attention.token_budget for setup in loaded] == [48, 64]
+    assert lines(tmp_path / "cut") == expected
+    assert (tmp_path / "cut" / "prompts.jsonl").read_bytes() == (tmp_path / "whole" / "prompts.jsonl").read_bytes()
+
+
+def test_what_is_done_is_not_loaded_again_and_more_may_be_added(plan: Plan, tmp_path: Path):
+    small = dataclasses.replace(plan, samples=1, variants=plan.variants[:2])
+    loaded = execute(small, Store(tmp_path, {}))
+    # Once for each variant, and once for each length where the budget is a share of it.
+    assert [setup.config.attention.preset for setup in loaded] == ["dense", "lserve", "lserve"]
+    assert [setup.config.attention.token_budget for setup in loaded] == [None, 48, 64]
+    before = lines(tmp_path)
+    assert execute(small, Store(tmp_path, {})) == []
+    loaded = execute(dataclasses.replace(small, variants=plan.variants[::2]), Store(tmp_path, {}))
+    assert [setup.config.attention.preset for setup in loaded] == ["quest"]
+    assert lines(tmp_path)[: len(before)] == before
+    rows = Store(tmp_path, {}).rows
+    assert {row["variant"] for row in rows.values()} == {variant.label for variant in plan.variants}
+    row = rows["drift", 96, 0, plan.variants[2].label]
+    assert row["attention"]["token_budget"] == 64
+    assert row["streaming_share"] == 0
+    assert len(rows["drift", 96, 0, "dense"]["token_ids"]) == 24
+
+
+def test_a_cell_has_as_many_samples_as_there_are(plan: Plan, tokenizer: Tokenizer):
+    windows = Windows("a short text of words " * 10, tokenizer, 0)
+    few = dataclasses.replace(plan, measurements=[Drift(windows=windows, context=CONTEXT, tokens=24)], samples=9)
+    assert len(list(few.prompts())) == windows.count(96)
+    with pytest.raises(ValueError, match="drift at length 224 has no samples"):
+        few.shortages()
+    (line,) = dataclasses.replace(few, lengths=[96]).shortages()
+    assert line == f"drift at length 96 has {windows.count(96)} samples, 9 asked for"
+
+
+def test_numbers_that_are_none_end_the_run(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(self: Any, llm: LLM, items: Sequence[Item], reference: Any) -> list[dict[str, Any]]:
+        return [{"nll": float("nan")} for _ in items]
+
+    monkeypatch.setattr(Answers, "measure", broken)
+    with pytest.raises(ValueError, match="variant 'dense' gave no number for nll on echo at length 96, index 0"):
+        execute(plan, Store(tmp_path, {}))
+    assert np.size(lines(tmp_path)) == 1

@@ -1,0 +1,126 @@
+"""From rows to cells, tables and pictures."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lserve_jax.evaluation import ablations, plots
+from lserve_jax.evaluation.statistics import difference
+from lserve_jax.evaluation.summary import select, summarise
+from lserve_jax.evaluation.table import format_tables
+
+SPARSE = "lserve:page_size=16+sub_page_size=4+sink=16+local=64+prefill_local=64+token_budget=25%"
+
+
+def needle(index: int, variant: str, score: float, length: int = 64) -> dict[str, Any]:
+    key = {"task": "niah", "length": length, "index": index, "variant": variant}
+    work = {"streaming_share": 0.5, "pages_read_ratio": 0.25, "attention_recall": None, "info": {"depth": index / 9}}
+    return key | work | {"score": score, "nll": 0.1 + index / 10, "token_accuracy": score}
+
+
+def rows() -> list[dict[str, Any]]:
+    found = []
+    for variant in ("dense", SPARSE):
+        for length in (64, 128):
+            hits = [1.0] * 9 + [0.0 if variant == SPARSE else 1.0]
+            found += [needle(index, variant, hit, length) for index, hit in enumerate(hits)]
+            more = 0.01 if variant == SPARSE else 0.0
+            curve = {"nll_by_position": [3 + more, 2 + more], "streaming_share": 0.5, "pages_read_ratio": 0.5}
+            key = {"length": length, "variant": variant}
+            found += [
+                {"task": "perplexity", "index": i, "nll": 2.5 + i + more, "tail_nll": 2.0 + i, **key, **curve}
+                for i in range(3)
+            ]
+            agrees = {"agreement": 1 - more, "agreement_by_position": [1.0, 1 - 2 * more]}
+            found.append({"task": "drift", "index": 0, "nll": 0.5 + more, **key, **curve, **agrees})
+    return found
+
+
+def test_cells_are_means_and_paired_differences():
+    cells = summarise(rows(), "dense")
+    assert [(cell["task"], cell["length"], cell["variant"]) for cell in cells] == [
+        (task, length, variant)
+        for task in ("niah", "perplexity", "drift")
+        for length in (64, 128)
+        for variant in ("dense", SPARSE)
+    ]
+    dense, sparse = select(cells, task="niah", length=64)
+    assert (dense["n"], dense["is_reference"], sparse["is_reference"]) == (10, True, False)
+    assert (dense["score"]["mean"], sparse["score"]["mean"]) == (1.0, 0.9)
+    expected = difference([1.0] * 9 + [0.0], [1.0] * 10, is_score=True)
+    assert sparse["score"]["difference"] == {"mean": expected.mean, "low": expected.low, "high": expected.high, "n": 10}
+    assert dense["score"]["difference"] is None
+    assert sparse["nll"]["difference"]["mean"] == 0
+    assert (sparse["pages_read_ratio"], sparse["attention_recall"], sparse["streaming_share"]) == (0.25, None, 0.5)
+    (perplexity,) = select(cells, task="perplexity", length=128, variant=SPARSE)
+    assert perplexity["nll"]["mean"] == pytest.approx(3.51)
+    assert perplexity["nll"]["difference"]["mean"] == pytest.approx(0.01)
+    assert perplexity["nll_by_position"] == [3.01, 2.01]
+    json.dumps(cells, allow_nan=False)
+
+
+def test_only_prompts_that_both_have_seen_are_compared():
+    found = [needle(0, "dense", 1.0), needle(1, "dense", 0.0), needle(1, SPARSE, 1.0), needle(2, SPARSE, 1.0)]
+    sparse = summarise(found, "dense")[1]
+    assert sparse["score"]["difference"]["n"] == 1
+    assert sparse["score"]["difference"]["mean"] == 1.0
+    alone = summarise(found[2:], "dense")[0]
+    assert alone["score"]["difference"] is None
+
+
+def test_tables_are_aligned_and_say_points_and_percent():
+    text = format_tables(summarise(rows(), "dense"))
+    tasks, perplexity, drift = text.split("\n\n")
+    assert tasks.splitlines()[0].split()[:6] == ["task", "length", "variant", "n", "score", "%"]
+    line = next(line for line in tasks.splitlines() if SPARSE in line and " 64 " in line)
+    cell = select(summarise(rows(), "dense"), task="niah", length=64, variant=SPARSE)[0]["score"]["difference"]
+    low, high = (f"{100 * cell[end]:+.1f}".replace("-", "−") for end in ("low", "high"))
+    assert f" 90.0  −10.0 [{low}, {high}] " in line
+    assert line.endswith("50.0     25.0         –")
+    (sparse,) = (line for line in perplexity.splitlines() if SPARSE in line and "128" in line)
+    assert f"{math.exp(3.51):.3f}  +1.01 [+1.01, +1.01]" in sparse
+    assert "99.0" in drift.splitlines()[-1]
+    for table in (tasks, perplexity, drift):
+        head, *others = table.splitlines()
+        assert all(line[: head.index("variant")].rstrip()[-1].isdigit() for line in others)
+
+
+def test_a_grid_holds_the_mean_score_by_depth_and_length():
+    found = [needle(9, "dense", 1.0), needle(9, "dense", 0.0), needle(0, "dense", 1.0, length=128)]
+    grid = plots._grid(found, [64, 128])
+    assert grid[9, 0] == 0.5
+    assert grid[0, 1] == 1.0
+    assert np.isnan(grid).sum() == 18
+
+
+def test_pictures_are_drawn_of_what_there_is(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    cells = summarise(rows(), "dense")
+    names = ["niah.png", "scores.png", "perplexity.png", "drift.png"]
+    assert [path.name for path in plots.draw(cells, rows(), tmp_path)] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+    only = [row for row in rows() if row["task"] == "drift"]
+    assert [path.name for path in plots.draw(summarise(only, "dense"), only, tmp_path)] == ["drift.png"]
+
+
+def test_an_axis_has_the_reference_first_and_its_settings_by_what_they_change(tmp_path: Path):
+    settings = ablations.settings(ablations.BASE, ["budget", "reduction"])
+    labels = ["dense", *dict.fromkeys(setting.variant.label for setting in settings)]
+    cells = summarise([needle(index, label, 1.0) for label in labels for index in range(3)], "dense")
+    axes = ablations.by_axis(settings, cells)
+    assert [cell["variant"] for cell in axes["reduction"]] == ["dense", "group_reduction=max", "group_reduction=mean"]
+    assert [cell["variant"] for cell in axes["budget"]] == ["dense", *ablations.AXES["budget"]]
+    pytest.importorskip("matplotlib")
+    assert plots.draw_axis("budget", axes["budget"], tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_without_matplotlib_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(ValueError, match=r"plots need matplotlib: pip install 'lserve_jax\[eval\]'"):
+        plots.new_figure(1)
