@@ -55,7 +55,7 @@ class AttentionConfig:
             raise ValueError(f"page_size={self.page_size} must be a multiple of sub_page_size={self.sub_page_size}")
         for name in ("static_sparsity", "selector_spread"):
             share = getattr(self, name)
-            if not (isinstance(share, Real) and 0 <= share <= 1):
+            if not (isinstance(share, Real) and 0 <= float(share) <= 1):
                 raise ValueError(f"{name}={share!r} must be a number from 0 to 1")
             object.__setattr__(self, name, float(share))
         if self.kv_dtype not in ("auto", *KV_DTYPES):

@@ -2,9 +2,11 @@
 
 import hashlib
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +50,16 @@ hypothesis.settings.load_profile("lserve_jax")
 def rng() -> np.random.Generator:
     """Random numbers that are the same in every run and on every worker."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """The command lines set up logging for a process of their own."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ def head_map(gates: NDArray[np.floating], title: str) -> bytes:
     from matplotlib.figure import Figure
 
     layers, heads = gates.shape
-    figure = Figure(figsize=(max(2.2 + 0.22 * layers, 5.0), 1.6 + 0.22 * heads), dpi=150, layout="constrained")
+    figure = Figure(figsize=(max(2.2 + 0.22 * layers, 5.0), 1.3 + 0.22 * heads), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(gates.T, vmin=0, vmax=1, cmap="Blues", aspect="equal", origin="lower")
     axes.set(xlabel="layer", ylabel="KV head", title=title)
@@ -29,7 +29,7 @@ def head_map(gates: NDArray[np.floating], title: str) -> bytes:
     axes.set_yticks(np.arange(-0.5, heads), minor=True)
     axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="minor", length=0)
-    figure.colorbar(image, label="gate", shrink=0.9)
+    figure.colorbar(image, label="gate", ticks=(0, 0.5, 1))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})  # the same bytes from any version
     return buffer.getvalue()

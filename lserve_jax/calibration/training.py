@@ -79,7 +79,8 @@ def train_step(
         return distilled + training.regularisation * jnp.mean(jnp.abs(gates)), distilled
 
     slopes, distilled = jax.grad(loss, has_aux=True)(state.gates)
-    updates, optimiser = training.optimiser().update(slopes, state.optimiser, state.gates)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
+        updates, optimiser = training.optimiser().update(slopes, state.optimiser, state.gates)
     gates = jnp.clip(optax.apply_updates(state.gates, updates), 0.0, 1.0)  # type: ignore[arg-type]
     return TrainingState(state.step + 1, gates, optimiser), distilled
 
@@ -173,7 +174,8 @@ class Checkpoint:
 
     def _read(self, num_leaves: int) -> list[NDArray]:
         try:
-            with np.load(self.path, allow_pickle=False) as saved:
+            # Opened here: np.load leaves a file that is no archive open.
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
                 settings = json.loads(str(saved[_SETTINGS]))
                 leaves = [saved[f"leaf_{index}"] for index in range(num_leaves)]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -20,8 +20,8 @@ class Sample:
       text: the user's message, or the raw prompt.
       answer_prefix: how the model's answer begins, given to it; may be empty.
       references: what the metric looks for.
-      target: the right continuation after ``answer_prefix``, for its log-likelihood and token accuracy; None where there
-        is no single one.
+      target: the right continuation after ``answer_prefix``, for its log-likelihood and token accuracy; None where
+        there is no single one.
       max_tokens: tokens that an answer may take.
       stop: strings at which an answer ends.
       info: what the task wants to have in the results, such as the needle's ``depth`` (0 … 1).

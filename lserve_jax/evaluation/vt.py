@@ -29,6 +29,7 @@ _EXAMPLE_LENGTH = 500
 _EXAMPLE_LETTERS = 3
 _LETTERS = 5
 _DIRECT_LETTERS = 8
+"""Longer names than RULER's: the model tells them apart better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,10 @@ class VariableTracking:
 class DirectAssignment:
     """Variables with values of their own, in noise; what is the value of one of them? No chain to follow.
 
+    The values differ in their first digit: who finds the wrong one is wrong from there on.
+
     Attributes:
-      num_variables: hidden; a model of 135M parameters tells two apart, and more only most of the time.
+      num_variables: hidden; a model of 135M parameters tells two apart, four only most of the time.
     """
 
     name: str = "vt_direct"
@@ -90,7 +93,7 @@ class DirectAssignment:
         """Returns a sample; the variable asked for lies at the depth that the sample's index names."""
         rng = sample_rng(self.name, request)
         variables = list(itertools.islice(_names(rng, _DIRECT_LETTERS), self.num_variables))
-        values = [str(value) for value in rng.sample(range(10000, 100000), self.num_variables)]
+        values = [f"{digit}{rng.randrange(10000):04}" for digit in rng.sample(range(1, 10), self.num_variables)]
         depth = nominal_depth(request.index)
         depths = [depth, *(rng.random() for _ in variables[1:])]
         lines = [f"VAR {name} = {value}" for name, value in zip(variables, values, strict=True)]

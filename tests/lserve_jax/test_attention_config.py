@@ -22,8 +22,11 @@ def test_presets_differ_from_the_defaults_in_what_makes_each_system():
         "dense": {"token_budget": None, "static_sparsity": 0.0},
         "streaming": {"token_budget": None},
         "quest": {
-            **{"static_sparsity": 0.0, "page_size": 16, "selector_interval": 1, "dense_layers": (0, 1)},
+            "static_sparsity": 0.0,
+            "page_size": 16,
+            "selector_interval": 1,
             "selector_spread": 1.0,
+            "dense_layers": (0, 1),
         },
         "qserve": {"token_budget": None, "static_sparsity": 0.0, "kv_dtype": "int4"},
     }

@@ -1,0 +1,258 @@
+"""`python -m lserve_jax.calibrate`: what it writes, that a seed repeats it, resumption, and refusals in one line."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from lserve_jax import classify, load_gates
+from lserve_jax.calibrate import main
+from lserve_jax.calibration import training
+from lserve_jax.calibration.folder import require_target, write_pattern
+from lserve_jax.calibration.picture import head_map
+from lserve_jax.calibration.scores import MEASURES, combine, to_gates
+from lserve_jax.calibration.shares import describe, expected_losses, masked_step, retrieval_heads
+from lserve_jax.engine_setup import prepare
+from tests.lserve_jax.calibration import planted
+from tests.lserve_jax.tiny_steps import TINY
+
+MODEL = str(TINY / "llama3")  # 2 layers of 2 KV heads, a byte or so a token
+# One shape for all runs, so that each program is compiled once.
+SIZES = ("--length", "1280", "--chunk", "256", "--sink", "16", "--local", "64", "--seed", "3")
+TRAINING = (*("--method", "train", "--steps", "4", "--min-length", "700", "--max-length", "900"), "--passkeys", "1")
+QUICK = ("--held-out", "0", "--no-picture", "--quiet")
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """The command sets up logging for a process of its own."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs the command in this process."""
+
+    def call(*arguments: str | Path, model: str = MODEL) -> Result:
+        capfd.readouterr()
+        try:
+            status = main(["--model", model, *SIZES, *map(str, arguments)])
+        except SystemExit as end:  # argparse
+            status = end.code
+        assert isinstance(status, int)
+        captured = capfd.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return call
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_scoring_writes_a_pattern_that_the_loader_reads(run: Callable[..., Result], tmp_path: Path):
+    out = tmp_path / "new" / "pattern"
+    result = run("--out", out, "--prompts", "3", "--held-out", "3")
+    assert result.status == 0, result.err
+    assert sorted(files(out)) == ["config.json", "full_attention_heads.tsv", "heads.png", "scores.npz"]
+    gates = load_gates(out, 2, 2)
+    with np.load(out / "scores.npz") as saved:
+        kinds = sorted({name.split("/")[0] for name in saved})
+        scores = {kind: {name: saved[f"{kind}/{name}"] for name in MEASURES} for kind in kinds}
+    np.testing.assert_allclose(gates, to_gates(combine(scores, "residual_error")), atol=1e-6)
+    setup = prepare(MODEL, attention="lserve", head_pattern=out)
+    assert setup.config.heads == classify(gates, 0.5)
+    settings = json.loads((out / "config.json").read_text())
+    assert settings | {"model_name": MODEL, "sink_size": 16, "recent_size": 64, "seed": 3} == settings
+    assert (settings["method"], settings["num_prompts"], settings["length"]) == ("residual_error", 3, 1280)
+    assert [row["streaming"] for row in settings["expected_loss"]] == [0, 1, 2, 3, 4]
+    table = result.out.splitlines()
+    assert table[1].split() == ["streaming", "heads", "retrieval", "copying", "text", "mean", "change"]
+    assert [line.split()[0] for line in table[2:7]] == ["dense", "25%", "50%", "75%", "90%"]
+    assert table[7] == f"wrote {out}: use it with --head-pattern {out}"
+    assert "scores" in result.err and "expected loss" in result.err
+
+
+def test_a_seed_repeats_every_file_and_another_gives_other_scores(run: Callable[..., Result], tmp_path: Path):
+    for name, seed in (("first", "3"), ("again", "3"), ("other", "4")):
+        assert run("--out", tmp_path / name, "--prompts", "2", "--held-out", "0", "--quiet", "--seed", seed).err == ""
+    first, again, other = (files(tmp_path / name) for name in ("first", "again", "other"))
+    assert first == again
+    assert first["scores.npz"] != other["scores.npz"]
+
+
+def test_a_slope_is_measured_where_it_is_asked_for(run: Callable[..., Result], tmp_path: Path):
+    assert run("--out", tmp_path / "p", "--prompts", "1", "--score", "divergence", *QUICK).status == 0
+    with np.load(tmp_path / "p" / "scores.npz") as saved:
+        assert {name.split("/")[1] for name in saved} == {*MEASURES, "divergence"}
+    assert json.loads((tmp_path / "p" / "config.json").read_text())["method"] == "divergence"
+
+
+def test_a_quota_gives_each_layer_as_many_streaming_heads(run: Callable[..., Result], tmp_path: Path):
+    assert run("--out", tmp_path / "p", "--prompts", "1", "--quota", "layer", *QUICK).status == 0
+    assert classify(load_gates(tmp_path / "p", 2, 2), 0.5).num_retrieval == (1, 1)
+
+
+def test_an_interrupted_training_goes_on_and_ends_with_the_same_pattern(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run("--out", whole, *TRAINING, *QUICK).status == 0
+    assert sorted(files(whole)) == ["config.json", "full_attention_heads.tsv"]
+    settings = json.loads((whole / "config.json").read_text())
+    assert (settings["method"], settings["num_steps"], settings["lr"]) == ("DuoAttention", 4, 0.02)
+    step, calls = training.train_step, []
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", stopped)
+        assert run("--out", broken, *TRAINING, *QUICK).status == 130
+    assert sorted(files(broken)) == ["training.npz"]
+    refused = run("--out", broken, *TRAINING, *QUICK, "--learning-rate", "0.1")
+    check_refusal(refused, "training.npz: was begun with lr=0.02 (now 0.1)")
+    check_refusal(run("--out", broken, *QUICK), "broken: the folder is not empty; name a new one")
+    assert run("--out", broken, *TRAINING, *QUICK).status == 0
+    assert files(broken) == files(whole)
+    check_refusal(
+        run("--out", broken, *TRAINING, *QUICK), "the folder is not empty and has no training.npz to go on from"
+    )
+
+
+def check_refusal(result: Result, message: str) -> None:
+    assert result.status == 2
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1
+    assert message in result.err
+    assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--prompts 0", "--prompts 0 must be at least 1"),
+        ("--held-out -1", "--held-out -1 must be at least 0"),
+        ("--length 80", "--length 80 must be more than --sink 16 and --local 64 together"),
+        ("--length 500", "length=500 is too short for a"),
+        ("--sink -1", "sink=-1 must be a whole number from 0"),
+        ("--local 0", "local=0 must be a whole number from 1"),
+        ("--chunk 0", "prefill_chunk must be a whole number from 1, got 0"),
+        ("--score luck", "invalid choice: 'luck'"),
+        ("--method guess", "invalid choice: 'guess'"),
+        ("--quota head", "invalid choice: 'head'"),
+        ("--prompts many", "invalid int value: 'many'"),
+        ("--method train --steps 0", "steps=0 must be at least 1"),
+        ("--method train --learning-rate 0", "learning_rate=0.0 must be more than 0"),
+        ("--method train --passkeys 11", "num_passkeys=11 must be from 1 to 10"),
+        ("--method train --min-length 500", "min_length=500 has no room for 10 passkeys"),
+        ("--method train --min-length 900 --max-length 800", "min_length=900 must be at most max_length=800"),
+        ("--model nothing-here", "nothing-here: no such file or folder"),
+        ("--length 2000000000", "--length 2000000000 does not fit into memory"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_in_one_line(
+    run: Callable[..., Result], tmp_path: Path, arguments: str, message: str
+):
+    result = run("--out", tmp_path / "p", "--no-picture", *arguments.split())
+    check_refusal(result, message)
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file: exists and is not a folder$"):
+        require_target(tmp_path / "file")
+    with pytest.raises(ValueError, match=r": the folder is not empty; name a new one$"):
+        require_target(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "new" / "folder"):
+        require_target(folder)
+
+
+def test_no_matplotlib_is_said_before_the_work(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run("--out", tmp_path / "p")
+    check_refusal(result, "a picture of the heads needs matplotlib: pip install 'lserve_jax[eval]', or --no-picture")
+
+
+def test_the_map_is_a_picture_and_always_the_same(rng: np.random.Generator):
+    gates = rng.random((30, 3))
+    picture = head_map(gates, "a model")
+    assert picture.startswith(b"\x89PNG")
+    assert head_map(gates, "a model") == picture
+    assert head_map(1 - gates, "a model") != picture
+
+
+def test_a_pattern_appears_whole_or_without_its_gates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*arguments: Any, **options: Any) -> str:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("json.dumps", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_pattern(tmp_path / "p", np.ones((2, 2)), {})
+    assert not (tmp_path / "p" / "full_attention_heads.tsv").exists()
+
+
+def test_the_loss_rises_when_planted_heads_stream_and_only_then():
+    gates = np.full((planted.LAYERS, planted.HEADS), 0.1)
+    for head in planted.PLANTED:
+        gates[head] = 1.0
+    prompts = [planted.prompt(seed) for seed in range(2)]
+    shares, programs = (0.25, 10 / 12, 11 / 12, 1.0), len(compiled_masked_steps())
+    rows = expected_losses(planted.params(), planted.CONFIG, prompts, gates, chunk=64, shares=shares)
+    assert len(compiled_masked_steps()) == programs + 1  # classes are data
+    assert [row.streaming for row in rows] == [0, 3, 10, 11, 12]
+    losses = [row.nll["lookup"] for row in rows]
+    np.testing.assert_allclose(losses[1:3], losses[0], atol=1e-3)
+    assert losses[3] > losses[0] + 0.3 and losses[4] > losses[3] + 0.3
+    assert [line.split()[-1] for line in describe(rows).splitlines()[3:5]] == ["+0.0000", "+0.0000"]
+
+
+def compiled_masked_steps() -> range:
+    step: Any = masked_step
+    return range(step._cache_size())
+
+
+def test_losses_are_those_of_the_engine_with_such_heads(rng: np.random.Generator):
+    """The same prompt through `prefill_step`, weights permuted and heads classified as for serving."""
+    import jax.numpy as jnp
+
+    from lserve_jax import InferenceConfig, from_preset, open_checkpoint
+    from lserve_jax.calibration.prompts import Prompt
+    from tests.lserve_jax.tiny_steps import Stepper
+
+    checkpoint = open_checkpoint(MODEL)
+    tokens = rng.integers(0, 128, 150)
+    prompt = Prompt(kind="x", tokens=tuple(tokens.tolist()), num_answer=40, sources=(0,) * 150, asks=(0,) * 40)
+    gates = np.array([[0.9, 0.2], [0.4, 0.6]])
+    window: dict[str, Any] = {"sink": 5, "local": 30, "prefill_local": 30, "page_size": 16}
+    dense = InferenceConfig(model=checkpoint.config, attention=from_preset("dense", **window), dtype="float32")
+    params = checkpoint.load_params("float32")
+    (row,) = expected_losses(params, dense, [prompt], gates, chunk=48, shares=(0.5,))[1:]
+    policy = from_preset("streaming", **window)
+    config = InferenceConfig(model=checkpoint.config, attention=policy, heads=classify(gates, 0.5), dtype="float32")
+    stepper = Stepper(config, max_pages=12)
+    logits, _ = stepper.prefill(stepper.cache(), tokens.astype(np.int32), 64)
+    assert (retrieval_heads(gates, 0.5) == [[True, False], [False, True]]).all()
+    logs = np.asarray(logits[109:149] - np.asarray(jnp.logaddexp.reduce(logits[109:149], axis=-1))[:, None])
+    expected = -np.mean(logs[np.arange(40), tokens[110:]])
+    assert row.nll["x"] == pytest.approx(expected, abs=2e-5)
