@@ -39,6 +39,10 @@ _ATTENTION_FLAGS: dict[str, dict[str, Any]] = {
     "--sub-page-size": {"type": int, "help": "tokens that share key statistics"},
     "--selector-interval": {"type": int, "help": "decode steps from one page selection to the next"},
     "--selector-spread": {"type": float, "help": "share of the distance between key bounds in a page's score, 0 to 1"},
+    "--has-lookahead": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "choose the page after a chosen end of a page with it",
+    },
     "--sink": {"type": int, "help": "first tokens that streaming heads see"},
     "--local": {"type": int, "help": "newest tokens that streaming heads see while decoding"},
     "--prefill-local": {"type": int, "help": "the same during prefill"},
