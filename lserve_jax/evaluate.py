@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     prompts.add_argument("--raw", action="store_true", help="without the model's chat format")
     prompts.add_argument("--word-lengths", action="store_true", help="--lengths count words (tasks of RULER's kind)")
     prompts.add_argument("--haystack", default=PROSE, metavar="DIR", help="texts to hide needles in (prose of our own)")
-    prompts.add_argument("--longbench", metavar="DIR", help="folder of LongBench's *.jsonl (else through `datasets`)")
+    prompts.add_argument("--longbench", metavar="DIR", help="folder of LongBench's *.jsonl (else from the hub)")
     prompts.add_argument("--qa", metavar="DIR", help="squad.json and hotpotqa.json for qa_1 and qa_2 (else invented)")
     prompts.add_argument("--corpus", metavar="PATH", help="text for perplexity and drift (Python's language reference)")
     prompts.add_argument("--tail", type=int, default=128, help="perplexity: last tokens, decoded (%(default)s)")
@@ -156,15 +156,12 @@ def _measure(args: argparse.Namespace, plan: Plan, store: Store, tokenizer: Toke
         pattern = variant.head_pattern or args.head_pattern
         return _prepare(args, config.preset, head_pattern=pattern, max_model_len=max_model_len, **options)
 
-    def show(stage: str, done: int, total: int) -> None:
-        if stage != "prefill":  # one bar for all prompts says more than one for each
-            bars.report(stage, done, total)
-
+    progress = _Progress(bars)
     todo = missing(plan, store.rows)
-    items = make_items(todo, bars.report)
-    loads = make_loads(plan, todo, items, open_setup)
-    if not loads:
+    if not todo:
         return
+    items = make_items(todo, progress.report)
+    loads = make_loads(plan, todo, items, open_setup, progress.report)
     use_compilation_cache()
     reference = plan.variants[0].label
     try:
@@ -174,11 +171,27 @@ def _measure(args: argparse.Namespace, plan: Plan, store: Store, tokenizer: Toke
             store,
             reference=reference,
             batch=args.batch,
-            open_llm=lambda setup: LLM.from_setup(setup, tokenizer=tokenizer, on_progress=show),
-            report=bars.report,
+            open_llm=lambda setup: LLM.from_setup(setup, tokenizer=tokenizer, on_progress=progress.report_model),
+            report=progress.report,
         )
     finally:
         store.close()
+
+
+class _Progress:
+    """One bar for all prompts of a model, between what the model says of loading and compiling."""
+
+    def __init__(self, bars: ProgressBars) -> None:
+        self._bars = bars
+        self._newest = ("", 0, 1)
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        self._newest = (stage, done, total)
+        self._bars.report(stage, done, total)
+
+    def report_model(self, stage: str, done: int, total: int) -> None:
+        """Shows what a model is at; while that is a prompt, the bar of all of them."""
+        self._bars.report(*(self._newest if stage == "prefill" else (stage, done, total)))
 
 
 def _prepare(args: argparse.Namespace, attention: str, **settings: Any) -> Setup:

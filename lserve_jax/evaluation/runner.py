@@ -1,5 +1,6 @@
 """The run: every prompt by every variant, what is there already left out, each result on disk before the next."""
 
+import ctypes
 import dataclasses
 import gc
 import math
@@ -8,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import batched, groupby
 from typing import Any
+
+import jax
 
 from lserve_jax.attention_config import AttentionConfig
 from lserve_jax.engine_setup import Setup
@@ -105,14 +108,16 @@ def make_items(todo: Todo, report: OnProgress) -> dict[PromptKey, Item]:
     return items
 
 
-def make_loads(plan: Plan, todo: Todo, items: Mapping[PromptKey, Item], open_setup: OpenSetup) -> list[Load]:
+def make_loads(
+    plan: Plan, todo: Todo, items: Mapping[PromptKey, Item], open_setup: OpenSetup, report: OnProgress
+) -> list[Load]:
     """Returns the work by variant: one load for all lengths, or one for each at which the variant's settings differ.
 
     Raises:
       ValueError: before anything is loaded, where a model cannot be set up so, or does not fit into the memory.
     """
     loads = []
-    for variant in plan.variants:
+    for done, variant in enumerate(plan.variants, start=1):
         by_config: dict[AttentionConfig, list[tuple[Measurement, Item]]] = {}
         for key, (measurement, variants) in todo.items():
             if variant in variants:
@@ -122,6 +127,7 @@ def make_loads(plan: Plan, todo: Todo, items: Mapping[PromptKey, Item], open_set
             setup = open_setup(variant, config, min(-(-longest // _STEP) * _STEP, plan.context))
             setup.plan.require_fit()
             loads.append(Load(variant=variant, setup=setup, items=members))
+        report("variants", done, len(plan.variants))
     return loads
 
 
@@ -155,6 +161,7 @@ def run(
             return None if label == reference else store.rows[*item.key, reference]
 
         done = 0
+        report(stage, done, len(load.items))
         for measurement, items in _batches(load.items, batch):
             begin, compiled = time.perf_counter(), llm.compile_seconds
             found = measurement.measure(llm, items, led_by)
@@ -163,9 +170,20 @@ def run(
                 store.append(_row(load, item, values, seconds / len(items)))
             done += len(items)
             report(stage, done, len(load.items))
-        # Its weights and pages must be gone before the next is loaded.
         del llm
-        gc.collect()
+        _release()
+
+
+def _release() -> None:
+    """Gives back what the model before has taken: there may be no room for two, nor for what compilers leave behind.
+
+    (glibc keeps the gigabyte that compiling a model has taken in the heap of each compiling thread.)
+    """
+    jax.clear_caches()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _batches(items: Sequence[tuple[Measurement, Item]], size: int) -> Iterator[tuple[Measurement, list[Item]]]:

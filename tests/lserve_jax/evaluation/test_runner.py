@@ -2,6 +2,8 @@
 
 import dataclasses
 import random
+import shutil
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -257,16 +259,28 @@ def test_drift_leads_variants_along_the_text_of_the_reference(tokenizer: Tokeniz
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plan(tokenizer: Tokenizer) -> Plan:
     windows = Windows(TEXT, tokenizer, 0)
     return Plan(
         measurements=[echo(tokenizer), Drift(windows=windows, context=CONTEXT, tokens=24)],
         lengths=[96, 224],
         samples=3,
-        variants=parse_variants(f"dense,{SPARSE},quest:token_budget=64+sink=0"),
+        variants=parse_variants(f"dense,{SPARSE}"),
         context=CONTEXT,
     )
+
+
+@pytest.fixture(scope="module")
+def whole(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run to the end."""
+    folder = tmp_path_factory.mktemp("whole")
+    loaded = execute(plan, folder)
+    # Once for each variant, and once for each length where the budget is a share of it.
+    assert [setup.config.attention.preset for setup in loaded] == ["dense", "lserve", "lserve"]
+    assert [setup.config.attention.token_budget for setup in loaded] == [None, 48, 64]
+    assert len(lines(folder)) == 1 + 2 * 2 * 3 * 2
+    return folder
 
 
 def open_setup(variant: Any, config: Any, max_model_len: int) -> Setup:
@@ -274,26 +288,24 @@ def open_setup(variant: Any, config: Any, max_model_len: int) -> Setup:
     return prepare(TINY, attention=config.preset, max_model_len=max_model_len, **SIZES, **options)
 
 
-def execute(plan: Plan, store: Store, *, stop_after: int | None = None) -> list[Setup]:
-    """Runs to the end, or until so many results are stored; returns what was loaded."""
-    loaded = []
+def execute(plan: Plan, folder: Path) -> list[Setup]:
+    """Runs to the end; returns what was loaded."""
+    store, loaded = Store(folder, {}), []
     todo = missing(plan, store.rows)
     items = make_items(todo, lambda *_: None)
-    loads = make_loads(plan, todo, items, open_setup)
+    loads = make_loads(plan, todo, items, open_setup, lambda *_: None)
+    alive: list[weakref.ref[LLM]] = []
 
     def open_llm(setup: Setup) -> LLM:
+        assert not any(llm() for llm in alive), "there may be no room for two models"
         loaded.append(setup)
-        return LLM.from_setup(setup)
-
-    def report(stage: str, done: int, total: int) -> None:
-        if stop_after is not None and len(store.rows) >= stop_after:
-            raise KeyboardInterrupt
+        llm = LLM.from_setup(setup)
+        alive.append(weakref.ref(llm))
+        return llm
 
     store.start(item.line for item in items.values())
     try:
-        run(loads, store, reference="dense", batch=2, open_llm=open_llm, report=report)
-    except KeyboardInterrupt:
-        assert stop_after is not None
+        run(loads, store, reference="dense", batch=2, open_llm=open_llm, report=lambda *_: None)
     finally:
         store.close()
     return loaded
@@ -305,38 +317,29 @@ def lines(folder: Path) -> list[str]:
     return [line.partition(', "seconds"')[0] for line in text.splitlines()]
 
 
-def test_a_run_stopped_between_two_loads_of_a_variant_goes_on_to_the_same_results(plan: Plan, tmp_path: Path):
-    plan = dataclasses.replace(plan, measurements=plan.measurements[:1], variants=plan.variants[:2])
-    execute(plan, Store(tmp_path / "whole", {}))
-    expected = lines(tmp_path / "whole")
-    assert len(expected) == 1 + 2 * 3 * 2
-    loaded = execute(plan, Store(tmp_path / "cut", {}), stop_after=9)
-    assert len(loaded) == 2
-    assert lines(tmp_path / "cut") == expected[:10]
-    path = tmp_path / "cut" / "results.jsonl"
-    path.write_bytes(path.read_bytes()[:-30])  # and the last line has not made it to the disk
-    loaded = execute(plan, Store(tmp_path / "cut", {}))
+def test_a_run_that_was_cut_goes_on_to_the_same_results(plan: Plan, whole: Path, tmp_path: Path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "results.jsonl"
+    kept = b"".join(path.read_bytes().splitlines(keepends=True)[:17])
+    path.write_bytes(kept[:-30])  # within the first load of the second variant, and within a line
+    loaded = execute(plan, tmp_path)
     assert [setup.config.attention.token_budget for setup in loaded] == [48, 64]
-    assert lines(tmp_path / "cut") == expected
-    assert (tmp_path / "cut" / "prompts.jsonl").read_bytes() == (tmp_path / "whole" / "prompts.jsonl").read_bytes()
+    assert lines(tmp_path) == lines(whole)
+    assert (tmp_path / "prompts.jsonl").read_bytes() == (whole / "prompts.jsonl").read_bytes()
 
 
-def test_what_is_done_is_not_loaded_again_and_more_may_be_added(plan: Plan, tmp_path: Path):
-    small = dataclasses.replace(plan, samples=1, variants=plan.variants[:2])
-    loaded = execute(small, Store(tmp_path, {}))
-    # Once for each variant, and once for each length where the budget is a share of it.
-    assert [setup.config.attention.preset for setup in loaded] == ["dense", "lserve", "lserve"]
-    assert [setup.config.attention.token_budget for setup in loaded] == [None, 48, 64]
-    before = lines(tmp_path)
-    assert execute(small, Store(tmp_path, {})) == []
-    loaded = execute(dataclasses.replace(small, variants=plan.variants[::2]), Store(tmp_path, {}))
-    assert [setup.config.attention.preset for setup in loaded] == ["quest"]
-    assert lines(tmp_path)[: len(before)] == before
+def test_what_is_done_is_not_loaded_again_and_more_may_be_added(plan: Plan, whole: Path, tmp_path: Path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    assert execute(plan, tmp_path) == []
+    label = "quest:token_budget=64+sink=0"
+    more = dataclasses.replace(plan, samples=1, lengths=plan.lengths[:1], variants=parse_variants(f"dense,{label}"))
+    assert [setup.config.attention.preset for setup in execute(more, tmp_path)] == ["quest"]
+    assert lines(tmp_path)[:-2] == lines(whole)
     rows = Store(tmp_path, {}).rows
-    assert {row["variant"] for row in rows.values()} == {variant.label for variant in plan.variants}
-    row = rows["drift", 96, 0, plan.variants[2].label]
+    row = rows["drift", 96, 0, label]
     assert row["attention"]["token_budget"] == 64
     assert row["streaming_share"] == 0
+    assert row["agreement"] <= 1
     assert len(rows["drift", 96, 0, "dense"]["token_ids"]) == 24
 
 
@@ -356,5 +359,5 @@ def test_numbers_that_are_none_end_the_run(plan: Plan, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Answers, "measure", broken)
     with pytest.raises(ValueError, match="variant 'dense' gave no number for nll on echo at length 96, index 0"):
-        execute(plan, Store(tmp_path, {}))
+        execute(plan, tmp_path)
     assert np.size(lines(tmp_path)) == 1
