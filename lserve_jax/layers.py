@@ -14,7 +14,7 @@ _MIN_CPU_ROWS = 4
 """XLA's CPU product of fewer bfloat16 rows than this runs at 1 GFLOP/s (36 ms, not 3, for the demo's logits)."""
 
 
-def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def project(x: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """Returns ``x @ kernel.T``.
 
     Outputs times inputs is how checkpoints hold matrices, and on CPUs faster than the transpose for any number of rows
@@ -23,16 +23,18 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Args:
       x: [..., D].
       kernel: [F, D], of the dtype of ``x``.
+      out_dtype: of the result; None takes that of ``x``.
 
     Returns:
-      [..., F], of the dtype of ``x``; accumulated in float32.
+      [..., F]; accumulated in float32.
     """
     rows = x.reshape(-1, x.shape[-1])
     missing = _MIN_CPU_ROWS - rows.shape[0]
     precision = "highest" if x.dtype == jnp.float32 else None  # a GPU's default rounds float32 to 11 bits
 
     def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())), precision=precision)
+        contraction = (((1,), (1,)), ((), ()))
+        return jax.lax.dot_general(rows, kernel, contraction, precision=precision, preferred_element_type=out_dtype)
 
     def padded_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
         return product(jnp.pad(rows, ((0, missing), (0, 0))), kernel)[:-missing]
@@ -51,6 +53,7 @@ class Linear(nn.Module):
     use_bias: bool
     dtype: jnp.dtype
     in_axes: int = 1
+    out_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,9 +63,9 @@ class Linear(nn.Module):
         size = math.prod(inputs)
         initializer = nn.initializers.normal(1 / math.sqrt(size))
         kernel = self.param("kernel", initializer, (*self.features, *inputs), self.dtype)
-        y = project(x.reshape(*batch, size), kernel.reshape(-1, size)).reshape(*batch, *self.features)
+        y = project(x.reshape(*batch, size), kernel.reshape(-1, size), self.out_dtype).reshape(*batch, *self.features)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, tuple(self.features), self.dtype)
+            y = y + self.param("bias", nn.initializers.zeros, tuple(self.features), self.dtype).astype(y.dtype)
         return y
 
 

@@ -106,7 +106,7 @@ class DirectAssignment:
                 text=_DIRECT_TEXT.format(context=context, name=variables[0]),
                 answer_prefix=_DIRECT_PREFIX.format(name=variables[0]),
                 references=(values[0],),
-                target=f" {values[0]}.",
+                target=f" {values[0]}",
                 max_tokens=self.max_tokens,
                 info={"depth": depth},
             )

@@ -53,9 +53,13 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns [..., D] for ``x`` [..., D]."""
         c = self.config
-        gate = Linear((c.intermediate_size,), c.mlp_bias, self.dtype, name="gate_proj")(x)
-        up = Linear((c.intermediate_size,), c.mlp_bias, self.dtype, name="up_proj")(x)
-        return Linear((c.hidden_size,), c.mlp_bias, self.dtype, name="down_proj")(nn.silu(gate) * up)
+        # Not rounded before they are multiplied: more exact, and faster on CPUs.
+        gate, up = (
+            Linear((c.intermediate_size,), c.mlp_bias, self.dtype, out_dtype=jnp.dtype("float32"), name=name)(x)
+            for name in ("gate_proj", "up_proj")
+        )
+        hidden = (nn.silu(gate) * up).astype(self.dtype)
+        return Linear((c.hidden_size,), c.mlp_bias, self.dtype, name="down_proj")(hidden)
 
 
 class Layer(nn.Module):
@@ -102,7 +106,8 @@ class Llama(nn.Module):
           attend: the attention, see `Attend`.
         """
         x = self.embed(tokens)
-        rope = rope_tables(self.config.rope, self.config.head_dim, positions)
+        # Behind a barrier: else XLA's CPU computes sines anew for every head of every layer (6% of a prefill).
+        rope = jax.lax.optimization_barrier(rope_tables(self.config.rope, self.config.head_dim, positions))
         new_state = []
         for index, layer in enumerate(self.layers):
             x, layer_state = layer(x, rope, index, state[index], attend)

@@ -3,6 +3,7 @@
 Products of float32 arrays, here and in the ops, ask for the highest precision: a GPU's default rounds to 11 bits.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,38 +15,74 @@ HIDDEN = -1e30
 FLOOR = -1e20
 """The maximum of a row that has seen no key: finite, so that it does not become NaN."""
 
+_COLUMNS = 16
+"""Widths of a product's right side that CPUs' matrix units take whole."""
+
 
 class OnlineSoftmax(NamedTuple):
-    """Running state over key blocks, float32: maximum [...], sum of exponentials [...], weighted values [..., H]."""
+    """Running state over key blocks, float32: maximum [...] and sums [..., W] of the weighted columns of `with_ones`."""
 
     maximum: jax.Array
-    total: jax.Array
-    values: jax.Array
+    sums: jax.Array
 
     @classmethod
     def start(cls, rows: tuple[int, ...], head_dim: int) -> "OnlineSoftmax":
         """Returns the state that has seen nothing."""
-        zeros = jnp.zeros(rows, jnp.float32)
-        return cls(zeros + FLOOR, zeros, jnp.zeros((*rows, head_dim), jnp.float32))
+        return cls(jnp.full(rows, FLOOR, jnp.float32), jnp.zeros((*rows, _width(head_dim)), jnp.float32))
 
-    def add(self, scores: jax.Array, visible: jax.Array, v: jax.Array) -> "OnlineSoftmax":
+    def add(
+        self, scores: jax.Array, values: jax.Array, *, scale: float, visible: jax.Array | None = None
+    ) -> "OnlineSoftmax":
         """Returns the state after a block.
 
         Args:
-          scores: [K, R, S] float32; hidden ones may hold anything, NaN too.
-          visible: broadcastable to [K, R, S] bool.
-          v: [K, S, H], finite also where hidden; the product runs in its dtype and accumulates in float32.
+          scores: [..., R, S] float32 products of queries and keys; hidden ones may hold anything, NaN too.
+          values: [..., S, W] of `with_ones`; the product runs in its dtype and accumulates in float32.
+          scale: positive factor of the scores.
+          visible: broadcastable to [..., R, S] bool; None if every row sees every key that counts.
         """
-        scores = jnp.where(visible, scores, HIDDEN)
-        maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1))
-        weights = jnp.exp(scores - maximum[..., None])
-        decay = jnp.exp(self.maximum - maximum)
-        weights_v = weights.astype(v.dtype)
-        products = jnp.einsum("krs,ksh->krh", weights_v, v, precision="highest", preferred_element_type=jnp.float32)
-        return OnlineSoftmax(
-            maximum, self.total * decay + jnp.sum(weights, axis=-1), self.values * decay[..., None] + products
+        if visible is not None:
+            scores = jnp.where(visible, scores, HIDDEN / scale)
+        # The scale comes after the maximum, and the sum out of the product: on CPUs each pass over scores counts.
+        maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1) * scale)
+        shifted = scores * scale - maximum[..., None]
+        weights = _exp_bfloat16(shifted) if values.dtype == jnp.bfloat16 else jnp.exp(shifted)
+        weights = jax.lax.optimization_barrier(weights)  # else XLA computes it once for each use
+        products = jnp.einsum(
+            "...rs,...sw->...rw", weights, values, precision="highest", preferred_element_type=jnp.float32
         )
+        decay = jnp.exp(self.maximum - maximum)
+        return OnlineSoftmax(maximum, self.sums * decay[..., None] + products)
 
-    def finish(self) -> jax.Array:
+    def finish(self, head_dim: int) -> jax.Array:
         """Returns the attention output [..., H] float32; zeros for rows that saw no key."""
-        return self.values / jnp.where(self.total > 0, self.total, 1.0)[..., None]
+        total = self.sums[..., head_dim : head_dim + 1]
+        return self.sums[..., :head_dim] / jnp.where(total > 0, total, 1.0)
+
+
+def with_ones(v: jax.Array, exists: jax.Array) -> jax.Array:
+    """Returns values [..., S, W] whose column H is one, all zero where a key does not exist (``exists`` [..., S] bool).
+
+    The weighted sum of that column is the softmax's denominator, of the very weights that the product sees.
+    """
+    head_dim = v.shape[-1]
+    padding = [(0, 0)] * (v.ndim - 1) + [(0, _width(head_dim) - head_dim)]
+    columns = jnp.where(jnp.arange(_width(head_dim)) == head_dim, jnp.ones((), v.dtype), jnp.pad(v, padding))
+    return jnp.where(exists[..., None], columns, jnp.zeros((), v.dtype))
+
+
+def _width(head_dim: int) -> int:
+    return -(-(head_dim + 1) // _COLUMNS) * _COLUMNS
+
+
+def _exp_bfloat16(x: jax.Array) -> jax.Array:
+    """Returns exp(x) as bfloat16, for float32 x <= 0: 2^n by its exponent's bits times a cubic of relative error 1e-4.
+
+    That is a twentieth of bfloat16's rounding, in a third of the time of XLA's own. Zero from -88 down.
+    """
+    y = jnp.maximum(x * math.log2(math.e), -127.0)
+    whole = jnp.floor(y)
+    part = y - whole
+    mantissa = 1.0 + part * (0.69583282 + part * (0.22606716 + part * 0.07810012))
+    bits = jax.lax.bitcast_convert_type(mantissa, jnp.int32) + (whole.astype(jnp.int32) << 23)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)

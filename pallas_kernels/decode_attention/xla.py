@@ -6,7 +6,7 @@ The trip counts are data: a sequence costs what it reads, an empty slot nothing,
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.core.online_softmax import OnlineSoftmax
+from pallas_kernels.core.online_softmax import OnlineSoftmax, with_ones
 from pallas_kernels.core.paging import (
     NO_PAGE,
     LayerKV,
@@ -76,11 +76,11 @@ def _attend(
             is_held = jnp.repeat(physical >= 0, page_size, axis=-1)
             visible = is_held & is_visible(lengths[b] - 1, positions, *window)
             k, v = (_gather(x, physical, heads) for x in (pool.k, pool.v))
-            scores = jnp.einsum("kgh,ksh->kgs", queries, k, precision="highest") * scale
-            return state.add(scores, visible[:, None], jnp.where(visible[..., None], v, 0.0))
+            scores = jnp.einsum("kgh,ksh->kgs", queries, k, precision="highest")
+            return state.add(scores, with_ones(v, visible), scale=scale, visible=visible[:, None])
 
         blocks = (counts[b] + block - 1) // block
-        return jax.lax.fori_loop(0, blocks, attend_block, OnlineSoftmax.start((heads, group), head_dim)).finish()
+        return jax.lax.fori_loop(0, blocks, attend_block, OnlineSoftmax.start((heads, group), head_dim)).finish(head_dim)
 
     return jax.lax.map(attend_sequence, jnp.arange(batch))
 

@@ -1,23 +1,25 @@
-"""`prefill_attention` for any device: query block by query block over the visible key blocks, online softmax.
+"""`prefill_attention` for any device: head by head, query block by query block over the visible key blocks.
 
 Keys come from two sources, the pages before the chunk and the chunk itself, walked alike. Products run in the dtype of
-the queries (bfloat16 uses AMX on CPUs that have it) and accumulate in float32. Trip counts are data.
+the queries (bfloat16 uses AMX on CPUs that have it) and accumulate in float32. Trip counts are data. One head at a time
+keeps the scores of a block in a core's cache.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.core.online_softmax import OnlineSoftmax
+from pallas_kernels.core.online_softmax import OnlineSoftmax, with_ones
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, is_visible, pools
 from pallas_kernels.core.quantization import QuantizedArray, dequantize
 from pallas_kernels.prefill_attention.blocks import KeyRange, Window, visible_blocks
 
 BLOCK = 256
-"""Tokens of a query block and of a key block (of which a page is the least)."""
+"""Tokens of a query block, and of a block of keys (of which a page is the least)."""
+_DENSE_BLOCK = 2 * BLOCK
+"""Keys of a block of history that every query sees whole."""
 
 
 class KeySource(NamedTuple):
@@ -25,7 +27,9 @@ class KeySource(NamedTuple):
 
     keys: KeyRange
     fetch: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
-    """Block index → keys [K, block, H], values [K, block, H], and which of them exist [block] bool."""
+    """Block index → keys [block, H], values [block, H], and which of them exist [block] bool; the first one does."""
+    is_all_visible: bool
+    """Whether each query sees all keys that exist."""
 
 
 def prefill_attention(
@@ -42,94 +46,112 @@ def prefill_attention(
     block: int = BLOCK,
 ) -> jax.Array:
     """Returns what `pallas_kernels.prefill_attention` defines; ``block`` changes speed and rounding only."""
-    tokens, group = q.shape[1], q.shape[2] // k.shape[2]
+    batch, tokens = q.shape[:2]
     block = min(block, tokens)
-    padding = ((0, 0), (0, -tokens % block), (0, 0), (0, 0))
-    q, k, v = (jnp.swapaxes(jnp.pad(x, padding), 1, 2) for x in (q, k, v))
-    q = q.reshape(q.shape[0], k.shape[1], group, *q.shape[2:])
-    outputs = []
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -tokens % block), (0, 0), (0, 0))) for x in (q, k, v))
+    q = q.reshape(*k.shape[:3], -1, q.shape[3])
+    out = jnp.zeros_like(q)
     for name, pool, table, heads in pools(kv, tables):
         window = Window(sink, local) if name == "streaming" else Window(None, None)
-        attend = partial(_attend_sequence, pool=pool, window=window, block=block)
-        arguments = (q[:, heads], k[:, heads], v[:, heads], table, starts, counts)
-        outputs.append(jax.lax.map(lambda args, attend=attend: attend(*args), arguments))
-    merged = jnp.concatenate(outputs, axis=1)
-    return jnp.swapaxes(merged.reshape(q.shape[0], -1, *q.shape[3:]), 1, 2)[:, :tokens]
+        count = pool.num_kv_heads
+
+        def attend(at: jax.Array, out: jax.Array, pool=pool, table=table, window=window, first=heads.start, count=count):
+            b, head = at // count, at % count
+            history = _history(pool, table[b], head, starts[b], window, block, q.dtype)
+            chunk = _chunk(k, v, (b, first + head), starts[b], counts[b], block)
+            return _attend_head(out, q, (b, first + head), (history, chunk), starts[b], counts[b], window, block)
+
+        out = jax.lax.fori_loop(0, batch * count, attend, out)
+    return out.reshape(batch, -1, q.shape[2] * q.shape[3], q.shape[4])[:, :tokens]
 
 
-def _attend_sequence(
+def _attend_head(
+    out: jax.Array,
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    table: jax.Array,
+    at: tuple[jax.Array, jax.Array],
+    sources: tuple[KeySource, ...],
     start: jax.Array,
     count: jax.Array,
-    *,
-    pool: PagedKV,
     window: Window,
     block: int,
 ) -> jax.Array:
-    """Returns [K, G, T, H] for q of that shape and k, v [K, T, H]; T a multiple of ``block``."""
-    heads, group, _, head_dim = q.shape
-    sources = (_history(pool, table, start, block, q.dtype), _chunk(k, v, start, count, block))
+    """Returns ``out`` [B, T, K, G, H] with the outputs of one sequence's KV head in it; T a multiple of ``block``."""
+    b, head = at
+    group, head_dim = q.shape[3:]
 
     def attend_queries(index: jax.Array, out: jax.Array) -> jax.Array:
-        queries = jax.lax.dynamic_slice_in_dim(q, index * block, block, axis=2)
-        queries = queries.reshape(heads, group * block, head_dim)
-        state = OnlineSoftmax.start(queries.shape[:2], head_dim)
+        corner = (b, index * block, head, 0, 0)
+        queries = jax.lax.dynamic_slice(q, corner, (1, block, 1, group, head_dim)).reshape(block * group, head_dim)
+        state = OnlineSoftmax.start((block * group,), head_dim)
         for source in sources:
             state = _walk(state, queries, start + index * block, source, window, block)
-        result = state.finish().reshape(heads, group, block, head_dim).astype(out.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(out, result, index * block, axis=2)
+        result = state.finish(head_dim).reshape(1, block, 1, group, head_dim).astype(out.dtype)
+        return jax.lax.dynamic_update_slice(out, result, corner)
 
-    return jax.lax.fori_loop(0, -(-count // block), attend_queries, jnp.zeros_like(q))
+    return jax.lax.fori_loop(0, -(-count // block), attend_queries, out)
 
 
 def _walk(
     state: OnlineSoftmax, queries: jax.Array, position: jax.Array, source: KeySource, window: Window, block: int
 ) -> OnlineSoftmax:
-    """Returns the softmax state of queries [K, G · block, H] from ``position`` on after a source's visible keys."""
-    positions = jnp.tile(position + jnp.arange(block), queries.shape[1] // block)
+    """Returns the softmax state of queries [block · G, H] from ``position`` on after a source's visible keys."""
+    positions = jnp.repeat(position + jnp.arange(block), queries.shape[0] // block)
     sinks, low, high = visible_blocks(position, block, source.keys, window)
 
     def visit(step: jax.Array, state: OnlineSoftmax) -> OnlineSoftmax:
         index = jnp.where(step < sinks, step, low + step - sinks)
         keys, values, exists = source.fetch(index)
-        at = source.keys.first + index * source.keys.block + jnp.arange(source.keys.block)
-        scores = jnp.einsum("krh,ksh->krs", queries, keys, precision="highest", preferred_element_type=jnp.float32)
-        visible = exists & is_visible(positions[:, None], at, *window)
-        values = jnp.where(exists[:, None], values, jnp.zeros((), values.dtype))
-        return state.add(scores * queries.shape[-1] ** -0.5, visible, values)
+        visible = None
+        if source.is_all_visible:
+            keys = jnp.where(exists[:, None], keys, keys[:1])  # a key that does not count may not be the largest
+        else:
+            at = source.keys.first + index * source.keys.block + jnp.arange(source.keys.block)
+            visible = exists & is_visible(positions[:, None], at, *window)
+        scores = jnp.einsum("rh,sh->rs", queries, keys, precision="highest", preferred_element_type=jnp.float32)
+        return state.add(scores, with_ones(values, exists), scale=queries.shape[-1] ** -0.5, visible=visible)
 
     return jax.lax.fori_loop(0, sinks + high - low, visit, state)
 
 
-def _history(pool: PagedKV, table: jax.Array, start: jax.Array, block: int, dtype: jnp.dtype) -> KeySource:
-    """Returns the tokens before the chunk, dequantised from their pages."""
-    pages = max(block // pool.page_size, 1)
+def _history(
+    pool: PagedKV,
+    table: jax.Array,
+    head: jax.Array,
+    start: jax.Array,
+    window: Window,
+    block: int,
+    dtype: jnp.dtype,
+) -> KeySource:
+    """Returns a head's tokens before the chunk, dequantised from their pages."""
+    is_dense = window.local is None
+    pages = max((_DENSE_BLOCK if is_dense and block == BLOCK else block) // pool.page_size, 1)
     table = jnp.pad(table, (0, -table.size % pages), constant_values=-1)
     size = pages * pool.page_size
 
     def fetch(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         physical = jax.lax.dynamic_slice_in_dim(table, index * pages, pages)
-        keys, values = (_tokens(x, jnp.maximum(physical, 0), dtype) for x in (pool.k, pool.v))
+        keys, values = (_tokens(x, jnp.maximum(physical, 0), head, dtype) for x in (pool.k, pool.v))
         is_held = jnp.repeat(physical >= 0, pool.page_size)
         return keys, values, is_held & (index * size + jnp.arange(size) < start)
 
-    return KeySource(KeyRange(0, start, size), fetch)
+    return KeySource(KeyRange(0, start, size), fetch, is_dense)
 
 
-def _tokens(pages: jax.Array | QuantizedArray, physical: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns the tokens [K, n · page_size, H] of physical pages [n]."""
-    rows = jnp.swapaxes(dequantize(jax.tree.map(lambda x: x[physical], pages), dtype), 0, 1)
-    return rows.reshape(rows.shape[0], -1, rows.shape[-1])
+def _tokens(pages: jax.Array | QuantizedArray, physical: jax.Array, head: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the tokens [n · page_size, H] of physical pages [n]."""
+    rows = dequantize(jax.tree.map(lambda x: x[physical, head], pages), dtype)
+    return rows.reshape(-1, rows.shape[-1])
 
 
-def _chunk(k: jax.Array, v: jax.Array, start: jax.Array, count: jax.Array, block: int) -> KeySource:
-    """Returns the chunk's own tokens."""
+def _chunk(
+    k: jax.Array, v: jax.Array, at: tuple[jax.Array, jax.Array], start: jax.Array, count: jax.Array, block: int
+) -> KeySource:
+    """Returns the chunk's own tokens of one sequence's head."""
+    b, head = at
 
     def fetch(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        keys, values = (jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=1) for x in (k, v))
+        corner, shape = (b, index * block, head, 0), (1, block, 1, k.shape[-1])
+        keys, values = (jax.lax.dynamic_slice(x, corner, shape).reshape(block, -1) for x in (k, v))
         return keys, values, index * block + jnp.arange(block) < count
 
-    return KeySource(KeyRange(start, start + count, block), fetch)
+    return KeySource(KeyRange(start, start + count, block), fetch, is_all_visible=False)

@@ -1,0 +1,82 @@
+"""lserve_jax as a worker (see `protocol`): `LLM`, opened and called as `lserve_jax.generate` does it."""
+
+import time
+from typing import Any
+
+import protocol
+
+
+class Ours:
+    """An `LLM`. Times are those of the wall, the host's work included and compilation left out."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        begin = time.perf_counter()
+        import jax
+
+        from lserve_jax.command_line import use_compilation_cache
+        from lserve_jax.engine_setup import prepare
+        from lserve_jax.llm import LLM
+        from lserve_jax.sampling import SamplingParams
+
+        self.sampling_params = SamplingParams
+        self.num_compilations = 0
+        jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
+        self.facts = {"jax": jax.__version__, "devices": len(jax.devices())}
+        if "prepare" not in settings:
+            return
+        imported, base_bytes = time.perf_counter(), protocol.memory()["rss_bytes"]
+        setup = prepare(**settings["prepare"])
+        use_compilation_cache()
+        self.prefilled: list[tuple[int, int, float]] = []
+        self.llm = LLM.from_setup(setup, on_progress=self._note)
+        plan = setup.plan
+        self.facts |= {
+            "import_s": imported - begin,
+            "load_s": time.perf_counter() - imported,
+            "base_bytes": base_bytes,
+            "plan_bytes": plan.total_bytes,
+            "plan_weight_bytes": plan.weight_bytes,
+            "plan_cache_bytes": plan.retrieval_bytes + plan.streaming_bytes,
+            "retrieval_heads": sum(setup.config.num_retrieval),
+        }
+
+    def measure(
+        self, prompt: list[int], batch: int, steps: int, sampling: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Returns the times of ``batch`` prefills one after another, and of the steps that they decode together."""
+        llm, compiled_before = self.llm, self.llm.compile_seconds
+        self.prefilled.clear()
+        params = self.sampling_params(max_tokens=steps + 1, ignore_eos=True, **(sampling or {}))
+        begin = time.perf_counter()
+        outputs = llm.generate([prompt] * batch, params)
+        end = time.perf_counter()
+        begin += llm.compile_seconds - compiled_before
+        last_prefill = self.prefilled[-1][-1]
+        return {
+            "prefill_s": last_prefill - begin,
+            "prefilled": len(prompt) * batch,
+            "prefill_calls_s": sum(output.metrics.prefill_s for output in outputs),
+            "prefill_curve": [] if batch > 1 else self._curve(begin),
+            "decode_s": end - last_prefill,
+            "decode_calls_s": outputs[0].metrics.decode_s,
+            "steps": steps,
+            "tokens": list(outputs[0].token_ids[: protocol.SHOWN_TOKENS]),
+            "compile_s": llm.compile_seconds,
+            "programs": sorted(llm.engine.programs.names),
+            "num_compilations": self.num_compilations,
+        }
+
+    def _curve(self, begin: float) -> list[tuple[int, float]]:
+        """Returns the seconds until so many tokens of the prompt were done: at powers of two, and at the end."""
+        return [(n, at - begin) for n, total, at in self.prefilled if n == total or n & (n - 1) == 0]
+
+    def _note(self, stage: str, done: int, total: int) -> None:
+        if stage == "prefill":
+            self.prefilled.append((done, total, time.perf_counter()))
+
+    def _count_compilation(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        self.num_compilations += event == "/jax/core/compile/backend_compile_duration"
+
+
+if __name__ == "__main__":
+    protocol.serve(Ours)
