@@ -106,7 +106,7 @@ def memory(lines: Sequence[Line]) -> Figure | None:
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, ncols=4, loc="outside lower center")
     figure.suptitle(_title(lines, "Peak memory and the plan"))
     return figure
 

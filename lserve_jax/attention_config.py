@@ -1,5 +1,6 @@
 """The sparsity policy: which tokens streaming heads see, how many pages a decoded token reads, how pages are stored."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -24,7 +25,7 @@ class AttentionConfig:
       static_sparsity: share of the model's KV heads that stream, 0 … 1.
       dense_layers: layers whose retrieval heads always read everything.
       kv_dtype: element type of the pages; "auto" is the model's own.
-      is_sink_forced: whether the sink's pages are selected whatever their score.
+      is_sink_forced: whether the first page is selected whatever its score, if there is a sink.
       selector_spread: how much of the distance between the bounds of a sub-page's keys counts in its score, 0 … 1; 1 is
         the upper bound of Quest and LServe (see `pallas_kernels.page_select`).
       has_lookahead: whether the page after a chosen end of a page is chosen with it: for copying, where sub-pages are
@@ -74,17 +75,20 @@ class AttentionConfig:
         if self.token_budget < needed:
             raise ValueError(
                 f"token_budget={self.token_budget} must be at least {needed}: the {self.forced_pages} pages of "
-                f"{self.page_size} tokens with the sink and the newest tokens are always read"
+                f"{self.page_size} tokens with the first and the newest tokens are always read"
             )
 
     @property
     def sink_pages(self) -> int:
-        """Pages at the start that are always selected."""
-        return -(-self.sink // self.page_size) if self.is_sink_forced else 0
+        """Pages at the start that are always selected: the first, for attention sinks into the first few tokens.
+
+        All pages of ``sink`` would take a third of a small budget (4 pages of 16), and are found where they matter.
+        """
+        return int(self.is_sink_forced and self.sink > 0)
 
     @property
     def forced_pages(self) -> int:
-        """Pages that every selection holds: the sink's and those written since the last selection."""
+        """Pages that every selection holds: the first and those written since the last selection."""
         return self.sink_pages + (self.selector_interval + self.page_size - 2) // self.page_size + 1
 
     @property
@@ -107,23 +111,60 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lserve": {},
     "dense": {**_NO_SELECTOR, **_NO_STREAMING},
     "streaming": {**_NO_SELECTOR},
-    "quest": {**_NO_STREAMING, "page_size": 16, "selector_interval": 1, "dense_layers": (0, 1), "selector_spread": 1.0},
+    "quest": {
+        **_NO_STREAMING,
+        "page_size": 16,
+        "sub_page_size": 16,
+        "selector_interval": 1,
+        "dense_layers": (0, 1),
+        "selector_spread": 1.0,
+    },
     "qserve": {**_NO_SELECTOR, **_NO_STREAMING, "kv_dtype": "int4"},
 }
 """Systems as fields that differ from the defaults: LServe, vLLM-like, DuoAttention, Quest, QServe."""
 
 
-def from_preset(preset: str, /, **overrides: Any) -> AttentionConfig:
-    """Returns a preset with some fields replaced; overrides that are None keep the preset's value.
+_SMALL_PAGES: tuple[tuple[int, dict[str, Any]], ...] = (
+    (2048, {"page_size": 16, "sub_page_size": 4, "has_lookahead": True}),
+    (4096, {"page_size": 32, "sub_page_size": 8}),
+)
+"""What takes the place of the defaults at budgets below so many tokens: a selection wants many pages."""
+
+
+def from_preset(preset: str, /, *, of_model: Mapping[str, Any] | None = None, **overrides: Any) -> AttentionConfig:
+    """Returns a preset with some fields replaced.
+
+    Where neither preset nor overrides name a page size, it follows from the budget: 64 tokens, 32 at budgets below
+    4096, and 16 with lookahead at budgets below 2048 (docs/accuracy.md).
+
+    Args:
+      preset: a key of `PRESETS`.
+      of_model: fields that were found to suit the model; they replace the preset's if it lets heads stream.
+      **overrides: fields by name; None keeps what would be without.
 
     Raises:
       ValueError: if the preset or a field is unknown, or a value is out of range.
     """
     if preset not in PRESETS:
         raise ValueError(f"attention={preset!r} must be one of {', '.join(PRESETS)}")
+    of_preset, given = PRESETS[preset], {name: value for name, value in overrides.items() if value is not None}
     known = {field.name for field in fields(AttentionConfig)} - {"preset"}
-    unknown = sorted(set(overrides) - known)
+    unknown = sorted({*overrides, *(of_model or {})} - known)
     if unknown:
         raise ValueError(f"unknown attention option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return AttentionConfig(preset=preset, **{**PRESETS[preset], **given})
+    of_model = {} if of_preset.get("static_sparsity") == 0 else of_model or {}
+    chosen = {**of_preset, **of_model, **given}
+    budget = chosen.get("token_budget", AttentionConfig.token_budget)
+    pages = default_pages(preset, budget, {**of_model, **given}) if isinstance(budget, int) else {}
+    return AttentionConfig(preset=preset, **{**pages, **chosen})
+
+
+def default_pages(preset: str, token_budget: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of pages that suit a budget; nothing where the preset or what is chosen names page sizes."""
+    chosen = {**PRESETS[preset], **chosen}
+    if chosen.keys() & {"page_size", "sub_page_size"}:
+        return {}
+    found = next((dict(pages) for below, pages in _SMALL_PAGES if token_budget < below), {})
+    if chosen.get("group_reduction") == "mean":
+        found.pop("has_lookahead", None)  # of the maximum only, see `pallas_kernels.page_select`
+    return found

@@ -166,6 +166,7 @@ def _settings(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         "model_name": setup.checkpoint.name,
         "sink_size": args.sink,
         "recent_size": args.local,
+        "attention": {"sink": args.sink, "local": args.local, "prefill_local": args.local},
         "quota": args.quota,
         "seed": args.seed,
         "dtype": setup.config.dtype,

@@ -16,7 +16,7 @@ from lserve_jax.attention import decode_attend, prefill_attend
 from lserve_jax.attention_config import AttentionConfig, from_preset
 from lserve_jax.cache import init_cache
 from lserve_jax.engine.engine import EngineConfig
-from lserve_jax.heads import GATES_FILE, HeadClasses, classify, load_gates
+from lserve_jax.heads import CONFIG_FILE, GATES_FILE, HeadClasses, classify, load_gates, load_settings
 from lserve_jax.inference_config import InferenceConfig
 from lserve_jax.models.llama import Attend
 from lserve_jax.plan import MemoryPlan, plan_memory
@@ -72,7 +72,8 @@ def prepare(
     Args:
       model: see `open_checkpoint`.
       attention: preset name.
-      head_pattern: folder with head gates in DuoAttention's format; None takes the pattern that ships for this model.
+      head_pattern: folder with head gates in DuoAttention's format, and perhaps settings that suit the model (see
+        `lserve_jax.heads.load_settings`); None takes the pattern that ships for this model.
       dtype: "auto", "bfloat16" or "float32".
       max_model_len: tokens of a sequence; None takes the model's own.
       max_num_seqs: sequences that decode together.
@@ -83,7 +84,7 @@ def prepare(
       recall_interval: measure the recall of page selection at every so many decode steps, which are then also the
         steps of a call; None does not, and costs nothing. An interval that is no multiple of ``selector_interval``
         sees selections of every age.
-      **options: fields of `AttentionConfig` that replace the preset's.
+      **options: fields of `AttentionConfig` that replace the preset's and the pattern's.
 
     Raises:
       ValueError: for anything that cannot be, in one line.
@@ -100,8 +101,9 @@ def prepare(
         wrong.append(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     if wrong:
         raise ValueError("; ".join(wrong))
-    policy = from_preset(attention, **options)
+    from_preset(attention, **options)  # what is wrong with them is found before a checkpoint is opened
     checkpoint = open_checkpoint(model)
+    policy = from_preset(attention, of_model=model_settings(checkpoint, head_pattern), **options)
     heads = _head_classes(checkpoint, policy, head_pattern, assume_streaming)
     config = InferenceConfig(
         model=checkpoint.config,
@@ -178,6 +180,23 @@ def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:
         raise ValueError(f"{checkpoint.name}: generation_config.json: {error}") from None
 
 
+def model_settings(checkpoint: Checkpoint, head_pattern: str | Path | None = None) -> dict[str, Any]:
+    """Returns the fields of `AttentionConfig` that a head pattern recommends (see `prepare` for which one it is).
+
+    Raises:
+      ValueError: if they are none, in one line that names the file.
+    """
+    with _pattern_folder(checkpoint, head_pattern) as folder:
+        if folder is None:
+            return {}
+        settings = load_settings(folder)
+        try:
+            from_preset("lserve", **settings)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG_FILE}: attention: {error}") from None
+        return settings
+
+
 def _head_classes(
     checkpoint: Checkpoint, policy: AttentionConfig, head_pattern: str | Path | None, assume_streaming: bool
 ) -> HeadClasses | None:
@@ -185,9 +204,7 @@ def _head_classes(
     layers, heads = checkpoint.config.num_layers, checkpoint.config.num_kv_heads
     if policy.static_sparsity == 0:
         return None
-    if head_pattern is not None:
-        return classify(load_gates(Path(head_pattern), layers, heads), policy.static_sparsity)
-    with _shipped_pattern(checkpoint.name) as folder:
+    with _pattern_folder(checkpoint, head_pattern) as folder:
         if folder is not None:
             return classify(load_gates(folder, layers, heads), policy.static_sparsity)
     if assume_streaming:  # which heads does not matter to a plan: all layers have pools of the same number of pages
@@ -196,9 +213,12 @@ def _head_classes(
 
 
 @contextmanager
-def _shipped_pattern(model: str) -> Iterator[Path | None]:
-    """Yields the folder of the pattern that ships with the package for a model of this name, or None."""
-    folder = resources.files("lserve_jax") / "data" / "patterns" / Path(model).name
+def _pattern_folder(checkpoint: Checkpoint, head_pattern: str | Path | None) -> Iterator[Path | None]:
+    """Yields the named folder, or that of the pattern that ships with the package for a model of this name, or None."""
+    if head_pattern is not None:
+        yield Path(head_pattern)
+        return
+    folder = resources.files("lserve_jax") / "data" / "patterns" / Path(checkpoint.name).name
     if not (folder / GATES_FILE).is_file():
         yield None
         return

@@ -10,13 +10,13 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lserve_jax.attention_config import AttentionConfig
 from lserve_jax.command_line import OneLineParser, ProgressBars, run_command, use_compilation_cache
-from lserve_jax.engine_setup import DEFAULT_MODEL, IMPLEMENTATIONS, Setup, prepare
+from lserve_jax.engine_setup import DEFAULT_MODEL, IMPLEMENTATIONS, Setup, model_settings, prepare
 from lserve_jax.evaluation import ablations, drift, longbench, perplexity, plots
 from lserve_jax.evaluation.answers import Answers
 from lserve_jax.evaluation.corpus import Windows, python_reference, read_texts
@@ -28,10 +28,11 @@ from lserve_jax.evaluation.store import Store, write_whole
 from lserve_jax.evaluation.summary import summarise
 from lserve_jax.evaluation.table import format_tables
 from lserve_jax.evaluation.tasks import TASKS, get_task
-from lserve_jax.evaluation.variants import Variant, parse_variants
+from lserve_jax.evaluation.variants import Variant, parse_variant, parse_variants
 from lserve_jax.inference_config import DTYPES
 from lserve_jax.llm import LLM, open_tokenizer
 from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.weights.load import Checkpoint
 
 logger = logging.getLogger("lserve_jax")
 
@@ -39,6 +40,7 @@ FORMAT = 1
 """Of the files in --out."""
 
 _LONGBENCH = "longbench:"
+_VARIANTS = "dense,lserve:token_budget=25%+kv_dtype=int8"
 _SETTINGS = (
     *("model", "tokenizer", "dtype", "implementation", "seed", "raw", "word_lengths", "head_pattern", "haystack"),
     *("longbench", "qa", "corpus", "tail", "drift_tokens", "recall_interval"),
@@ -59,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--lengths", default="1024,2048", help="tokens of a prompt (%(default)s)")
     what.add_argument("--samples", type=int, default=20, help="of each task and length (%(default)s)")
-    what.add_argument("--variants", help=f"with commas between (dense,{ablations.BASE.replace('%', '%%')})")
+    what.add_argument("--variants", help=f"with commas between ({_VARIANTS.replace('%', '%%')})")
     what.add_argument(
         "--ablation",
         nargs="?",
@@ -125,14 +127,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     logging.root.handlers[0].addFilter(_Once())
     _check_numbers(args)
     lengths, names = _lengths(args.lengths), _task_names(args.tasks)
-    axes = ablations.settings(args.base, args.ablation.split(",")) if args.ablation else []
-    variants = _variants(args, axes)
+    named = _variants(args)
+    opened = _prepare(args, "dense")
+    axes, variants = _suited(args, opened.checkpoint, named)
     for variant in variants:
         for length in lengths:
             variant.config(length)
     common = {"format": FORMAT, "reference": variants[0].label, **{name: getattr(args, name) for name in _SETTINGS}}
     store = Store(args.out, common)
-    opened = _prepare(args, "dense")
     context = opened.checkpoint.config.max_context
     if max(lengths) > context:
         raise ValueError(f"--lengths: {max(lengths)} is beyond the {context} tokens of the model's context")
@@ -237,10 +239,24 @@ def _task_names(text: str) -> list[str]:
     return names
 
 
-def _variants(args: argparse.Namespace, axes: Sequence[ablations.Setting]) -> list[Variant]:
-    """Returns what is compared, the reference first: what --variants names, and what an ablation needs."""
-    named = parse_variants(args.variants or ("dense" if axes else f"dense,{ablations.BASE}"))
-    return list({variant.label: variant for variant in (*named, *(setting.variant for setting in axes))}.values())
+def _variants(args: argparse.Namespace) -> list[Variant]:
+    """Returns what is compared, the reference first, and the base of an ablation last."""
+    named = args.variants or ("dense" if args.ablation else _VARIANTS)
+    return [*parse_variants(named), parse_variant(args.base)]
+
+
+def _suited(
+    args: argparse.Namespace, checkpoint: Checkpoint, named: Sequence[Variant]
+) -> tuple[list[ablations.Setting], list[Variant]]:
+    """Returns the settings of an ablation and all variants, with what suits the model as defaults."""
+
+    def suited(variant: Variant) -> Variant:
+        return replace(variant, of_model=model_settings(checkpoint, variant.head_pattern or args.head_pattern))
+
+    *compared, base = map(suited, named)
+    axes = args.ablation.split(",") if args.ablation else []
+    settings = ablations.settings(base, axes, checkpoint.config.num_layers)
+    return settings, list({one.label: one for one in (*compared, *(one.variant for one in settings))}.values())
 
 
 def _measurements(

@@ -1,14 +1,16 @@
 """Which KV heads keep the whole context (retrieval) and which only sink and window (streaming)."""
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 GATES_FILE = "full_attention_heads.tsv"
+CONFIG_FILE = "config.json"
 QUOTAS = ("model", "layer")
 
 
@@ -74,6 +76,26 @@ def load_gates(folder: Path, num_layers: int, num_kv_heads: int) -> NDArray[np.f
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
     return np.clip(np.array(rows, dtype=np.float64), 0.0, 1.0)
+
+
+def load_settings(folder: Path) -> dict[str, Any]:
+    """Returns what a pattern's ``config.json`` names under ``attention``: the fields of `AttentionConfig` that suit it.
+
+    A pattern is good for the windows that it was found with. Patterns from elsewhere name none, and then it is empty.
+
+    Raises:
+        ValueError: the file cannot be read as such, in one line.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("attention", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read as a JSON object: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: attention must be an object of settings, got {found!r}")
+    return found
 
 
 def _parse_rows(path: Path, max_problems: int = 5) -> tuple[list[list[float]], list[str]]:

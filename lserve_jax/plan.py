@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lserve_jax.cache import init_cache
 from lserve_jax.engine.allocator import retrieval_pages, streaming_pages
 from lserve_jax.inference_config import InferenceConfig
-from lserve_jax.models.llama import abstract_params
+from lserve_jax.weights.rules import parameter_shapes
 
 _GIB = 2**30
 _HEADROOM = 0.9
@@ -145,7 +145,8 @@ def plan_memory(
       available_bytes: memory to plan for; None asks the device.
     """
     available = free_memory() if available_bytes is None else available_bytes
-    weights = tree_bytes(abstract_params(config.model, jnp.dtype(config.dtype)))
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(config.model).values())
+    weights = parameters * jnp.dtype(config.dtype).itemsize
     retrieval, streaming = page_bytes(config)
 
     def pools(length: int) -> PoolSizes:

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lserve_jax.heads import GATES_FILE
+from lserve_jax.heads import CONFIG_FILE, GATES_FILE
 
-CONFIG_FILE = "config.json"
 SCORES_FILE = "scores.npz"
 PICTURE_FILE = "heads.png"
 

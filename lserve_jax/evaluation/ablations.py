@@ -4,12 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lserve_jax.evaluation.summary import Cell
-from lserve_jax.evaluation.variants import Variant, change, parse_variant
+from lserve_jax.evaluation.variants import Variant, change
 
-BASE = "lserve:token_budget=25%+kv_dtype=int8"
+BASE = "lserve:page_size=16+sub_page_size=4+has_lookahead=true+token_budget=25%+kv_dtype=int8"
 
 AXES: Mapping[str, tuple[str, ...]] = {
     "page": (
+        "page_size=8+sub_page_size=4",
+        "page_size=16+sub_page_size=4",
         "page_size=16+sub_page_size=16",
         "page_size=32+sub_page_size=32",
         "page_size=32+sub_page_size=16",
@@ -25,9 +27,12 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "kv_dtype": tuple(f"kv_dtype={name}" for name in ("auto", "int8", "int4")),
     "reduction": tuple(f"group_reduction={name}" for name in ("max", "mean")),
     "spread": tuple(f"selector_spread={share}" for share in (0, 0.25, 0.5, 0.75, 1)),
+    "lookahead": ("has_lookahead=false", "has_lookahead=true"),
     "forced_sink": ("is_sink_forced=true", "is_sink_forced=false"),
 }
 """Each axis: the fields that its settings replace in the base variant."""
+
+_LAYERS = "dense_layer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +44,23 @@ class Setting:
     variant: Variant
 
 
-def settings(base: str, axes: Iterable[str]) -> list[Setting]:
+def settings(base: Variant, axes: Iterable[str], num_layers: int) -> list[Setting]:
     """Returns the settings of some axes; those that change nothing have the base variant itself.
 
+    Args:
+      base: what they are changes of.
+      axes: names of `AXES`, or ``dense_layer``: every layer of the model on its own reads everything.
+      num_layers: of the model.
+
     Raises:
-      ValueError: for an unknown axis, or a base that is no variant.
+      ValueError: for an unknown axis.
     """
-    start = parse_variant(base)
+    known = {**AXES, _LAYERS: tuple(f"dense_layers={layer}" for layer in range(num_layers))}
     found = []
     for axis in axes:
-        if axis not in AXES:
-            raise ValueError(f"ablation {axis!r} must be one of {', '.join(AXES)}")
-        found += [Setting(axis=axis, fields=fields, variant=change(start, fields)) for fields in AXES[axis]]
+        if axis not in known:
+            raise ValueError(f"ablation {axis!r} must be one of {', '.join(known)}")
+        found += [Setting(axis=axis, fields=fields, variant=change(base, fields)) for fields in known[axis]]
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lserve_jax.evaluation.matching import matching_start
 from lserve_jax.evaluation.measurement import Item, Row, decoding, mean, prompt_length
 from lserve_jax.evaluation.rendering import word_render
 from lserve_jax.evaluation.sample import Render, Request, Sample, Task
@@ -93,33 +94,36 @@ class Answers:
         del reference
         rows: list[dict[str, Any]] = [dict.fromkeys(_VALUES) for _ in items]
         pairs = list(zip(items, rows, strict=True))
-        _score(llm, [(item, row) for item, row in pairs if item.continuation])
+        self._score(llm, [(item, row) for item, row in pairs if item.continuation])
         _answer(llm, [(item, row) for item, row in pairs if row["answer"] is None])
         for item, row in pairs:
             sample = _sample(item)
             row.update(score=float(self.task.metric(row["answer"], sample.references)), info=sample.info)
         return rows
 
+    def _score(self, llm: LLM, pairs: Sequence[tuple[Item, dict[str, Any]]]) -> None:
+        """Adds what the model makes of targets, and the answer where that is known by it.
+
+        Scoring feeds the target's tokens and greedy decoding its own choices, both through the same steps: up to the
+        first choice that is another than the target's token they are the same. So where none is, or the metric looks
+        no further, the generation is left out; a prompt costs far more than its answer. What would be said after the
+        target is not looked at.
+        """
+        outputs = llm.score([item.prompt.tolist() for item, _ in pairs], [item.continuation for item, _ in pairs])
+        for (item, row), output in zip(pairs, outputs, strict=True):
+            hits = np.equal(output.token_ids, output.greedy_token_ids)
+            row.update(nll=mean(np.negative(output.logprobs)), token_accuracy=mean(hits), **decoding(output.metrics))
+            sample = _sample(item)
+            if output.is_greedy and len(item.continuation) <= sample.max_tokens:
+                row["answer"] = sample.target
+            elif self.task.metric is matching_start:
+                choices = output.greedy_token_ids[: int(np.argmin(hits)) + 1]
+                row["answer"] = self.tokenizer.decode(list(choices))
+
 
 def _sample(item: Item) -> Sample:
     assert item.sample is not None
     return item.sample
-
-
-def _score(llm: LLM, pairs: Sequence[tuple[Item, dict[str, Any]]]) -> None:
-    """Adds what the model makes of targets, and the answer where that is the target.
-
-    Scoring feeds the target's tokens and greedy decoding its own choices, both through the same steps. Where each
-    choice is the target's token they feed the same, so generating would say the target once more; as a prompt costs
-    far more than its answer, the generation is left out. What it would say after the target is not looked at.
-    """
-    outputs = llm.score([item.prompt.tolist() for item, _ in pairs], [item.continuation for item, _ in pairs])
-    for (item, row), output in zip(pairs, outputs, strict=True):
-        hits = np.equal(output.token_ids, output.greedy_token_ids)
-        row.update(nll=mean(np.negative(output.logprobs)), token_accuracy=mean(hits), **decoding(output.metrics))
-        sample = _sample(item)
-        if output.is_greedy and len(item.continuation) <= sample.max_tokens:
-            row["answer"] = sample.target
 
 
 def _answer(llm: LLM, pairs: Sequence[tuple[Item, dict[str, Any]]]) -> None:

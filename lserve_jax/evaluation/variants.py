@@ -3,15 +3,17 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from lserve_jax.attention_config import PRESETS, AttentionConfig, from_preset
+from lserve_jax.attention_config import PRESETS, AttentionConfig, default_pages, from_preset
 
 # A comma before a letter begins another variant, and a plus before "name=" another field: lists keep their commas.
 _NEXT_VARIANT = re.compile(r"\s*,\s*(?=[a-zA-Z])")
 _NEXT_FIELD = re.compile(r"\+(?=\w+=)")
 _NO_LIMIT = 2**31
+_OF_BUDGET = ("page_size", "sub_page_size", "has_lookahead")
+"""Fields that `default_pages` may set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +26,14 @@ class Variant:
       options: fields of `AttentionConfig` that replace the preset's. A ``token_budget`` that is a `float` is a share of
         the prompt's length.
       head_pattern: folder with head gates; None takes what the run takes.
+      of_model: settings that suit the model, see `lserve_jax.attention_config.from_preset`.
     """
 
     label: str
     preset: str
     options: Mapping[str, Any] = field(default_factory=dict)
     head_pattern: str | None = None
+    of_model: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, length: int) -> AttentionConfig:
         """Returns the policy for prompts of ``length`` tokens.
@@ -42,10 +46,14 @@ class Variant:
         try:
             budget = self.options.get("token_budget")
             if not isinstance(budget, float):
-                return from_preset(self.preset, **self.options)
-            free = from_preset(self.preset, **{**self.options, "token_budget": _NO_LIMIT})
-            pages = max(math.ceil(budget * length / free.page_size - 1e-9), free.forced_pages)
-            return from_preset(self.preset, **{**self.options, "token_budget": pages * free.page_size})
+                return from_preset(self.preset, of_model=self.of_model, **self.options)
+            tokens = math.ceil(budget * length - 1e-9)
+            pages = default_pages(self.preset, tokens, {**self.of_model, **self.options})
+            options = {**pages, **self.options, "token_budget": _NO_LIMIT}
+            free = from_preset(self.preset, of_model=self.of_model, **options)
+            count = max(-(-tokens // free.page_size), free.forced_pages)
+            options["token_budget"] = count * free.page_size
+            return from_preset(self.preset, of_model=self.of_model, **options)
         except ValueError as error:
             raise ValueError(f"variant {self.label!r}: {error}") from None
 
@@ -99,11 +107,14 @@ def change(variant: Variant, fields: str) -> Variant:
     """
     preset, _, rest = variant.label.partition(":")
     old, new = dict(_split(rest) if rest else ()), dict(_split(fields))
-    defaults = parse_variant(preset).config(0)
+    defaults = replace(parse_variant(preset), of_model=variant.of_model).config(0)
     wanted = parse_variant(f"{preset}:{fields}").options
-    if all(variant.options.get(name, getattr(defaults, name)) == value for name, value in wanted.items()):
+    # Page sizes that are not named follow from the budget, and are not known here.
+    unnamed = {name: None if name in _OF_BUDGET else getattr(defaults, name) for name in wanted}
+    if {**unnamed, **variant.options}.items() >= wanted.items():
         return variant
-    return parse_variant(f"{preset}:" + "+".join(f"{name}={value}" for name, value in {**old, **new}.items()))
+    text = f"{preset}:" + "+".join(f"{name}={value}" for name, value in {**old, **new}.items())
+    return replace(parse_variant(text), of_model=variant.of_model)
 
 
 def _split(fields: str) -> list[tuple[str, str]]:

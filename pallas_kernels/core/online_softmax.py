@@ -20,7 +20,7 @@ _COLUMNS = 16
 
 
 class OnlineSoftmax(NamedTuple):
-    """Running state over key blocks, float32: maximum [...] and sums [..., W] of the weighted columns of `with_ones`."""
+    """Running state over key blocks, float32: maximum [...], sums [..., W] of the weighted columns of `with_ones`."""
 
     maximum: jax.Array
     sums: jax.Array

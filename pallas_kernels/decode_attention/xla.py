@@ -3,6 +3,8 @@
 The trip counts are data: a sequence costs what it reads, an empty slot nothing, and longer contexts recompile nothing.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -21,6 +23,7 @@ from pallas_kernels.core.quantization import QuantizedArray, dequantize
 PAGES_PER_BLOCK = 8
 
 
+@partial(jax.jit, static_argnames=("sink", "local", "pages_per_block"))  # traced once for all layers alike
 def decode_attention(
     q: jax.Array,
     kv: LayerKV,
@@ -80,7 +83,9 @@ def _attend(
             return state.add(scores, with_ones(v, visible), scale=scale, visible=visible[:, None])
 
         blocks = (counts[b] + block - 1) // block
-        return jax.lax.fori_loop(0, blocks, attend_block, OnlineSoftmax.start((heads, group), head_dim)).finish(head_dim)
+        return jax.lax.fori_loop(0, blocks, attend_block, OnlineSoftmax.start((heads, group), head_dim)).finish(
+            head_dim
+        )
 
     return jax.lax.map(attend_sequence, jnp.arange(batch))
 

@@ -13,6 +13,7 @@ from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools
 from pallas_kernels.core.quantization import QuantizedArray, quantize
 
 
+@jax.jit  # traced once for all layers alike
 def kv_write(
     k: jax.Array, v: jax.Array, kv: LayerKV, tables: PageTables, starts: jax.Array, counts: jax.Array
 ) -> LayerKV:

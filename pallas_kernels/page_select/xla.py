@@ -4,6 +4,8 @@ With s the spread, the score of one channel is ``(q + s·|q|)/2 · k_max + (q �
 so the sum over channels is two matrix products, with no intermediate of [G, subs, H].
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +14,10 @@ from pallas_kernels.core.paging import NO_PAGE, PagedKV
 _PAGES_PER_BLOCK = 64
 
 
+_OPTIONS = ("num_selected", "interval", "sink_pages", "reduction", "spread", "has_lookahead")
+
+
+@partial(jax.jit, static_argnames=_OPTIONS)  # traced once for all layers alike
 def page_select(
     q: jax.Array,
     pages: PagedKV,

@@ -6,6 +6,7 @@ keeps the scores of a block in a core's cache.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ class KeySource(NamedTuple):
     """Whether each query sees all keys that exist."""
 
 
+@partial(jax.jit, static_argnames=("sink", "local", "block"))  # traced once for all layers alike
 def prefill_attention(
     q: jax.Array,
     k: jax.Array,
@@ -55,7 +57,9 @@ def prefill_attention(
         window = Window(sink, local) if name == "streaming" else Window(None, None)
         count = pool.num_kv_heads
 
-        def attend(at: jax.Array, out: jax.Array, pool=pool, table=table, window=window, first=heads.start, count=count):
+        def attend(
+            at: jax.Array, out: jax.Array, pool=pool, table=table, window=window, first=heads.start, count=count
+        ):
             b, head = at // count, at % count
             history = _history(pool, table[b], head, starts[b], window, block, q.dtype)
             chunk = _chunk(k, v, (b, first + head), starts[b], counts[b], block)

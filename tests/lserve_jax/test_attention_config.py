@@ -52,6 +52,44 @@ def test_zero_is_an_override_and_not_a_missing_value():
     assert (config.static_sparsity, config.sink, config.dense_layers) == (0.0, 0, ())
 
 
+@pytest.mark.parametrize(
+    ("budget", "pages"),
+    [
+        (48, (16, 4, True)),
+        (2047, (16, 4, True)),
+        (2048, (32, 8, False)),
+        (4095, (32, 8, False)),
+        (4096, (64, 16, False)),
+        (100_000, (64, 16, False)),
+        (None, (64, 16, False)),
+    ],
+)
+def test_small_budgets_have_small_pages_unless_a_page_size_is_named(budget: int | None, pages: tuple[int, int, bool]):
+    config = from_preset("lserve", token_budget=budget)
+    assert (config.page_size, config.sub_page_size, config.has_lookahead) == (pages if budget else (64, 16, False))
+    for named in ({"page_size": 64}, {"sub_page_size": 16}):
+        config = from_preset("lserve", token_budget=budget and max(budget, 192), **named)
+        assert (config.page_size, config.sub_page_size, config.has_lookahead) == (64, 16, False)
+    quest = from_preset("quest", token_budget=budget)
+    assert (quest.page_size, quest.sub_page_size, quest.has_lookahead) == (16, 16, False)
+
+
+def test_lookahead_is_not_chosen_for_a_mean_nor_against_what_is_named():
+    assert not from_preset("lserve", token_budget=512, group_reduction="mean").has_lookahead
+    assert not from_preset("lserve", token_budget=512, has_lookahead=False).has_lookahead
+
+
+def test_what_suits_a_model_lies_between_the_preset_and_what_is_named():
+    of_model = {"sink": 64, "prefill_local": 256, "dense_layers": [7], "page_size": 32}
+    config = from_preset("lserve", of_model=of_model, sink=16, token_budget=512)
+    assert (config.sink, config.prefill_local, config.dense_layers, config.page_size) == (16, 256, (7,), 32)
+    assert from_preset("streaming", of_model=of_model).prefill_local == 256
+    for preset in ("dense", "quest", "qserve"):
+        assert from_preset(preset, of_model=of_model) == from_preset(preset)
+    with pytest.raises(ValueError, match="unknown attention option window"):
+        from_preset("lserve", of_model={"window": 3})
+
+
 @pytest.mark.parametrize("dtype", ["auto", *KV_DTYPES])
 def test_every_kv_dtype_is_accepted(dtype: str):
     assert from_preset("lserve", kv_dtype=dtype).kv_dtype == dtype
@@ -70,16 +108,16 @@ def test_values_of_other_number_types_and_lists_become_plain_hashable_values():
 @pytest.mark.parametrize(
     ("sink", "page_size", "interval", "expected"),
     [
-        (128, 64, 4, 2 + 2),  # the last 4 tokens lie in 2 pages at most
-        (128, 64, 1, 2 + 1),
+        (128, 64, 4, 1 + 2),  # the last 4 tokens lie in 2 pages at most
+        (128, 64, 1, 1 + 1),
         (0, 64, 4, 0 + 2),
-        (129, 64, 4, 3 + 2),
-        (128, 64, 65, 2 + 2),  # 65 tokens in pages of 64: 2 pages at most, 66 tokens: 3
-        (128, 64, 66, 2 + 3),
+        (129, 64, 4, 1 + 2),
+        (128, 64, 65, 1 + 2),  # 65 tokens in pages of 64: 2 pages at most, 66 tokens: 3
+        (128, 64, 66, 1 + 3),
         (1, 1, 4, 1 + 4),
     ],
 )
-def test_forced_pages_are_those_of_the_sink_and_of_the_newest_tokens(
+def test_forced_pages_are_the_first_and_those_of_the_newest_tokens(
     sink: int, page_size: int, interval: int, expected: int
 ):
     common: dict[str, Any] = {"sink": sink, "page_size": page_size, "sub_page_size": 1, "selector_interval": interval}
@@ -87,7 +125,7 @@ def test_forced_pages_are_those_of_the_sink_and_of_the_newest_tokens(
     assert config.forced_pages == expected
     positions = range(sink + 3 * page_size, sink + 5 * page_size)
     newest = {len({at // page_size for at in range(last - interval + 1, last + 1)}) for last in positions}
-    assert config.forced_pages == -(-sink // page_size) + max(newest)
+    assert config.forced_pages == min(sink, 1) + max(newest)
     with pytest.raises(ValueError, match=rf"token_budget={expected * page_size - 1} must be at least"):
         AttentionConfig(token_budget=expected * page_size - 1, **common)
 
@@ -119,10 +157,11 @@ def test_a_budget_is_counted_in_whole_pages():
         ({"token_budget": -64}, "token_budget=-64 must be a whole number from 1"),
         ({"token_budget": 4096.5}, "token_budget=4096.5 must be a whole number from 1"),
         (
-            {"token_budget": 255},
-            "token_budget=255 must be at least 256: the 4 pages of 64 tokens with the sink and the newest tokens are",
+            {"token_budget": 191, "page_size": 64},
+            "token_budget=191 must be at least 192: the 3 pages of 64 tokens with the first and the newest tokens are",
         ),
-        ({"sink": 4096}, "token_budget=4096 must be at least 4224: the 66 pages of 64 tokens"),
+        ({"token_budget": 47}, "token_budget=47 must be at least 48: the 3 pages of 16 tokens"),
+        ({"selector_interval": 4096}, "token_budget=4096 must be at least 4224: the 66 pages of 64 tokens"),
         ({"static_sparsity": -0.1}, "static_sparsity=-0.1 must be a number from 0 to 1"),
         ({"static_sparsity": 1.01}, "static_sparsity=1.01 must be a number from 0 to 1"),
         ({"static_sparsity": math.nan}, "static_sparsity=nan must be a number from 0 to 1"),

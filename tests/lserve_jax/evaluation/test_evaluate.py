@@ -15,6 +15,7 @@ import pytest
 
 from lserve_jax.evaluate import main
 from lserve_jax.evaluation import ablations
+from lserve_jax.evaluation.variants import parse_variant
 from tests.lserve_jax import checkpoints
 
 ROOT = Path(__file__).parents[3]
@@ -170,7 +171,7 @@ def test_a_stopped_run_says_how_to_go_on_and_comes_to_the_same(
 def test_an_ablation_has_tables_and_a_picture_for_each_axis(
     run: Callable[..., Result], whole: Path, tmp_path: Path, without_loading: None
 ):
-    settings = ablations.settings(SPARSE, ["reduction", "forced_sink"])
+    settings = ablations.settings(parse_variant(SPARSE), ["reduction", "forced_sink"], num_layers=2)
     changed = {setting.variant.label for setting in settings} - {SPARSE}
     assert len(changed) == 2
     rows = (whole / "results.jsonl").read_text(encoding="utf-8")
@@ -227,7 +228,7 @@ def test_published_files_are_a_task_with_the_samples_they_have(run: Callable[...
         (("--samples", "many"), ("--samples", "'many'")),
         (("--variants", "dense,vllm"), ("variant 'vllm'", "must be one of lserve, dense")),
         (("--variants", "dense,lserve:window=3"), ("unknown field 'window'",)),
-        (("--variants", "dense,lserve:token_budget=64"), ("'lserve:token_budget=64'", "at least 256")),
+        (("--variants", "dense,lserve:token_budget=32"), ("'lserve:token_budget=32'", "at least 48")),
         (("--variants", "dense,lserve:dense_layers=7"), ("dense_layers=[7] do not exist",)),
         (("--variants", "dense,lserve:head_pattern=nowhere"), ("nowhere", "full_attention_heads.tsv")),
         (("--ablation", "colour"), ("ablation 'colour' must be one of page, budget",)),

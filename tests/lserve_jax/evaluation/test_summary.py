@@ -12,6 +12,7 @@ from lserve_jax.evaluation import ablations, plots
 from lserve_jax.evaluation.statistics import difference
 from lserve_jax.evaluation.summary import select, summarise
 from lserve_jax.evaluation.table import format_tables
+from lserve_jax.evaluation.variants import parse_variant
 
 SPARSE = "lserve:page_size=16+sub_page_size=4+sink=16+local=64+prefill_local=64+token_budget=25%"
 
@@ -110,7 +111,7 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path: Path):
 
 
 def test_an_axis_has_the_reference_first_and_its_settings_by_what_they_change(tmp_path: Path):
-    settings = ablations.settings(ablations.BASE, ["budget", "reduction"])
+    settings = ablations.settings(parse_variant(ablations.BASE), ["budget", "reduction"], num_layers=2)
     labels = ["dense", *dict.fromkeys(setting.variant.label for setting in settings)]
     cells = summarise([needle(index, label, 1.0) for label in labels for index in range(3)], "dense")
     axes = ablations.by_axis(settings, cells)

@@ -1,5 +1,6 @@
 """Variants as the command line writes them, and the policies that they stand for."""
 
+import dataclasses
 import re
 
 import pytest
@@ -33,9 +34,9 @@ def test_every_field_of_the_policy_can_be_written():
     ("text", "length", "budget"),
     [
         ("lserve:token_budget=25%", 4096, 1024),
-        ("lserve:token_budget=25%", 4097, 1088),  # whole pages, rounded up
+        ("lserve:token_budget=25%", 4097, 1040),  # whole pages, rounded up
         ("lserve:token_budget=25%", 1000, 256),
-        ("lserve:token_budget=10%", 1000, 256),  # sink, newest page and the one before are always read
+        ("lserve:token_budget=10%+page_size=64", 1000, 192),  # first, newest page and the one before are always read
         ("lserve:token_budget=12.5%+page_size=16+sink=16", 1024, 128),
         ("dense:token_budget=100%", 1024, 1024),
         ("lserve:token_budget=512", 100_000, 512),
@@ -73,7 +74,7 @@ def test_what_is_no_variant_is_refused(text: str, message: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lserve:token_budget=64", "variant 'lserve:token_budget=64': token_budget=64 must be at least 256"),
+        ("lserve:token_budget=32", "variant 'lserve:token_budget=32': token_budget=32 must be at least 48"),
         ("lserve:page_size=40", "variant 'lserve:page_size=40': page_size=40 must be a multiple of sub_page_size=16"),
         ("lserve:static_sparsity=2+token_budget=5%", "static_sparsity=2.0 must be a number from 0 to 1"),
     ],
@@ -87,12 +88,15 @@ def test_a_change_replaces_fields_or_leaves_the_variant_itself():
     base = parse_variant("lserve:token_budget=25%+sink=64")
     assert change(base, "sink=64") is base
     assert change(base, "token_budget=25%") is base
-    assert change(base, "page_size=64+sub_page_size=16") is base  # the preset's own
+    assert change(base, "kv_dtype=auto") is base  # the preset's own
+    assert change(base, "page_size=64+sub_page_size=16") is not base  # those of the base follow from the budget
+    named = parse_variant("lserve:page_size=64+sub_page_size=16")
+    assert change(named, "page_size=64+sub_page_size=16") is named
     assert change(base, "sink=128+local=64").label == "lserve:token_budget=25%+sink=128+local=64"
 
 
 def test_each_axis_of_the_ablation_holds_the_base_and_every_setting_can_be():
-    found = ablations.settings(ablations.BASE, ablations.AXES)
+    found = ablations.settings(parse_variant(ablations.BASE), ablations.AXES, num_layers=3)
     assert {setting.axis for setting in found} == set(ablations.AXES)
     for axis in ablations.AXES:
         labels = [setting.variant.label for setting in found if setting.axis == axis]
@@ -104,4 +108,23 @@ def test_each_axis_of_the_ablation_holds_the_base_and_every_setting_can_be():
 
 def test_an_unknown_axis_is_refused():
     with pytest.raises(ValueError, match="ablation 'color' must be one of page, budget, interval"):
-        ablations.settings(ablations.BASE, ["color"])
+        ablations.settings(parse_variant(ablations.BASE), ["color"], num_layers=3)
+
+
+def test_one_layer_at_a_time_may_read_everything():
+    found = ablations.settings(parse_variant(ablations.BASE), ["dense_layer"], num_layers=3)
+    assert [setting.variant.config(2048).dense_layers for setting in found] == [(0,), (1,), (2,)]
+
+
+def test_what_suits_a_model_is_the_default_of_each_variant_and_of_its_changes():
+    base = dataclasses.replace(parse_variant("lserve:token_budget=25%"), of_model={"sink": 16, "dense_layers": [1]})
+    assert (base.config(2048).sink, base.config(2048).dense_layers) == (16, (1,))
+    assert change(base, "sink=16") is base
+    assert change(base, "sink=128").config(2048).sink == 128
+    assert change(base, "local=64").config(2048).dense_layers == (1,)
+
+
+def test_a_share_of_a_short_prompt_has_small_pages_unless_they_are_named():
+    variant = parse_variant("lserve:token_budget=25%")
+    assert [variant.config(length).page_size for length in (1024, 8188, 8192, 16384)] == [16, 16, 32, 64]
+    assert parse_variant("lserve:token_budget=25%+page_size=64").config(1024).page_size == 64
