@@ -15,35 +15,41 @@ HIDDEN = -1e30
 FLOOR = -1e20
 """The maximum of a row that has seen no key: finite, so that it does not become NaN."""
 
-_COLUMNS = 16
-"""Widths of a product's right side that CPUs' matrix units take whole."""
-
 
 class OnlineSoftmax(NamedTuple):
-    """Running state over key blocks, float32: maximum [...], sums [..., W] of the weighted columns of `with_ones`."""
+    """Running state over key blocks, float32: maximum [...], sum of exponentials [...], weighted values [..., W]."""
 
     maximum: jax.Array
-    sums: jax.Array
+    total: jax.Array
+    values: jax.Array
 
     @classmethod
-    def start(cls, rows: tuple[int, ...], head_dim: int) -> "OnlineSoftmax":
+    def start(cls, rows: tuple[int, ...], columns: int) -> "OnlineSoftmax":
         """Returns the state that has seen nothing."""
-        return cls(jnp.full(rows, FLOOR, jnp.float32), jnp.zeros((*rows, _width(head_dim)), jnp.float32))
+        zeros = jnp.zeros(rows, jnp.float32)
+        return cls(zeros + FLOOR, zeros, jnp.zeros((*rows, columns), jnp.float32))
 
     def add(
-        self, scores: jax.Array, values: jax.Array, *, scale: float, visible: jax.Array | None = None
+        self,
+        scores: jax.Array,
+        values: jax.Array,
+        *,
+        scale: float,
+        visible: jax.Array | None = None,
+        has_ones: bool = False,
     ) -> "OnlineSoftmax":
         """Returns the state after a block.
 
         Args:
           scores: [..., R, S] float32 products of queries and keys; hidden ones may hold anything, NaN too.
-          values: [..., S, W] of `with_ones`; the product runs in its dtype and accumulates in float32.
+          values: [..., S, W], finite also where hidden; the product runs in its dtype and accumulates in float32.
           scale: positive factor of the scores.
-          visible: broadcastable to [..., R, S] bool; None if every row sees every key that counts.
+          visible: broadcastable to [..., R, S] bool; None if every row sees every key.
+          has_ones: whether the values are those of `with_ones`, for `finish_ones`; ``total`` then stays zero.
         """
         if visible is not None:
             scores = jnp.where(visible, scores, HIDDEN / scale)
-        # The scale comes after the maximum, and the sum out of the product: on CPUs each pass over scores counts.
+        # The scale comes after the maximum: on CPUs each pass over the scores counts.
         maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1) * scale)
         shifted = scores * scale - maximum[..., None]
         weights = _exp_bfloat16(shifted) if values.dtype == jnp.bfloat16 else jnp.exp(shifted)
@@ -52,27 +58,38 @@ class OnlineSoftmax(NamedTuple):
             "...rs,...sw->...rw", weights, values, precision="highest", preferred_element_type=jnp.float32
         )
         decay = jnp.exp(self.maximum - maximum)
-        return OnlineSoftmax(maximum, self.sums * decay[..., None] + products)
+        total = self.total if has_ones else self.total * decay + jnp.sum(weights, axis=-1, dtype=jnp.float32)
+        return OnlineSoftmax(maximum, total, self.values * decay[..., None] + products)
 
-    def finish(self, head_dim: int) -> jax.Array:
-        """Returns the attention output [..., H] float32; zeros for rows that saw no key."""
-        total = self.sums[..., head_dim : head_dim + 1]
-        return self.sums[..., :head_dim] / jnp.where(total > 0, total, 1.0)
+    def finish(self) -> jax.Array:
+        """Returns the attention output [..., W] float32; zeros for rows that saw no key."""
+        return self.values / jnp.where(self.total > 0, self.total, 1.0)[..., None]
+
+    def finish_ones(self, head_dim: int) -> jax.Array:
+        """Returns the attention output [..., H] float32 where the values had ones."""
+        return OnlineSoftmax(self.maximum, self.values[..., head_dim], self.values[..., :head_dim]).finish()
 
 
 def with_ones(v: jax.Array, exists: jax.Array) -> jax.Array:
-    """Returns values [..., S, W] whose column H is one, all zero where a key does not exist (``exists`` [..., S] bool).
+    """Returns values [..., S, `columns_with_ones`] whose column H is one; all zero where a key does not exist.
 
-    The weighted sum of that column is the softmax's denominator, of the very weights that the product sees.
+    The weighted sum of that column is the softmax's denominator, of the very weights that the product sees. Where
+    rows are many, that is far less work than a sum over their scores.
+
+    Args:
+      v: [..., S, H].
+      exists: [..., S] bool.
     """
     head_dim = v.shape[-1]
-    padding = [(0, 0)] * (v.ndim - 1) + [(0, _width(head_dim) - head_dim)]
-    columns = jnp.where(jnp.arange(_width(head_dim)) == head_dim, jnp.ones((), v.dtype), jnp.pad(v, padding))
+    width = columns_with_ones(head_dim)
+    padding = [(0, 0)] * (v.ndim - 1) + [(0, width - head_dim)]
+    columns = jnp.where(jnp.arange(width) == head_dim, jnp.ones((), v.dtype), jnp.pad(v, padding))
     return jnp.where(exists[..., None], columns, jnp.zeros((), v.dtype))
 
 
-def _width(head_dim: int) -> int:
-    return -(-(head_dim + 1) // _COLUMNS) * _COLUMNS
+def columns_with_ones(head_dim: int) -> int:
+    """Returns how many columns `with_ones` makes: as many as CPUs' matrix units take whole."""
+    return -(-(head_dim + 1) // 16) * 16
 
 
 def _exp_bfloat16(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.core.online_softmax import OnlineSoftmax, with_ones
+from pallas_kernels.core.online_softmax import OnlineSoftmax
 from pallas_kernels.core.paging import (
     NO_PAGE,
     LayerKV,
@@ -20,7 +20,7 @@ from pallas_kernels.core.paging import (
 )
 from pallas_kernels.core.quantization import QuantizedArray, dequantize
 
-PAGES_PER_BLOCK = 8
+_TOKENS_PER_BLOCK = 512
 
 
 @partial(jax.jit, static_argnames=("sink", "local", "pages_per_block"))  # traced once for all layers alike
@@ -33,7 +33,7 @@ def decode_attention(
     *,
     sink: int,
     local: int,
-    pages_per_block: int = PAGES_PER_BLOCK,
+    pages_per_block: int | None = None,
 ) -> jax.Array:
     """Returns what `pallas_kernels.decode_attention` defines; ``pages_per_block`` changes speed and rounding only."""
     num_heads = sum(pool.num_kv_heads for _, pool, _, _ in pools(kv, tables))
@@ -58,13 +58,13 @@ def _attend(
     logical: jax.Array,
     lengths: jax.Array,
     window: tuple[int | None, int | None],
-    pages_per_block: int,
+    pages_per_block: int | None,
 ) -> jax.Array:
     """Returns [B, K, G, H] float32 for q of that shape, reading logical pages [B, K or 1, n] (ascending, -1 last)."""
     batch, heads, group, head_dim = q.shape
     page_size = pool.page_size
     scale = head_dim**-0.5
-    block = min(pages_per_block, logical.shape[-1])
+    block = pages_per_block or max(_TOKENS_PER_BLOCK // page_size, 1)
     logical = jnp.where(logical * page_size < lengths[:, None, None], logical, NO_PAGE)
     counts = jnp.max(jnp.sum(logical >= 0, axis=-1), axis=-1)
     logical = jnp.pad(logical, ((0, 0), (0, 0), (0, -logical.shape[-1] % block)), constant_values=NO_PAGE)
@@ -80,12 +80,10 @@ def _attend(
             visible = is_held & is_visible(lengths[b] - 1, positions, *window)
             k, v = (_gather(x, physical, heads) for x in (pool.k, pool.v))
             scores = jnp.einsum("kgh,ksh->kgs", queries, k, precision="highest")
-            return state.add(scores, with_ones(v, visible), scale=scale, visible=visible[:, None])
+            return state.add(scores, jnp.where(visible[..., None], v, 0.0), scale=scale, visible=visible[:, None])
 
         blocks = (counts[b] + block - 1) // block
-        return jax.lax.fori_loop(0, blocks, attend_block, OnlineSoftmax.start((heads, group), head_dim)).finish(
-            head_dim
-        )
+        return jax.lax.fori_loop(0, blocks, attend_block, OnlineSoftmax.start((heads, group), head_dim)).finish()
 
     return jax.lax.map(attend_sequence, jnp.arange(batch))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.core.online_softmax import OnlineSoftmax, with_ones
+from pallas_kernels.core.online_softmax import OnlineSoftmax, columns_with_ones, with_ones
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, is_visible, pools
 from pallas_kernels.core.quantization import QuantizedArray, dequantize
 from pallas_kernels.prefill_attention.blocks import KeyRange, Window, visible_blocks
@@ -86,10 +86,10 @@ def _attend_head(
     def attend_queries(index: jax.Array, out: jax.Array) -> jax.Array:
         corner = (b, index * block, head, 0, 0)
         queries = jax.lax.dynamic_slice(q, corner, (1, block, 1, group, head_dim)).reshape(block * group, head_dim)
-        state = OnlineSoftmax.start((block * group,), head_dim)
+        state = OnlineSoftmax.start((block * group,), columns_with_ones(head_dim))
         for source in sources:
             state = _walk(state, queries, start + index * block, source, window, block)
-        result = state.finish(head_dim).reshape(1, block, 1, group, head_dim).astype(out.dtype)
+        result = state.finish_ones(head_dim).reshape(1, block, 1, group, head_dim).astype(out.dtype)
         return jax.lax.dynamic_update_slice(out, result, corner)
 
     return jax.lax.fori_loop(0, -(-count // block), attend_queries, out)
@@ -112,7 +112,8 @@ def _walk(
             at = source.keys.first + index * source.keys.block + jnp.arange(source.keys.block)
             visible = exists & is_visible(positions[:, None], at, *window)
         scores = jnp.einsum("rh,sh->rs", queries, keys, precision="highest", preferred_element_type=jnp.float32)
-        return state.add(scores, with_ones(values, exists), scale=queries.shape[-1] ** -0.5, visible=visible)
+        scale = queries.shape[-1] ** -0.5
+        return state.add(scores, with_ones(values, exists), scale=scale, visible=visible, has_ones=True)
 
     return jax.lax.fori_loop(0, sinks + high - low, visit, state)
 
