@@ -49,7 +49,8 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache) -> tuple[jax.Array, LayerCache]:
         is_used = (lengths > 0).astype(lengths.dtype)
         kv = kv_write(k, v, state.kv, tables, lengths - is_used, is_used, implementation=config.implementation)
-        num_selected, selected = config.num_selected(layer), None
+        selected = None
+        num_selected = attention.num_selected
         if state.selected is not None and num_selected is not None and tables.retrieval.shape[1] > num_selected:
             assert kv.retrieval is not None
             group = q.shape[2] // k.shape[2]

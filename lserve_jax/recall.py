@@ -84,7 +84,7 @@ def recall_step(
         heads = state.kv.num_retrieval * (q.shape[2] // k.shape[2])
         table = jnp.asarray(tables.retrieval)
         mass = attention_recall(q[:, 0, :heads], state.kv.retrieval, table, lengths, state.selected)
-        budget = config.num_selected(layer)
+        budget = config.attention.num_selected
         assert budget is not None
         is_selecting = lengths > budget * config.attention.page_size
         return out, (state, jnp.where(is_selecting, jnp.mean(mass, axis=1), nothing))

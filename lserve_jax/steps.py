@@ -6,7 +6,7 @@ lengths of contexts, page tables, sampling settings and numbers of steps are dat
 
 import json
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import export
 from lserve_jax.attention import decode_attend, prefill_attend
 from lserve_jax.cache import KVCache, LayerCache
 from lserve_jax.inference_config import InferenceConfig
-from lserve_jax.models.llama import Attend, Llama
+from lserve_jax.models.llama import Attend, Layer, Llama
 from lserve_jax.sampling import SamplingState, sample, token_logprobs
 from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray
 
@@ -62,10 +62,23 @@ def run_model(
     attend: Attend,
     config: InferenceConfig,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Returns the hidden states [B, T, D] of tokens [B, T], and the new state of each layer (see `Llama`)."""
-    model = Llama(config.model, jnp.dtype(config.dtype))
-    result: Any = model.apply({"params": params}, tokens, positions, state, attend)
-    return result
+    """Returns the hidden states [B, T, D] of tokens [B, T], and the new state of each layer (see `Llama`).
+
+    ``attend`` may know a layer by the form of its state only: layers of one form are traced once, which is most of what
+    a start with a filled compilation cache takes.
+    """
+    model, layer = Llama(config.model, jnp.dtype(config.dtype)), Layer(config.model, jnp.dtype(config.dtype))
+    x, rope = cast(Any, model.apply({"params": params}, tokens, positions, method="begin"))
+
+    @jax.jit
+    def run(params: Params, x: jax.Array, rope: Any, state: Any) -> Any:
+        return layer.apply({"params": params}, x, rope, 0, state, attend)
+
+    new_state = []
+    for index, old in enumerate(state):
+        x, new = run(params[f"layers_{index}"], x, rope, old)
+        new_state.append(new)
+    return cast(Any, model.apply({"params": params}, x, method="end")), tuple(new_state)
 
 
 def _unembed(params: Params, hidden: jax.Array, config: InferenceConfig) -> jax.Array:
@@ -99,7 +112,8 @@ def prefill_step(
       has_all_logits: return the logits of every token, [B, T, V].
     """
     positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    hidden, cache = run_model(params, cache, tokens, positions, prefill_attend(config, tables, starts, counts), config)
+    attend = prefill_attend(config, tables, starts, counts)
+    hidden, cache = run_model(params, cache, tokens, positions, attend, config)
     if not has_all_logits:
         last = jnp.maximum(counts - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]

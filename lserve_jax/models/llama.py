@@ -105,14 +105,22 @@ class Llama(nn.Module):
           state: what ``attend`` keeps for each layer.
           attend: the attention, see `Attend`.
         """
-        x = self.embed(tokens)
-        # Behind a barrier: else XLA's CPU computes sines anew for every head of every layer (6% of a prefill).
-        rope = jax.lax.optimization_barrier(rope_tables(self.config.rope, self.config.head_dim, positions))
+        x, rope = self.begin(tokens, positions)
         new_state = []
         for index, layer in enumerate(self.layers):
             x, layer_state = layer(x, rope, index, state[index], attend)
             new_state.append(layer_state)
-        return self.final_norm(x), tuple(new_state)
+        return self.end(x), tuple(new_state)
+
+    def begin(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, RopeTables]:
+        """Returns what the layers take: embeddings [B, T, D] and rotary tables."""
+        # Behind a barrier: else XLA's CPU computes sines anew for every head of every layer (6% of a prefill).
+        rope = jax.lax.optimization_barrier(rope_tables(self.config.rope, self.config.head_dim, positions))
+        return self.embed(tokens), rope
+
+    def end(self, x: jax.Array) -> jax.Array:
+        """Returns the hidden states [..., D] that logits come from."""
+        return self.final_norm(x)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns logits [..., V] float32 of hidden states [..., D]."""
