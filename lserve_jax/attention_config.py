@@ -64,7 +64,8 @@ class AttentionConfig:
         if self.group_reduction not in ("max", "mean"):
             raise ValueError(f'group_reduction={self.group_reduction!r} must be "max" or "mean"')
         # A tuple, whatever it was: the configuration is a static argument of the compiled steps and must hash.
-        object.__setattr__(self, "dense_layers", tuple(_whole("dense_layers", layer, 0) for layer in self.dense_layers))
+        layers = (self.dense_layers,) if isinstance(self.dense_layers, Integral) else self.dense_layers
+        object.__setattr__(self, "dense_layers", tuple(_whole("dense_layers", layer, 0) for layer in layers))
         self._check_budget()
 
     def _check_budget(self) -> None:

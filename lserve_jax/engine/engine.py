@@ -199,10 +199,13 @@ class Engine:
         )
 
     def _compile_for(self, plan: Prefill) -> None:
-        """Compiles all that a request needs at its first chunk: together it takes little longer than the longest."""
+        """Compiles all that a request needs at its first chunk: together it takes little longer than the longest.
+
+        Of a prompt of one chunk, the first token comes while the other programs still compile.
+        """
         logits = jax.ShapeDtypeStruct((1, self.config.model.vocab_size), np.float32)
         calls = self._prefill_call(plan), self._sample_call(logits, plan.sequence), self._decode_call(Decode((), ()))
-        self.programs.compile(calls)
+        (self.programs.start if plan.is_last else self.programs.compile)(calls)
 
     def _run_prefill(self, plan: Prefill, *, has_all_logits: bool = False) -> tuple[jax.Array, float]:
         """Returns the chunk's logits and the seconds that it took; the cache then holds the chunk."""

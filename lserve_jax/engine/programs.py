@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
+
+import jax
 
 
 class Call(NamedTuple):
@@ -16,32 +18,50 @@ class Call(NamedTuple):
 
 
 class Programs:
-    """A table of compiled steps by name; calling a name with other shapes than it was compiled for is an error."""
+    """A table of compiled steps by name; calling a name with other shapes than it was compiled for is an error.
+
+    Attributes:
+      compile_seconds: how long callers have waited for programs.
+    """
 
     def __init__(self, on_compile: Callable[[str], None] | None = None) -> None:
         self.compile_seconds = 0.0
-        self._compiled: dict[str, Any] = {}
+        self._programs: dict[str, Future[Any]] = {}
         self._on_compile = on_compile
+        self._threads = ThreadPoolExecutor(thread_name_prefix="compile")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The programs compiled so far."""
-        return tuple(self._compiled)
+        """The programs that have been asked for so far."""
+        return tuple(self._programs)
+
+    def start(self, calls: Sequence[Call]) -> None:
+        """Begins to compile the programs of calls that are new, side by side: a compilation uses about one core."""
+        missing = [call for call in calls if call.name not in self._programs]
+        if missing and self._on_compile is not None:
+            self._on_compile(", ".join(call.name for call in missing))
+        for call in missing:
+            self._programs[call.name] = self._threads.submit(_compile, call.step, _abstract(call.args), call.static)
 
     def compile(self, calls: Sequence[Call]) -> None:
-        """Compiles the programs of calls that are not compiled yet, side by side: a compilation uses about one core."""
-        missing = [call for call in calls if call.name not in self._compiled]
-        if not missing:
+        """Compiles the programs of calls that are not compiled yet."""
+        self.start(calls)
+        begin, programs = time.perf_counter(), [self._programs[call.name] for call in calls]
+        if all(program.done() for program in programs):
             return
-        if self._on_compile is not None:
-            self._on_compile(", ".join(call.name for call in missing))
-        begin = time.perf_counter()
-        with ThreadPoolExecutor(len(missing)) as threads:
-            compiled = threads.map(lambda call: call.step.lower(*call.args, **call.static).compile(), missing)
-            self._compiled |= {call.name: program for call, program in zip(missing, compiled, strict=True)}
+        wait(programs)
         self.compile_seconds += time.perf_counter() - begin
 
     def run(self, call: Call) -> Any:
         """Returns the result of a call, whose program is compiled first if it is not."""
         self.compile([call])
-        return self._compiled[call.name](*call.args)
+        return self._programs[call.name].result()(*call.args)
+
+
+def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the shapes of arguments: they themselves may be donated to another program while theirs is compiled."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+
+
+def _compile(step: Any, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
+    return step.lower(*args, **static).compile()

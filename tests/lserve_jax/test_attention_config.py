@@ -90,6 +90,10 @@ def test_what_suits_a_model_lies_between_the_preset_and_what_is_named():
         from_preset("lserve", of_model={"window": 3})
 
 
+def test_one_dense_layer_may_be_a_bare_number():
+    assert from_preset("lserve", dense_layers=7) == from_preset("lserve", dense_layers=[7])
+
+
 @pytest.mark.parametrize("dtype", ["auto", *KV_DTYPES])
 def test_every_kv_dtype_is_accepted(dtype: str):
     assert from_preset("lserve", kv_dtype=dtype).kv_dtype == dtype

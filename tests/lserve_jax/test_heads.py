@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lserve_jax.heads import HeadClasses, classify, load_gates
+from lserve_jax.heads import HeadClasses, classify, load_gates, load_settings
 
 # model: (layers, KV heads, retrieval heads of the first layers at a static sparsity of 0.5). The counts of the first
 # two were published; those of the others follow from gate >= median, as no head of these layers ties at the median.
@@ -187,3 +187,20 @@ def test_classify_refuses_what_it_cannot_rank(gates: np.ndarray, sparsity: float
 def test_inconsistent_classes_are_refused(order: tuple, num_retrieval: tuple, message: str):
     with pytest.raises(ValueError, match=message):
         HeadClasses(order=order, num_retrieval=num_retrieval)
+
+
+def test_a_pattern_may_name_settings_that_suit_it(tmp_path: Path):
+    assert load_settings(tmp_path) == {}
+    config = tmp_path / "config.json"
+    config.write_text('{"sink_size": 64}')
+    assert load_settings(tmp_path) == {}
+    config.write_text('{"attention": {"sink": 64, "dense_layers": [7]}}')
+    assert load_settings(tmp_path) == {"sink": 64, "dense_layers": [7]}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"attention": [1]}', '{"attention": 3}', "\xff"])
+def test_settings_that_are_none_are_refused_in_one_line(text: str, tmp_path: Path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config\.json: (cannot be read|attention must be an object)") as error:
+        load_settings(tmp_path)
+    assert "\n" not in str(error.value)

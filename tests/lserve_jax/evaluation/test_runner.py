@@ -16,6 +16,7 @@ from lserve_jax.engine_setup import Setup, prepare
 from lserve_jax.evaluation.answers import Answers
 from lserve_jax.evaluation.corpus import Windows, python_reference, read_texts
 from lserve_jax.evaluation.drift import Drift
+from lserve_jax.evaluation.matching import matching_start
 from lserve_jax.evaluation.measurement import Item, Row, by_position, prompt_length
 from lserve_jax.evaluation.perplexity import Perplexity
 from lserve_jax.evaluation.rendering import chat_render, raw_render
@@ -160,6 +161,26 @@ def test_a_target_that_greedy_decoding_takes_is_the_answer_without_generating_it
         assert row["answer"] == expected.text
         assert row["score"] == Echo().metric(expected.text, item.sample.references)
     assert [row["token_accuracy"] == 1 for row in rows] == [False, True, False, True]
+
+
+class Repeat(Echo):
+    """The same, measured by how far the answer goes along with the target."""
+
+    metric = staticmethod(matching_start)
+
+
+def test_where_only_the_start_counts_the_first_wrong_choice_ends_the_answer(tokenizer: Tokenizer, llm: LLM):
+    task = echo(tokenizer, task=Repeat(max_tokens=8))
+    item = greedy_target(tokenizer, llm, task.make(100, 1), 8)
+    assert item.sample is not None
+    right = tokenizer.decode(item.continuation)
+    wrong = (*item.continuation[:5], (item.continuation[5] + 1) % 100, *item.continuation[6:])
+    sample = dataclasses.replace(item.sample, references=(f"{right} and",), target=tokenizer.decode(wrong))
+    recorder: Any = Recorder(llm)
+    (row,) = task.measure(recorder, [dataclasses.replace(item, continuation=wrong, sample=sample)], nobody)
+    assert recorder.generated == []
+    assert row["answer"] == tokenizer.decode(item.continuation[:6])
+    assert row["token_accuracy"] < 1
 
 
 def test_a_target_beyond_the_tokens_of_an_answer_is_no_answer(tokenizer: Tokenizer, llm: LLM):

@@ -8,6 +8,7 @@ import pytest
 
 from lserve_jax.config import RopeConfig
 from lserve_jax.weights import open_checkpoint
+from lserve_jax.weights.gguf import GGUFFile
 from tests.lserve_jax.checkpoints import (
     assert_same_tree,
     manual_params,
@@ -306,3 +307,15 @@ def test_writer_of_these_tests_interleaves_as_llama_cpp_does(path: Path):
     stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     rows = tensors["model.layers.0.self_attn.k_proj.weight"][4:8]
     np.testing.assert_array_equal(stored["blk.0.attn_k.weight"][4:8], rows[[0, 2, 1, 3]])
+
+
+def test_arrays_of_metadata_are_what_the_library_reads(path: Path):
+    metadata = {
+        "tokenizer.ggml.tokens": ["a", "", "\u00fc\u0120", "x" * 300],
+        "tokenizer.ggml.token_type": [1, 3, 6, 1],
+        "tokenizer.ggml.scores": [0.5, -1.25, 0.0, 3.0],
+    }
+    write_gguf(path, CONFIG, random_tensors(CONFIG), metadata=metadata)
+    found, expected = GGUFFile(path).metadata, gguf.GGUFReader(path).fields
+    for name, value in metadata.items():
+        assert found[name] == expected[name].contents() == value
