@@ -55,10 +55,10 @@ class Worker:
         """
         assert self._process.stdin is not None
         deadline = time.monotonic() + timeout
+        self.ready(timeout)  # before a request that a pipe may not hold
         with suppress(BrokenPipeError):  # it has ended: why is said below
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        self.ready(timeout)
         return self._answer(deadline - time.monotonic())
 
     def close(self) -> None:

@@ -342,7 +342,7 @@ def _select_case(w: Workload, calls: int, sets: int) -> Case:
             *(q, pages, table, lengths, previous, is_refresh),
             num_selected=w.num_selected,
             interval=w.interval,
-            sink_pages=-(-w.sink // w.page_size),
+            sink_pages=1,
             implementation=implementation,
         )
 

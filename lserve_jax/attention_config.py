@@ -153,10 +153,11 @@ def from_preset(preset: str, /, *, of_model: Mapping[str, Any] | None = None, **
     unknown = sorted({*overrides, *(of_model or {})} - known)
     if unknown:
         raise ValueError(f"unknown attention option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    of_model = {} if of_preset.get("static_sparsity") == 0 else of_model or {}
+    has_streaming = of_preset.get("static_sparsity") != 0
+    of_model = {name: value for name, value in (of_model or {}).items() if has_streaming and value is not None}
     chosen = {**of_preset, **of_model, **given}
     budget = chosen.get("token_budget", AttentionConfig.token_budget)
-    pages = default_pages(preset, budget, {**of_model, **given}) if isinstance(budget, int) else {}
+    pages = default_pages(preset, int(budget), {**of_model, **given}) if isinstance(budget, Integral) else {}
     return AttentionConfig(preset=preset, **{**pages, **chosen})
 
 

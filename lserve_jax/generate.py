@@ -35,7 +35,7 @@ _SAMPLING_FLAGS: dict[str, dict[str, Any]] = {
 
 _ATTENTION_FLAGS: dict[str, dict[str, Any]] = {
     "--token-budget": {"type": int, "help": "tokens whose pages a retrieval head reads for one token"},
-    "--page-size": {"type": int, "help": "tokens a page of the KV cache"},
+    "--page-size": {"type": int, "help": "tokens a page of the KV cache (default: what suits the budget)"},
     "--sub-page-size": {"type": int, "help": "tokens that share key statistics"},
     "--selector-interval": {"type": int, "help": "decode steps from one page selection to the next"},
     "--selector-spread": {"type": float, "help": "share of the distance between key bounds in a page's score, 0 to 1"},

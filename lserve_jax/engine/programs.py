@@ -1,4 +1,7 @@
-"""Compiled programs, each compiled once and ahead of its first call, so that no measurement includes compilation."""
+"""Compiled programs, each compiled once and ahead of its first call: no time of a call includes its own compilation.
+
+Those that are needed later may still compile on another core while the first one runs.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -37,11 +40,16 @@ class Programs:
 
     def start(self, calls: Sequence[Call]) -> None:
         """Begins to compile the programs of calls that are new, side by side: a compilation uses about one core."""
-        missing = [call for call in calls if call.name not in self._programs]
+        missing = [call for call in calls if self._is_missing(call.name)]
         if missing and self._on_compile is not None:
             self._on_compile(", ".join(call.name for call in missing))
         for call in missing:
             self._programs[call.name] = self._threads.submit(_compile, call.step, _abstract(call.args), call.static)
+
+    def _is_missing(self, name: str) -> bool:
+        """Returns whether a program is new, or failed to compile: what it failed for may have passed."""
+        program = self._programs.get(name)
+        return program is None or (program.done() and program.exception() is not None)
 
     def compile(self, calls: Sequence[Call]) -> None:
         """Compiles the programs of calls that are not compiled yet."""
@@ -60,7 +68,7 @@ class Programs:
 
 def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns the shapes of arguments: they themselves may be donated to another program while theirs is compiled."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), args)
 
 
 def _compile(step: Any, args: tuple[Any, ...], static: dict[str, Any]) -> Any:

@@ -49,13 +49,13 @@ def settings(base: Variant, axes: Iterable[str], num_layers: int) -> list[Settin
 
     Args:
       base: what they are changes of.
-      axes: names of `AXES`, or ``dense_layer``: every layer of the model on its own reads everything.
+      axes: names of `AXES`, or ``dense_layer``: no layer reads everything, and each on its own does.
       num_layers: of the model.
 
     Raises:
       ValueError: for an unknown axis.
     """
-    known = {**AXES, _LAYERS: tuple(f"dense_layers={layer}" for layer in range(num_layers))}
+    known = {**AXES, _LAYERS: tuple(f"dense_layers={layer}" for layer in ("", *range(num_layers)))}
     found = []
     for axis in axes:
         if axis not in known:

@@ -105,9 +105,10 @@ class Answers:
         """Adds what the model makes of targets, and the answer where that is known by it.
 
         Scoring feeds the target's tokens and greedy decoding its own choices, both through the same steps: up to the
-        first choice that is another than the target's token they are the same. So where none is, or the metric looks
-        no further, the generation is left out; a prompt costs far more than its answer. What would be said after the
-        target is not looked at.
+        first choice that is another than the target's token they are the same. So where none is, or the metric ends
+        at the first wrong word, the generation is left out; a prompt costs far more than its answer. What would be
+        said after the target is not looked at; a right word that begins with another token than the target's is
+        taken for a wrong one.
         """
         outputs = llm.score([item.prompt.tolist() for item, _ in pairs], [item.continuation for item, _ in pairs])
         for (item, row), output in zip(pairs, outputs, strict=True):
@@ -117,8 +118,8 @@ class Answers:
             if output.is_greedy and len(item.continuation) <= sample.max_tokens:
                 row["answer"] = sample.target
             elif self.task.metric is matching_start:
-                choices = output.greedy_token_ids[: int(np.argmin(hits)) + 1]
-                row["answer"] = self.tokenizer.decode(list(choices))
+                end = len(hits) if hits.all() else int(np.argmin(hits)) + 1
+                row["answer"] = self.tokenizer.decode(list(output.greedy_token_ids[: min(end, sample.max_tokens)]))
 
 
 def _sample(item: Item) -> Sample:

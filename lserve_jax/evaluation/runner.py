@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import gc
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,13 +90,32 @@ class Load:
 
 
 def missing(plan: Plan, rows: Mapping[Key, Any]) -> Todo:
-    """Returns the prompts that some variants still have to see, with these variants."""
+    """Returns the prompts that some variants still have to see, with these variants.
+
+    Raises:
+      ValueError: where a result was made with other settings than its variant now stands for.
+    """
     found = {}
     for measurement, key in plan.prompts():
+        for variant in plan.variants:
+            _require_same_settings(variant, key[1], rows.get((*key, variant.label)))
         variants = [variant for variant in plan.variants if (*key, variant.label) not in rows]
         if variants:
             found[key] = measurement, variants
     return found
+
+
+def _require_same_settings(variant: Variant, length: int, row: Any) -> None:
+    if row is None:
+        return
+    stored, settings = row["attention"], json.loads(json.dumps(dataclasses.asdict(variant.config(length))))
+    changed = [name for name in settings | stored if settings.get(name) != stored.get(name)]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"variant {variant.label!r} was measured with {name}={stored.get(name)} and now has {settings.get(name)}: "
+            "its defaults have changed; name a new --out"
+        )
 
 
 def make_items(todo: Todo, report: OnProgress) -> dict[PromptKey, Item]:

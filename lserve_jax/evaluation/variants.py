@@ -137,7 +137,7 @@ _KINDS: dict[Any, tuple[Callable[[str], Any], str]] = {
     int | None: (_budget, "a whole number, or a share of the prompt from above 0% to 100%"),
     float: (float, "a number"),
     bool: ({"true": True, "false": False}.__getitem__, "true or false"),
-    tuple[int, ...]: (lambda text: tuple(int(part) for part in text.split(",")), "layer numbers such as 0,1"),
+    tuple[int, ...]: (lambda text: tuple(int(part) for part in text.split(",") if text), "layer numbers such as 0,1"),
     str: (str, "a word"),
 }
 """By the type of a field: how its text is read, and what it must be."""

@@ -114,7 +114,7 @@ def _strings(data: np.ndarray, count: int) -> tuple[list[np.ndarray], int]:
     for _ in range(count):
         begin = at + 8
         at = begin + int.from_bytes(data[at:begin].tobytes(), "little")
-        if at > data.size or begin > data.size:
+        if at > data.size:
             raise ValueError(f"array of {count} strings is cut off")
         strings.append(data[begin:at])
     return strings, at

@@ -111,9 +111,9 @@ def _product(queries: jax.Array, keys: jax.Array) -> jax.Array:
     keys, and on CPUs that multiply bfloat16 matrices several times as fast.
     """
     if keys.dtype == jnp.bfloat16:
-        upper = queries.astype(jnp.bfloat16)
-        lower = (queries - upper.astype(jnp.float32)).astype(jnp.bfloat16)
-        queries = jnp.concatenate([upper, lower], axis=1)
+        # Not a conversion there and back, which XLA may take for nothing.
+        upper = jax.lax.reduce_precision(queries, exponent_bits=8, mantissa_bits=7)
+        queries = jnp.concatenate([upper, queries - upper], axis=1).astype(jnp.bfloat16)
     else:
         keys = keys.astype(jnp.float32)
     rows = keys.reshape(keys.shape[0], -1, keys.shape[-1])

@@ -67,7 +67,8 @@ def test_zero_is_an_override_and_not_a_missing_value():
 def test_small_budgets_have_small_pages_unless_a_page_size_is_named(budget: int | None, pages: tuple[int, int, bool]):
     config = from_preset("lserve", token_budget=budget)
     assert (config.page_size, config.sub_page_size, config.has_lookahead) == (pages if budget else (64, 16, False))
-    for named in ({"page_size": 64}, {"sub_page_size": 16}):
+    for name, size in (("page_size", 64), ("sub_page_size", 16)):
+        named: dict[str, Any] = {name: size}
         config = from_preset("lserve", token_budget=budget and max(budget, 192), **named)
         assert (config.page_size, config.sub_page_size, config.has_lookahead) == (64, 16, False)
     quest = from_preset("quest", token_budget=budget)
@@ -75,6 +76,7 @@ def test_small_budgets_have_small_pages_unless_a_page_size_is_named(budget: int 
 
 
 def test_lookahead_is_not_chosen_for_a_mean_nor_against_what_is_named():
+    assert from_preset("lserve", token_budget=np.int64(512)).has_lookahead
     assert not from_preset("lserve", token_budget=512, group_reduction="mean").has_lookahead
     assert not from_preset("lserve", token_budget=512, has_lookahead=False).has_lookahead
 
@@ -86,6 +88,7 @@ def test_what_suits_a_model_lies_between_the_preset_and_what_is_named():
     assert from_preset("streaming", of_model=of_model).prefill_local == 256
     for preset in ("dense", "quest", "qserve"):
         assert from_preset(preset, of_model=of_model) == from_preset(preset)
+    assert from_preset("lserve", of_model={"dense_layers": None}) == from_preset("lserve")
     with pytest.raises(ValueError, match="unknown attention option window"):
         from_preset("lserve", of_model={"window": 3})
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pallas_kernels import NO_PAGE, page_select, selection_width
 from pallas_kernels.core.workloads import TINY, Workload
+from pallas_kernels.page_select import xla
 from pallas_kernels.page_select.reference import page_scores
 from tests.pallas_kernels.cases import (
     Cache,
@@ -291,3 +293,12 @@ def test_a_selection_that_cannot_be_made_is_refused(options: dict[str, Any], mes
     arguments = (q, cache.kv.retrieval, jnp.asarray(cache.tables.retrieval), jnp.asarray(cache.lengths))
     with pytest.raises(ValueError, match=message):
         page_select(*arguments, previous, jnp.full(4, True), **settings)
+
+
+@pytest.mark.parametrize("is_jitted", [False, True])
+def test_products_with_bfloat16_keys_are_nearly_those_of_float32_queries(is_jitted: bool, rng: np.random.Generator):
+    queries = jnp.asarray(rng.normal(size=(2, 3, 64)), jnp.float32)
+    keys = jnp.asarray(rng.normal(size=(2, 5, 4, 64)), jnp.bfloat16)
+    product = jax.jit(xla._product) if is_jitted else xla._product
+    expected = np.einsum("kgh,kpsh->kgps", np.asarray(queries, np.float64), np.asarray(keys, np.float64))
+    np.testing.assert_allclose(np.asarray(product(queries, keys)), expected, atol=64 * 2**-17)

@@ -179,8 +179,13 @@ def test_an_ablation_has_tables_and_a_picture_for_each_axis(
     out = tmp_path / "out"
     out.mkdir()
     # As if the changed variants had been measured too.
-    measured = [line.replace(f'"{SPARSE}"', f'"{label}"') for label in sorted(changed) for line in base]
-    (out / "results.jsonl").write_text(rows + "".join(measured), encoding="utf-8")
+    variants = {setting.variant.label: setting.variant for setting in settings}
+    measured = [
+        json.dumps({**row, "variant": label, "attention": dataclasses.asdict(variants[label].config(row["length"]))})
+        for label in sorted(changed)
+        for row in map(json.loads, base)
+    ]
+    (out / "results.jsonl").write_text(rows + "".join(f"{line}\n" for line in measured), encoding="utf-8")
     result = run(*TASKS, *SIZES, "--ablation", "reduction,forced_sink", "--base", SPARSE)
     assert result.status == 0
     axes = {}

@@ -21,7 +21,7 @@ from lserve_jax.evaluation.measurement import Item, Row, by_position, prompt_len
 from lserve_jax.evaluation.perplexity import Perplexity
 from lserve_jax.evaluation.rendering import chat_render, raw_render
 from lserve_jax.evaluation.runner import Plan, make_items, make_loads, missing, run
-from lserve_jax.evaluation.sample import Request, Sample
+from lserve_jax.evaluation.sample import Metric, Request, Sample
 from lserve_jax.evaluation.store import Store
 from lserve_jax.evaluation.variants import parse_variants
 from lserve_jax.llm import open_tokenizer
@@ -163,14 +163,20 @@ def test_a_target_that_greedy_decoding_takes_is_the_answer_without_generating_it
     assert [row["token_accuracy"] == 1 for row in rows] == [False, True, False, True]
 
 
-class Repeat(Echo):
+@dataclasses.dataclass(frozen=True)
+class Repeat:
     """The same, measured by how far the answer goes along with the target."""
 
-    metric = staticmethod(matching_start)
+    name: str = "echo"
+    max_tokens: int = 8
+    metric: Metric = matching_start
+
+    def make(self, request: Request) -> Sample:
+        return Echo(max_tokens=self.max_tokens).make(request)
 
 
 def test_where_only_the_start_counts_the_first_wrong_choice_ends_the_answer(tokenizer: Tokenizer, llm: LLM):
-    task = echo(tokenizer, task=Repeat(max_tokens=8))
+    task = echo(tokenizer, task=Repeat())
     item = greedy_target(tokenizer, llm, task.make(100, 1), 8)
     assert item.sample is not None
     right = tokenizer.decode(item.continuation)
@@ -181,6 +187,10 @@ def test_where_only_the_start_counts_the_first_wrong_choice_ends_the_answer(toke
     assert recorder.generated == []
     assert row["answer"] == tokenizer.decode(item.continuation[:6])
     assert row["token_accuracy"] < 1
+    long = dataclasses.replace(item, sample=dataclasses.replace(item.sample, max_tokens=3))
+    (row,) = task.measure(recorder, [long], nobody)
+    assert row["answer"] == tokenizer.decode(item.continuation[:3])
+    assert recorder.generated == []
 
 
 def test_a_target_beyond_the_tokens_of_an_answer_is_no_answer(tokenizer: Tokenizer, llm: LLM):
@@ -382,3 +392,11 @@ def test_numbers_that_are_none_end_the_run(plan: Plan, tmp_path: Path, monkeypat
     with pytest.raises(ValueError, match="variant 'dense' gave no number for nll on echo at length 96, index 0"):
         execute(plan, tmp_path)
     assert np.size(lines(tmp_path)) == 1
+
+
+def test_results_of_settings_that_have_changed_since_are_refused(plan: Plan, whole: Path, tmp_path: Path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "results.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"sink": 16', '"sink": 32'), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"was measured with sink=32 and now has 16: its defaults have changed"):
+        execute(plan, tmp_path)

@@ -113,7 +113,7 @@ def test_an_unknown_axis_is_refused():
 
 def test_one_layer_at_a_time_may_read_everything():
     found = ablations.settings(parse_variant(ablations.BASE), ["dense_layer"], num_layers=3)
-    assert [setting.variant.config(2048).dense_layers for setting in found] == [(0,), (1,), (2,)]
+    assert [setting.variant.config(2048).dense_layers for setting in found] == [(), (0,), (1,), (2,)]
 
 
 def test_what_suits_a_model_is_the_default_of_each_variant_and_of_its_changes():

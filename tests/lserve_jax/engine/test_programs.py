@@ -1,0 +1,67 @@
+"""Compiled programs: compiled once, in the background where nobody waits, and again after a failure."""
+
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lserve_jax.engine.programs import Call, Programs
+
+
+def double(x: jax.Array) -> jax.Array:
+    return 2 * x
+
+
+def test_a_program_is_compiled_once_and_its_name_told():
+    told: list[str] = []
+    programs = Programs(told.append)
+    call = Call("double", jax.jit(double), (jnp.arange(3),), {})
+    assert programs.run(call).tolist() == programs.run(call).tolist() == [0, 2, 4]
+    assert (told, programs.names) == (["double"], ("double",))
+    assert programs.compile_seconds > 0
+
+
+def test_a_started_program_is_waited_for_only_where_it_is_needed():
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(x: jax.Array) -> jax.Array:
+        entered.set()
+        assert leave.wait(60)
+        return x + 1
+
+    programs = Programs()
+    slow_call = Call("slow", jax.jit(slow), (np.ones(2, np.float32),), {})
+    fast_call = Call("double", jax.jit(double), (np.ones(2, np.float32),), {})
+    programs.start([slow_call, fast_call])
+    assert entered.wait(60)
+    assert programs.run(fast_call).tolist() == [2, 2]
+    leave.set()
+    assert programs.run(slow_call).tolist() == [2, 2]
+
+
+def test_arguments_may_be_gone_while_a_program_compiles():
+    x = jnp.arange(4)
+    call = Call("double", jax.jit(double), (x,), {})
+    programs = Programs()
+    programs.start([call])
+    x.delete()
+    programs.compile([call])
+    assert programs.run(Call("double", call.step, (jnp.arange(4),), {})).tolist() == [0, 2, 4, 6]
+
+
+def test_what_failed_to_compile_is_tried_again():
+    failures: list[Any] = [RuntimeError("no memory")]
+
+    def fickle(x: jax.Array) -> jax.Array:
+        if failures:
+            raise failures.pop()
+        return x
+
+    programs = Programs()
+    call = Call("fickle", jax.jit(fickle), (np.ones(1, np.float32),), {})
+    with pytest.raises(RuntimeError, match="no memory"):
+        programs.run(call)
+    assert programs.run(call).tolist() == [1]
