@@ -23,7 +23,7 @@ def project(x: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype | None = None)
     Args:
       x: [..., D].
       kernel: [F, D], of the dtype of ``x``.
-      out_dtype: of the result; None takes that of ``x``.
+      out_dtype: of the result; None takes that of ``x``. On CPUs it is not rounded to that of ``x`` in between.
 
     Returns:
       [..., F]; accumulated in float32.
@@ -32,17 +32,23 @@ def project(x: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype | None = None)
     missing = _MIN_CPU_ROWS - rows.shape[0]
     precision = "highest" if x.dtype == jnp.float32 else None  # a GPU's default rounds float32 to 11 bits
 
-    def product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    def product(rows: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         contraction = (((1,), (1,)), ((), ()))
-        return jax.lax.dot_general(rows, kernel, contraction, precision=precision, preferred_element_type=out_dtype)
+        return jax.lax.dot_general(rows, kernel, contraction, precision=precision, preferred_element_type=dtype)
 
-    def padded_product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-        return product(jnp.pad(rows, ((0, missing), (0, 0))), kernel)[:-missing]
+    def on_cpu(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+        if missing <= 0:
+            return product(rows, kernel, out_dtype)
+        return product(jnp.pad(rows, ((0, missing), (0, 0))), kernel, out_dtype)[:-missing]
 
-    if x.dtype == jnp.bfloat16 and missing > 0:
-        result = jax.lax.platform_dependent(rows, kernel, cpu=padded_product, default=product)
-    else:
+    def elsewhere(rows: jax.Array, kernel: jax.Array) -> jax.Array:
         result = product(rows, kernel)
+        return result if out_dtype is None else result.astype(out_dtype)  # with what follows: nothing wide is stored
+
+    if x.dtype == jnp.float32 or (missing <= 0 and out_dtype is None):
+        result = elsewhere(rows, kernel)
+    else:
+        result = jax.lax.platform_dependent(rows, kernel, cpu=on_cpu, default=elsewhere)
     return result.reshape(*x.shape[:-1], kernel.shape[0])
 
 

@@ -53,7 +53,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns [..., D] for ``x`` [..., D]."""
         c = self.config
-        # Not rounded before they are multiplied: more exact, and faster on CPUs.
+        # On CPUs not rounded before they are multiplied: more exact, and faster.
         gate, up = (
             Linear((c.intermediate_size,), c.mlp_bias, self.dtype, out_dtype=jnp.dtype("float32"), name=name)(x)
             for name in ("gate_proj", "up_proj")
