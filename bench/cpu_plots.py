@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bench.cpu_report import Medians, Spread, length_name, medians, samples
 from bench.measure import read_lines
-from bench.plots import COLOURS, RESOLUTION, SIZE
+from bench.plots import COLOURS, SIZE, save
 
 type Line = dict[str, Any]
 type Curves = dict[str, dict[int, Spread]]
@@ -39,13 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = parser.parse_args(arguments).folder
     lines = read_lines(folder / "results.jsonl")
     figures = {name: draw(lines) for name, draw in PICTURES.items()} if samples(lines) else {}
-    for name, figure in figures.items():
-        if figure is None:
-            print(f"{name}: not drawn: {folder} holds no results for it")
-            continue
-        figure.savefig(folder / name, dpi=RESOLUTION)
-        print(folder / name)
-    return 0 if any(figures.values()) else 1
+    return save(figures, folder)
 
 
 def prefill(lines: Sequence[Line]) -> Figure | None:

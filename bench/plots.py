@@ -9,7 +9,7 @@ One device a picture: that of the newest line. Of several lines for one point th
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
     folder = parser.parse_args(arguments).folder
     lines = [line for file in sorted(folder.glob("*.jsonl")) for line in read_lines(file)]
     figures = {"latency.png": latency(lines), "speedup.png": speedup(lines), "roofline.png": roofline(lines)}
+    return save(figures, folder)
+
+
+def save(figures: Mapping[str, Figure | None], folder: Path) -> int:
+    """Writes the figures there are, by file name; returns 1 if there is none at all."""
     for name, figure in figures.items():
         if figure is None:
             print(f"{name}: not drawn: {folder} holds no results for it")

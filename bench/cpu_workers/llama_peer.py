@@ -69,13 +69,7 @@ class LlamaCpp:
             following = [self._likeliest(sequence) for sequence in range(batch)]
             tokens.append(following[0])
         decode_s = time.perf_counter() - begin
-        return {
-            "prefill_s": prefill_s,
-            "prefilled": len(prompt),
-            "decode_s": decode_s,
-            "steps": steps,
-            "tokens": tokens[: protocol.SHOWN_TOKENS],
-        }
+        return protocol.times(prompt, prefill_s, decode_s, steps, tokens)
 
     def _decode(self, batch: Any) -> None:
         if status := self.api.llama_decode(self.context, batch):

@@ -35,6 +35,17 @@ def serve(open_system: Callable[[dict[str, Any]], Any]) -> None:
         say(system.measure(**json.loads(line)))
 
 
+def times(prompt: list[int], prefill_s: float, decode_s: float, steps: int, tokens: list[int]) -> dict[str, Any]:
+    """Returns a peer's answer: a prefill of one sequence and ``steps`` steps after it, and the tokens that it chose."""
+    return {
+        "prefill_s": prefill_s,
+        "prefilled": len(prompt),
+        "decode_s": decode_s,
+        "steps": steps,
+        "tokens": tokens[:SHOWN_TOKENS],
+    }
+
+
 def memory() -> dict[str, int]:
     """Returns the bytes that this process has resident now, and had at most."""
     status = Path("/proc/self/status")

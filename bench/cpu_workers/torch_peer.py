@@ -50,13 +50,7 @@ class Transformers:
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
                 tokens.append(int(token[0, 0]))
             decode_s = time.perf_counter() - begin
-        return {
-            "prefill_s": prefill_s,
-            "prefilled": len(prompt),
-            "decode_s": decode_s,
-            "steps": steps,
-            "tokens": tokens[: protocol.SHOWN_TOKENS],
-        }
+        return protocol.times(prompt, prefill_s, decode_s, steps, tokens)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ class Attend(Protocol):
     """What the model knows of attention: queries, keys and values in; outputs and the layer's next state out."""
 
     def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        """Returns outputs [B, T, N, H] and the new state, for q [B, T, N, H] and k, v [B, T, K, H] after RoPE."""
+        """Returns outputs [B, T, N, H] and the new state, for q [B, T, N, H] and k, v [B, T, K, H] after RoPE.
+
+        ``layer`` is the layer's index; `lserve_jax.steps.run_model` passes 0 for all, and tells them apart by state.
+        """
         ...
 
 
