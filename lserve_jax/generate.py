@@ -108,7 +108,9 @@ def _generate(args: argparse.Namespace) -> None:
     params = _sampling_params(args, default_sampling_params(setup.checkpoint))
     use_compilation_cache()
     with ProgressBars(is_shown=not args.quiet) as bars:
-        llm = LLM.from_setup(setup, tokenizer=tokenizer, on_progress=bars.report)
+        llm = LLM.from_setup(
+            setup, tokenizer=tokenizer, on_progress=bars.report, expected_tokens=max(map(len, prompts))
+        )
         outputs = _run(llm, prompts, params, is_streaming=not args.json, bars=bars)
     for output in outputs:
         if args.json:

@@ -54,33 +54,56 @@ class LLM:
         Raises:
           ValueError: for a model or setting that cannot be, in one line; before any weight is loaded, where possible.
         """
-        self._start(prepare(model, **settings), tokenizer, on_progress)
+        self._start(prepare(model, **settings), tokenizer, on_progress, None)
 
     @classmethod
     def from_setup(
-        cls, setup: Setup, *, tokenizer: str | Tokenizer | None = None, on_progress: OnProgress | None = None
+        cls,
+        setup: Setup,
+        *,
+        tokenizer: str | Tokenizer | None = None,
+        on_progress: OnProgress | None = None,
+        expected_tokens: int | None = None,
     ) -> "LLM":
-        """Returns the model that `lserve_jax.engine_setup.prepare` has opened, loaded."""
+        """Returns the model that `lserve_jax.engine_setup.prepare` has opened, loaded.
+
+        Args:
+          setup: what was opened.
+          tokenizer: as for `LLM`, or one that is open already.
+          on_progress: as for `LLM`.
+          expected_tokens: of the prompt that will come first: its programs are compiled while weights load.
+        """
         llm = cls.__new__(cls)
-        llm._start(setup, tokenizer, on_progress)
+        llm._start(setup, tokenizer, on_progress, expected_tokens)
         return llm
 
-    def _start(self, setup: Setup, tokenizer: str | Tokenizer | None, on_progress: OnProgress | None) -> None:
+    def _start(
+        self,
+        setup: Setup,
+        tokenizer: str | Tokenizer | None,
+        on_progress: OnProgress | None,
+        expected_tokens: int | None,
+    ) -> None:
         setup.plan.require_fit()
         report = on_progress or (lambda stage, done, total: None)
         self.setup = setup
         self.config = setup.config
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else open_tokenizer(setup, tokenizer)
-        params = setup.checkpoint.load_params(
-            self.config.dtype, self.config.heads, lambda done, total: report("weights", done, total)
-        )
         self.engine = Engine(
-            params,
+            setup.checkpoint.promised_params(self.config.dtype),
             self.config,
             setup.engine_config,
             setup.plan.pools,
             on_compile=lambda program: report(f"compile {program}", 0, 1),
         )
+
+        def on_weights(done: int, total: int) -> None:
+            if done == 0 and expected_tokens is not None:
+                prompt = (0,) * expected_tokens
+                self.engine.expect(Request(id=-1, prompt=prompt, sampling=SamplingParams(max_tokens=2)))
+            report("weights", done, total)
+
+        self.engine.params = setup.checkpoint.load_params(self.config.dtype, self.config.heads, on_weights)
         setup.warn()
         self._report = report
         self._ids = itertools.count()

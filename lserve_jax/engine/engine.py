@@ -111,6 +111,15 @@ class Engine:
         self.cache = self._new_cache()
         self._max_pages = -(-engine_config.max_model_len // attention.page_size)
 
+    def expect(self, request: Request) -> None:
+        """Begins to compile what a request will need. The engine's ``params`` may be abstract as yet."""
+        sequence = Sequence.from_request(
+            request, max_model_len=self.engine_config.max_model_len, page_size=self.config.attention.page_size
+        )
+        sequence.slot = 0
+        count = min(sequence.prompt_length, self.engine_config.prefill_chunk)
+        self.programs.start(self._first_calls(Prefill(sequence, 0, count)))
+
     def add(self, request: Request) -> Sequence:
         """Returns the waiting sequence of a request; ValueError if it can never run."""
         if len(request.sampling.stop_token_ids) > self.engine_config.max_stop_tokens:
@@ -203,9 +212,12 @@ class Engine:
 
         Of a prompt of one chunk, the first token comes while the other programs still compile.
         """
+        (self.programs.start if plan.is_last else self.programs.compile)(self._first_calls(plan))
+
+    def _first_calls(self, plan: Prefill) -> tuple[Call, ...]:
+        """Returns calls of all programs that a request needs from its first chunk on, in the order of their need."""
         logits = jax.ShapeDtypeStruct((1, self.config.model.vocab_size), np.float32)
-        calls = self._prefill_call(plan), self._sample_call(logits, plan.sequence), self._decode_call(Decode((), ()))
-        (self.programs.start if plan.is_last else self.programs.compile)(calls)
+        return self._sample_call(logits, plan.sequence), self._prefill_call(plan), self._decode_call(Decode((), ()))
 
     def _run_prefill(self, plan: Prefill, *, has_all_logits: bool = False) -> tuple[jax.Array, float]:
         """Returns the chunk's logits and the seconds that it took; the cache then holds the chunk."""

@@ -11,6 +11,11 @@ from typing import Any, NamedTuple
 import jax
 
 
+_PATIENCE_S = 3.0
+"""How long a program waits for the one that is needed before it. One that lies in the persistent cache is loaded by
+then, without having to share the interpreter's lock; what must really be compiled had better begin beside it."""
+
+
 class Call(NamedTuple):
     """A jitted ``step`` with arguments, under the name of the program that their shapes make."""
 
@@ -39,12 +44,17 @@ class Programs:
         return tuple(self._programs)
 
     def start(self, calls: Sequence[Call]) -> None:
-        """Begins to compile the programs of calls that are new, side by side: a compilation uses about one core."""
+        """Begins to compile the programs of calls that are new, in the order in which they are needed.
+
+        Those that take long are compiled side by side: a compilation uses about one core.
+        """
         missing = [call for call in calls if self._is_missing(call.name)]
         if missing and self._on_compile is not None:
             self._on_compile(", ".join(call.name for call in missing))
+        before: list[Future[Any]] = []
         for call in missing:
-            self._programs[call.name] = self._threads.submit(_compile, call.step, _abstract(call.args), call.static)
+            program = self._threads.submit(_compile, call.step, _abstract(call.args), call.static, before)
+            self._programs[call.name], before = program, [program]
 
     def _is_missing(self, name: str) -> bool:
         """Returns whether a program is new, or failed to compile: what it failed for may have passed."""
@@ -71,5 +81,6 @@ def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), args)
 
 
-def _compile(step: Any, args: tuple[Any, ...], static: dict[str, Any]) -> Any:
+def _compile(step: Any, args: tuple[Any, ...], static: dict[str, Any], before: Sequence[Future[Any]]) -> Any:
+    wait(before, timeout=_PATIENCE_S)
     return step.lower(*args, **static).compile()

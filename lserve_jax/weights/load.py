@@ -17,7 +17,7 @@ from lserve_jax.weights import embedded, orbax
 from lserve_jax.weights.gguf import GGUFFile
 from lserve_jax.weights.rules import HeadOrder
 from lserve_jax.weights.safetensors import SafetensorsFolder
-from lserve_jax.weights.tensors import Params, Progress, load_tensors
+from lserve_jax.weights.tensors import Params, Progress, load_tensors, promised_params
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What a hub repository is asked for: no pickles, no code, no second copies of the weights in other formats.
@@ -56,12 +56,16 @@ class Checkpoint:
             dtype: bfloat16 or float32, as a name or a dtype.
             heads: the order of KV heads of each layer (`HeadClasses`): KV heads, the query heads of their groups, the
                 inputs of the output projection and the biases move together. None keeps the checkpoint's order.
-            progress: called with the bytes done and the bytes in all.
+            progress: called with the bytes done and the bytes in all; with 0 once all headers have been found in order.
 
         Raises:
             ValueError: every missing, unexpected or misshapen tensor and every unreadable file, in one line.
         """
         return self.loader(self.config, jnp.dtype(dtype), heads, progress)
+
+    def promised_params(self, dtype: Any) -> Params:
+        """The tree that `load_params` will give, as `jax.ShapeDtypeStruct`: enough to compile programs."""
+        return promised_params(self.config, jnp.dtype(dtype))
 
 
 def open_checkpoint(model: str) -> Checkpoint:

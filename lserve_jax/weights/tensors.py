@@ -20,6 +20,7 @@ from lserve_jax.weights.rules import (
     check_heads,
     expected_tensors,
     head_index,
+    parameter_shapes,
 )
 
 type Params = dict[str, Any]
@@ -98,6 +99,14 @@ def load_tensors(
             done += math.prod(tensor.shape) * dtype.itemsize
             if progress:
                 progress(done, total)
+    return params
+
+
+def promised_params(config: ModelConfig, dtype: np.dtype) -> Params:
+    """The tree that `load_tensors` will give, as `jax.ShapeDtypeStruct`; reads and allocates nothing."""
+    params: Params = {}
+    for path, shape in parameter_shapes(config).items():
+        set_leaf(params, path, jax.ShapeDtypeStruct(shape, dtype))
     return params
 
 

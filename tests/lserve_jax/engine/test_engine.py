@@ -197,6 +197,19 @@ def test_programs_are_those_of_the_first_requests_however_requests_vary(sparse: 
     assert (sparse.engine.programs.names, sparse.compile_seconds) == (programs, seconds)
 
 
+@pytest.mark.parametrize("length", [5, 64, 65, 150])
+def test_what_is_compiled_while_weights_load_is_all_that_the_first_prompt_needs(length: int, sparse: LLM):
+    events: list[tuple[str, int]] = []
+    llm = LLM.from_setup(
+        sparse.setup, expected_tokens=length, on_progress=lambda stage, done, total: events.append((stage, done))
+    )
+    assert events[0][0].startswith("compile ")
+    assert events[1] == ("weights", 0)
+    programs = llm.engine.programs.names
+    assert same(free_run(llm, prompt(length), 12), free_run(sparse, prompt(length), 12))
+    assert llm.engine.programs.names == programs
+
+
 # --- ends -----------------------------------------------------------------------------------------------------------
 
 

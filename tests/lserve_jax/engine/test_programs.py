@@ -1,6 +1,7 @@
 """Compiled programs: compiled once, in the background where nobody waits, and again after a failure."""
 
 import threading
+import time
 from typing import Any
 
 import jax
@@ -24,7 +25,26 @@ def test_a_program_is_compiled_once_and_its_name_told():
     assert programs.compile_seconds > 0
 
 
-def test_a_started_program_is_waited_for_only_where_it_is_needed():
+def test_a_program_is_loaded_before_the_next_begins():
+    """Two at once would take the interpreter's lock from each other."""
+    order: list[str] = []
+
+    def first(x: jax.Array) -> jax.Array:
+        time.sleep(0.2)
+        order.append("first")
+        return x
+
+    def second(x: jax.Array) -> jax.Array:
+        order.append("second")
+        return x
+
+    x, programs = (np.ones(1, np.float32),), Programs()
+    programs.compile([Call("first", jax.jit(first), x, {}), Call("second", jax.jit(second), x, {})])
+    assert order == ["first", "second"]
+
+
+def test_a_started_program_is_waited_for_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lserve_jax.engine.programs._PATIENCE_S", 0.1)
     entered, leave = threading.Event(), threading.Event()
 
     def slow(x: jax.Array) -> jax.Array:
