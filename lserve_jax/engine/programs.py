@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-
 _PATIENCE_S = 3.0
 """How long a program waits for the one that is needed before it. One that lies in the persistent cache is loaded by
 then, without having to share the interpreter's lock; what must really be compiled had better begin beside it."""
