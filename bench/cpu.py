@@ -169,7 +169,7 @@ class Run:
         elif task.system.is_ours and not compiled.exists():
             with self._start(task, room, compiled) as worker:
                 self._ask(worker, task, length=min(task.length, FILLING_LENGTH))
-        with self._start(task, room, compiled) as worker:
+        with self._start(task, room, compiled, task.length) as worker:
             answer = self._ask(worker, task)
             seconds, ready = time.perf_counter() - worker.begin, worker.ready(0)
         loaded = {"loaded_bytes": ready["rss_bytes"], "load_peak_bytes": ready["peak_bytes"]}
@@ -187,11 +187,19 @@ class Run:
         kept = ("programs", "num_compilations", "compile_s")
         return {"kind": "sample", **{name: last[name] for name in kept}, "grown": grown}
 
-    def _start(self, task: Task, max_length: int, compiled: Path | None = None) -> Worker:
+    def _start(
+        self, task: Task, max_length: int, compiled: Path | None = None, expected_tokens: int | None = None
+    ) -> Worker:
         """Returns a new worker of a task, with room for the model's own context; just enough in the part long."""
         room = max_length if task.part == "long" else max(max_length, model_shapes(self.args.model)[1])
         folder = compiled or self.args.work / "compiled" / "kept"
-        return task.system.start(max_length=room, batch=task.batch, threads=self.args.threads, compiled=folder)
+        return task.system.start(
+            max_length=room,
+            batch=task.batch,
+            threads=self.args.threads,
+            compiled=folder,
+            expected_tokens=expected_tokens,
+        )
 
     def _ask(self, worker: Worker, task: Task, **changes: Any) -> dict[str, Any]:
         request = {"length": task.length, "batch": task.batch, "steps": task.steps, **changes}

@@ -61,13 +61,17 @@ class System:
         """Whether it is a setting of lserve_jax."""
         return self.kind == "ours"
 
-    def start(self, *, max_length: int, batch: int, threads: int, compiled: Path) -> Worker:
+    def start(
+        self, *, max_length: int, batch: int, threads: int, compiled: Path, expected_tokens: int | None = None
+    ) -> Worker:
         """Returns a worker for ``batch`` sequences of ``max_length`` tokens, which begins to load.
 
-        ``compiled`` is the folder of JAX's persistent compilation cache.
+        ``compiled`` is the folder of JAX's persistent compilation cache; ``expected_tokens`` those of the first prompt,
+        where they are known before, as to `lserve_jax.generate`.
         """
         if self.is_ours:
-            settings = {"prepare": {**self.settings, "max_model_len": max_length, "max_num_seqs": batch}}
+            prepare = {**self.settings, "max_model_len": max_length, "max_num_seqs": batch}
+            settings = {"prepare": prepare, "expected_tokens": expected_tokens}
         else:
             settings = {**self.settings, "max_length": max_length, "batch": batch}
         return Worker(self.command, {**settings, "threads": threads}, self._environment(threads, compiled))

@@ -17,7 +17,16 @@ from lserve_jax.calibration.folder import require_target, write_pattern
 from lserve_jax.calibration.passkeys import Passkeys
 from lserve_jax.calibration.picture import head_map, require_matplotlib
 from lserve_jax.calibration.prompts import make_prompts
-from lserve_jax.calibration.scores import DEFAULT_SCORE, MEASURES, SCORES, Scores, combine, score_heads, to_gates
+from lserve_jax.calibration.scores import (
+    DEFAULT_RANKING,
+    MEASURES,
+    RANKINGS,
+    SLOPES,
+    Scores,
+    combine,
+    score_heads,
+    to_gates,
+)
 from lserve_jax.calibration.shares import describe, expected_losses
 from lserve_jax.calibration.training import CHECKPOINT_FILE, Checkpoint, TrainingConfig, train
 from lserve_jax.command_line import OneLineParser, ProgressBars, run_command, use_compilation_cache
@@ -50,7 +59,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
 }
 
 _SCORE_FLAGS: dict[str, dict[str, Any]] = {
-    "--score": {"choices": tuple(SCORES), "default": DEFAULT_SCORE, "help": "what heads are ranked by (%(default)s)"},
+    "--score": {
+        "choices": tuple(RANKINGS),
+        "default": DEFAULT_RANKING,
+        "help": "what heads are ranked by (%(default)s)",
+    },
     "--prompts": {"type": int, "default": 12, "help": "(%(default)s)"},
 }
 
@@ -179,10 +192,10 @@ def _scoring(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> Ca
 
     def find(params: Params, bars: ProgressBars) -> _Found:
         chunk = setup.engine_config.prefill_chunk
-        names = dict.fromkeys((*MEASURES, args.score))
-        scores = score_heads(params, setup.config, prompts, names=tuple(names), chunk=chunk, on_progress=bars.report)
+        names = (*MEASURES, *({args.score} & SLOPES.keys()))
+        scores = score_heads(params, setup.config, prompts, names=names, chunk=chunk, on_progress=bars.report)
         gates = to_gates(combine(scores, args.score), args.quota)
-        settings = {"method": args.score, "measured": SCORES[args.score], "num_prompts": args.prompts}
+        settings = {"method": args.score, "measured": RANKINGS[args.score], "num_prompts": args.prompts}
         return _Found(gates, settings, scores)
 
     return find

@@ -28,7 +28,7 @@ class Ours:
         setup = prepare(**settings["prepare"])
         use_compilation_cache()
         self.prefilled: list[tuple[int, int, float, float]] = []
-        self.llm = LLM.from_setup(setup, on_progress=self._note)
+        self.llm = LLM.from_setup(setup, on_progress=self._note, expected_tokens=settings["expected_tokens"])
         plan = setup.plan
         self.facts |= {
             "import_s": imported - begin,

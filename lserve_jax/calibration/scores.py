@@ -35,7 +35,15 @@ SLOPES = {
 SCORES = MEASURES | SLOPES
 """What each score is, at the tokens that predict the answer. Slopes need gradients, which take several times longer."""
 
-DEFAULT_SCORE = "residual_error"
+BEST_PLACE = "best_place"
+RANKINGS = SCORES | {BEST_PLACE: "its better place of two: by needle for facts, by residual_error for copying"}
+"""What heads may be ranked by: one score on all kinds of prompts, or the kinds' own rankings merged."""
+
+DEFAULT_RANKING = BEST_PLACE
+_RANKS_KIND = {"copying": "residual_error"}
+"""Which score ranks the heads for a kind of prompt; others are ranked by `_RANKS_OTHERS`. What finds a fact is few
+heads with much attention on it; what copies leans on many, of which attention alone does not tell the weight."""
+_RANKS_OTHERS = "needle"
 
 
 def score_heads(
@@ -88,18 +96,42 @@ def _score(reader: Reader, prompt: Prompt, names: Sequence[str]) -> Scores:
 
 
 def combine(scores: Mapping[str, Scores], name: str) -> NDArray[np.float64]:
-    """Returns one score [L, K] of all kinds of prompts: a head's largest share of a kind's total.
+    """Returns one score [L, K] of all kinds of prompts.
 
-    A head that one kind of prompt needs is needed, however little the others do. Slopes below 0 count as 0.
+    A head that one kind of prompt needs is needed, however little the others do: it counts by its largest share of a
+    kind's total, and for `BEST_PLACE` by its best place in a kind's ranking. Slopes below 0 count as 0.
 
     Args:
       scores: from `score_heads`.
-      name: which of them.
+      name: a row of `RANKINGS`.
     """
+    if name == BEST_PLACE:
+        return _best_places(scores)
     _require_known(name)
     kinds = [np.maximum(found[name], 0.0) for found in scores.values()]
     # Of a kind that says nothing, as plain text of needles, the total is 0.
     return np.stack([kind / max(kind.sum(), np.finfo(np.float64).tiny) for kind in kinds]).max(axis=0)
+
+
+def _best_places(scores: Mapping[str, Scores]) -> NDArray[np.float64]:
+    """Returns minus the best place [L, K] of each head in a kind's ranking; of equal places that for copying is worse.
+
+    Kinds whose answers come from no passage, as plain text, rank nothing: their loss is spread over all heads.
+    """
+    rankings = [
+        _places(scores[kind][_RANKS_KIND.get(kind, _RANKS_OTHERS)])
+        for kind in sorted(scores, key=lambda kind: kind in _RANKS_KIND)
+        if np.any(scores[kind]["needle"] > 0)
+    ]
+    if not rankings:
+        raise ValueError(f"{BEST_PLACE} needs prompts whose answers come from a passage; rank by another score")
+    places = [ranking + kind / len(rankings) for kind, ranking in enumerate(rankings)]
+    return -np.min(np.asarray(places, np.float64), axis=0)
+
+
+def _places(scores: NDArray[np.floating]) -> NDArray[np.intp]:
+    """Returns how many heads of [L, K] rank higher than each; of equal scores the first ranks higher."""
+    return np.argsort(np.argsort(-scores.ravel(), kind="stable")).reshape(scores.shape)
 
 
 def _require_known(name: str) -> None:

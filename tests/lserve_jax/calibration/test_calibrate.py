@@ -73,12 +73,12 @@ def test_scoring_writes_a_pattern_that_the_loader_reads(run: Callable[..., Resul
     with np.load(out / "scores.npz") as saved:
         kinds = sorted({name.split("/")[0] for name in saved})
         scores = {kind: {name: saved[f"{kind}/{name}"] for name in MEASURES} for kind in kinds}
-    np.testing.assert_allclose(gates, to_gates(combine(scores, "residual_error")), atol=1e-6)
+    np.testing.assert_allclose(gates, to_gates(combine(scores, "best_place")), atol=1e-6)
     setup = prepare(MODEL, attention="lserve", head_pattern=out)
     assert setup.config.heads == classify(gates, 0.5)
     settings = json.loads((out / "config.json").read_text())
     assert settings | {"model_name": MODEL, "sink_size": 16, "recent_size": 64, "seed": 3} == settings
-    assert (settings["method"], settings["num_prompts"], settings["length"]) == ("residual_error", 3, 1280)
+    assert (settings["method"], settings["num_prompts"], settings["length"]) == ("best_place", 3, 1280)
     assert [row["streaming"] for row in settings["expected_loss"]] == [0, 1, 2, 3, 4]
     table = result.out.splitlines()
     assert table[1].split() == ["streaming", "heads", "retrieval", "copying", "text", "mean", "change"]

@@ -12,7 +12,7 @@ from lserve_jax import InferenceConfig, classify, from_preset, init_cache, open_
 from lserve_jax.calibration.pages import Chunk
 from lserve_jax.calibration.probe import probe, slopes
 from lserve_jax.calibration.prompts import Prompt
-from lserve_jax.calibration.scores import MEASURES, SCORES, Scores, combine, score_heads, to_gates
+from lserve_jax.calibration.scores import BEST_PLACE, MEASURES, SCORES, Scores, combine, score_heads, to_gates
 from lserve_jax.models.llama import Llama, abstract_params
 from tests.lserve_jax.calibration import planted
 from tests.lserve_jax.tiny_steps import TINY
@@ -43,6 +43,10 @@ def test_every_score_finds_exactly_the_planted_heads(planted_scores: dict[str, S
     assert found(scores) == planted.PLANTED
     others = [scores[layer, head] for layer in range(3) for head in range(4) if (layer, head) not in planted.PLANTED]
     assert max(others) < 0.05 * min(scores[head] for head in planted.PLANTED)
+
+
+def test_the_merged_ranking_finds_exactly_the_planted_heads(planted_scores: dict[str, Scores]):
+    assert found(combine(planted_scores, BEST_PLACE)) == planted.PLANTED
 
 
 def test_the_same_prompts_give_the_same_scores_and_others_the_same_heads(planted_scores: dict[str, Scores]):
@@ -179,6 +183,19 @@ def test_kinds_of_prompts_weigh_alike_and_a_head_that_one_kind_needs_counts():
     small, large = np.array([[1.0, 0.0], [0.0, 3.0]]), np.array([[0.0, 100.0], [300.0, 0.0]])
     scores = {kind: {"mass": value} for kind, value in (("a", small), ("b", large), ("c", np.zeros((2, 2))))}
     np.testing.assert_allclose(combine(scores, "mass"), [[0.25, 0.25], [0.75, 0.75]])
+
+
+def test_heads_take_the_better_of_their_places_for_facts_and_for_copying():
+    facts = {"needle": np.array([[0.5, 0.3], [0.2, 0.1]]), "residual_error": np.array([[0.0, 0.0], [0.0, 9.0]])}
+    copying = {"needle": np.array([[0.0, 9.0], [0.0, 0.0]]), "residual_error": np.array([[0.2, 0.1], [0.4, 0.3]])}
+    text = {"needle": np.zeros((2, 2)), "residual_error": np.array([[0.0, 9.0], [0.0, 0.0]])}
+    ranked = combine({"retrieval": facts, "copying": copying, "text": text}, BEST_PLACE)
+    assert np.argsort(-ranked.ravel()).tolist() == [0, 2, 1, 3]  # by facts 0 1 2 3, by copying 2 3 0 1
+
+
+def test_the_merged_ranking_needs_answers_that_come_from_somewhere():
+    with pytest.raises(ValueError, match="best_place needs prompts whose answers come from a passage"):
+        combine({"text": {"needle": np.zeros((2, 2)), "residual_error": np.ones((2, 2))}}, BEST_PLACE)
 
 
 def test_gates_are_ranks_that_the_loader_ranks_alike(rng: np.random.Generator):
