@@ -112,9 +112,9 @@ def prepare(
         dtype=dtype,
         implementation=None if implementation == "auto" else implementation,
     )
-    if config.implementation is not None:
-        _try_kernels(config)
     length = max_model_len or checkpoint.config.max_context
+    if config.implementation is not None:
+        _try_kernels(config, length)
     chunk = min(prefill_chunk or _PREFILL_CHUNK.get(jax.default_backend(), _GPU_PREFILL_CHUNK), length)
     steps_per_call = recall_interval or steps_per_call
     engine_config = EngineConfig(
@@ -141,20 +141,25 @@ def prepare(
     return Setup(checkpoint=checkpoint, config=config, engine_config=engine_config, plan=plan, warnings=tuple(warnings))
 
 
-def _try_kernels(config: InferenceConfig) -> None:
+def _try_kernels(config: InferenceConfig, max_model_len: int) -> None:
     """Traces the attention of one layer of each kind: what an implementation refuses, it refuses before anything loads.
+
+    There are so many pages that some must be selected, if ``max_model_len`` tokens have so many.
 
     Raises:
       NotImplementedError: with the reason.
     """
-    kinds = {count: layer for layer, count in enumerate(config.num_retrieval)}
+    page_size = config.attention.page_size
+    pages = min(-(-max_model_len // page_size), (config.attention.num_selected or 0) + 1)
+    kinds = {(count, config.num_selected(layer)): layer for layer, count in enumerate(config.num_retrieval)}
     for layer in kinds.values():
-        _trace_attention(config, layer, prefill_attend, config.attention.page_size)
-        _trace_attention(config, layer, decode_attend, 1)
+        _trace_attention(config, layer, prefill_attend, page_size, pages)
+        _trace_attention(config, layer, decode_attend, 1, pages)
 
 
-def _trace_attention(config: InferenceConfig, layer: int, attend_with: Callable[..., Attend], tokens: int) -> None:
-    pages = 8
+def _trace_attention(
+    config: InferenceConfig, layer: int, attend_with: Callable[..., Attend], tokens: int, pages: int
+) -> None:
     cache = jax.eval_shape(lambda: init_cache(config, slots=1, retrieval_pages=pages, streaming_pages=pages))
 
     def attend(q: jax.Array, k: jax.Array, state: Any, table: jax.Array, ones: jax.Array) -> Any:

@@ -133,6 +133,14 @@ def test_what_a_kernel_is_not_made_for_is_refused_before_anything_is_loaded():
     assert prepare(str(TINY / "llama3"), implementation="xla").config.implementation == "xla"
 
 
+def test_what_the_page_selector_is_not_made_for_is_refused_where_pages_would_be_selected():
+    settings: dict[str, Any] = {"group_reduction": "mean", "has_lookahead": True, "implementation": "mosaic_gpu"}
+    with hopper.on_h200():
+        with pytest.raises(NotImplementedError, match="lookahead with reduction='mean'"):
+            prepare("llama-3.1-8b", max_model_len=4097, **settings)
+        assert prepare("llama-3.1-8b", max_model_len=4096, **settings).plan.slots
+
+
 def test_memory_that_does_not_suffice_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lserve_jax.weights.load.Checkpoint.load_params", None)
     monkeypatch.setattr("lserve_jax.plan.free_memory", lambda: 2**22)
