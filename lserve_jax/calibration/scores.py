@@ -119,19 +119,19 @@ def _best_places(scores: Mapping[str, Scores]) -> NDArray[np.float64]:
     Kinds whose answers come from no passage, as plain text, rank nothing: their loss is spread over all heads.
     """
     rankings = [
-        _places(scores[kind][_RANKS_KIND.get(kind, _RANKS_OTHERS)])
+        scores[kind][_RANKS_KIND.get(kind, _RANKS_OTHERS)]
         for kind in sorted(scores, key=lambda kind: kind in _RANKS_KIND)
         if np.any(scores[kind]["needle"] > 0)
     ]
     if not rankings:
         raise ValueError(f"{BEST_PLACE} needs prompts whose answers come from a passage; rank by another score")
-    places = [ranking + kind / len(rankings) for kind, ranking in enumerate(rankings)]
-    return -np.min(np.asarray(places, np.float64), axis=0)
+    places = [_places(ranking.ravel()) + kind / len(rankings) for kind, ranking in enumerate(rankings)]
+    return -np.min(np.asarray(places, np.float64), axis=0).reshape(rankings[0].shape)
 
 
 def _places(scores: NDArray[np.floating]) -> NDArray[np.intp]:
-    """Returns how many heads of [L, K] rank higher than each; of equal scores the first ranks higher."""
-    return np.argsort(np.argsort(-scores.ravel(), kind="stable")).reshape(scores.shape)
+    """Returns how many of the last axis rank higher than each; of equal scores the first ranks higher."""
+    return np.argsort(np.argsort(-scores, axis=-1, kind="stable"), axis=-1)
 
 
 def _require_known(name: str) -> None:
@@ -153,5 +153,4 @@ def to_gates(scores: NDArray[np.floating], quota: str = "model") -> NDArray[np.f
     if quota not in QUOTAS:
         raise ValueError(f"quota must be one of {', '.join(QUOTAS)}, got {quota!r}")
     groups = scores.reshape(1, -1) if quota == "model" else scores
-    places = np.argsort(np.argsort(-groups, axis=1, kind="stable"), axis=1)  # 0 is the highest
-    return ((groups.shape[1] - places) / groups.shape[1]).reshape(scores.shape)
+    return ((groups.shape[1] - _places(groups)) / groups.shape[1]).reshape(scores.shape)
