@@ -200,6 +200,15 @@ def test_the_packages_hold_no_test_code():
     assert not found, "\n".join(found)
 
 
+def test_starting_the_command_imports_nothing_that_it_may_not_need():
+    """A third of the imports of a start would be orbax, and Pallas for GPUs."""
+    program = "import sys, lserve_jax.generate; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert "flax" in imported
+    assert not imported & {"orbax.checkpoint", "jax.experimental.pallas", "optax", "matplotlib", "huggingface_hub"}
+
+
 def test_importing_every_module_initialises_no_device():
     program = "\n".join(
         [

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from lserve_jax.weights.rules import Naming, Tensor
 from lserve_jax.weights.tensors import Inventory, Params, ReadTensor, get_leaf, set_leaf
@@ -66,6 +65,8 @@ def save(
         write_tokenizer(partial)
         leaves = jax.tree_util.tree_leaves_with_path(params)
         _write_json(partial / LIST_FILE, {".".join(key.key for key in path): leaf.shape for path, leaf in leaves})
+        import orbax.checkpoint as ocp  # not above: every start would wait for it (0.15 s)
+
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / PARAMS_FOLDER, params)
         partial.replace(folder)
@@ -103,6 +104,8 @@ class OrbaxFolder:
     @contextmanager
     def open(self) -> Iterator[ReadTensor]:
         """A function that restores one parameter straight into the dtype asked for."""
+        import orbax.checkpoint as ocp
+
         with ocp.PyTreeCheckpointer() as checkpointer:
 
             def read(tensor: Tensor, dtype: np.dtype) -> np.ndarray:

@@ -1,7 +1,9 @@
 """The device that Mosaic GPU kernels are traced for: Hopper (H100, H200), or a refusal in one line."""
 
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,23 @@ def require_hopper() -> Device:
     if not _HOPPER.search(kind):
         raise NotImplementedError(f"Mosaic GPU kernels need a Hopper GPU (H100, H200); this device is {kind!r}")
     return Device(kind, cores or 132)
+
+
+def on_hopper(api: str) -> Callable[..., Any]:
+    """Returns the Mosaic GPU kernel of an op, whose module is imported by the first call on a Hopper GPU.
+
+    Elsewhere it refuses, and no process waits for Pallas' own imports (a sixth of a second).
+
+    Args:
+      api: ``__name__`` of the op's `api`, beside which its `mosaic_gpu` lies.
+    """
+    package = api.removesuffix(".api")
+
+    def run(*args: Any, **options: Any) -> Any:
+        require_hopper()
+        return getattr(import_module(f"{package}.mosaic_gpu"), package.rpartition(".")[2])(*args, **options)
+
+    return run
 
 
 def refuse_pools(pools: list[PagedKV]) -> None:

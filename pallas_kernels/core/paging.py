@@ -77,6 +77,26 @@ def is_visible(queries: jax.Array, keys: jax.Array, sink: int | None, local: int
     return causal & ((keys > queries - local) | (keys < sink))
 
 
+def div_down(x: jax.Array, size: jax.Array | int) -> jax.Array:
+    """Returns x // size for x >= 0: one instruction of a program, where the floor of signed numbers takes ten.
+
+    A start from the compilation cache takes time for each instruction, and pages are divided by everywhere.
+    """
+    if isinstance(size, int) and size & (size - 1) == 0:
+        return jax.lax.shift_right_logical(x, jnp.asarray(size.bit_length() - 1, x.dtype))
+    return jax.lax.div(x, jnp.asarray(size, x.dtype))
+
+
+def div_up(x: jax.Array, size: jax.Array | int) -> jax.Array:
+    """Returns ceil(x / size) for x >= 0."""
+    return div_down(x + (size - 1), size)
+
+
+def take(x: jax.Array, *index: jax.Array) -> jax.Array:
+    """Returns x[index] for indices that lie inside the array: neither wrapped nor clamped."""
+    return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
 def streaming_page_count(sink: int, local: int, page_size: int) -> int:
     """Returns how many pages the sink and the window of one query can touch at most, over all alignments."""
     return -(-sink // page_size) + (local + page_size - 2) // page_size + 1
@@ -88,8 +108,7 @@ def streaming_pages(lengths: jax.Array, sink: int, local: int, page_size: int) -
     Ascending, without repeats, padded at the end with `NO_PAGE`.
     """
     sinks = -(-sink // page_size)
-    last = (lengths - 1) // page_size
-    first = jnp.maximum(jnp.maximum(lengths - local, 0) // page_size, sinks)
+    first = jnp.maximum(div_down(jnp.maximum(lengths - local, 0), page_size), sinks)
     index = jnp.arange(streaming_page_count(sink, local, page_size), dtype=jnp.int32)
     logical = jnp.where(index < sinks, index, first[:, None] + index - sinks)
-    return jnp.where(logical <= last[:, None], logical, NO_PAGE).astype(jnp.int32)
+    return jnp.where(logical * page_size < lengths[:, None], logical, NO_PAGE).astype(jnp.int32)

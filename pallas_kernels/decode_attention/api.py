@@ -3,11 +3,12 @@
 import jax
 
 from pallas_kernels.core.dispatch import dispatch
+from pallas_kernels.core.hopper import on_hopper
 from pallas_kernels.core.paging import LayerKV, PageTables
-from pallas_kernels.decode_attention import mosaic_gpu, reference, xla
+from pallas_kernels.decode_attention import reference, xla
 
 IMPLEMENTATIONS = {
-    "mosaic_gpu": mosaic_gpu.decode_attention,
+    "mosaic_gpu": on_hopper(__name__),
     "xla": xla.decode_attention,
     "reference": reference.decode_attention,
 }

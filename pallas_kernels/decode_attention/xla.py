@@ -14,9 +14,11 @@ from pallas_kernels.core.paging import (
     LayerKV,
     PagedKV,
     PageTables,
+    div_up,
     is_visible,
     pools,
     streaming_pages,
+    take,
 )
 from pallas_kernels.core.quantization import QuantizedArray, dequantize
 
@@ -70,19 +72,19 @@ def _attend(
     logical = jnp.pad(logical, ((0, 0), (0, 0), (0, -logical.shape[-1] % block)), constant_values=NO_PAGE)
 
     def attend_sequence(b: jax.Array) -> jax.Array:
-        queries = q[b].astype(jnp.float32)
+        queries, length = take(q, b).astype(jnp.float32), take(lengths, b)
 
         def attend_block(index: jax.Array, state: OnlineSoftmax) -> OnlineSoftmax:
-            pages = jax.lax.dynamic_slice_in_dim(logical[b], index * block, block, axis=1)
-            physical = jnp.where(pages >= 0, table[b][jnp.maximum(pages, 0)], NO_PAGE)
+            pages = jax.lax.dynamic_slice_in_dim(take(logical, b), index * block, block, axis=1)
+            physical = jnp.where(pages >= 0, take(table, b, jnp.maximum(pages, 0)), NO_PAGE)
             positions = (pages[..., None] * page_size + jnp.arange(page_size)).reshape(pages.shape[0], -1)
             is_held = jnp.repeat(physical >= 0, page_size, axis=-1)
-            visible = is_held & is_visible(lengths[b] - 1, positions, *window)
+            visible = is_held & is_visible(length - 1, positions, *window)
             k, v = (_gather(x, physical, heads) for x in (pool.k, pool.v))
             scores = jnp.einsum("kgh,ksh->kgs", queries, k, precision="highest")
             return state.add(scores, jnp.where(visible[..., None], v, 0.0), scale=scale, visible=visible[:, None])
 
-        blocks = (counts[b] + block - 1) // block
+        blocks = div_up(take(counts, b), block)
         return jax.lax.fori_loop(0, blocks, attend_block, OnlineSoftmax.start((heads, group), head_dim)).finish()
 
     return jax.lax.map(attend_sequence, jnp.arange(batch))
@@ -91,5 +93,5 @@ def _attend(
 def _gather(pages: jax.Array | QuantizedArray, physical: jax.Array, heads: int) -> jax.Array:
     """Returns tokens [K, n · page_size, H] float32 of physical pages [K or 1, n]."""
     index = (jnp.maximum(physical, 0), jnp.arange(heads)[:, None])
-    rows = dequantize(jax.tree.map(lambda x: x[index], pages), jnp.float32)
+    rows = dequantize(jax.tree.map(lambda x: take(x, *index), pages), jnp.float32)
     return rows.reshape(heads, -1, rows.shape[-1])

@@ -3,10 +3,11 @@
 import jax
 
 from pallas_kernels.core.dispatch import dispatch
+from pallas_kernels.core.hopper import on_hopper
 from pallas_kernels.core.paging import LayerKV, PageTables
-from pallas_kernels.kv_write import mosaic_gpu, reference, xla
+from pallas_kernels.kv_write import reference, xla
 
-IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu.kv_write, "xla": xla.kv_write, "reference": reference.kv_write}
+IMPLEMENTATIONS = {"mosaic_gpu": on_hopper(__name__), "xla": xla.kv_write, "reference": reference.kv_write}
 
 
 def kv_write(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools
+from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, div_down, div_up, pools, take
 from pallas_kernels.core.quantization import QuantizedArray, quantize
 
 
@@ -35,10 +35,11 @@ def _write_pool(
     def write_tile(b: jax.Array, index: jax.Array, pool: PagedKV) -> PagedKV:
         """Writes the rows of sequence b that fall into tile ``index`` of its whole token range."""
         position = index * tile
-        page, row = table[b, position // pool.page_size], position % pool.page_size
-        offset = position - starts[b]
+        index_of_page = div_down(position, pool.page_size)
+        page, row = take(table, b, index_of_page), position - index_of_page * pool.page_size
+        offset = position - take(starts, b)
         in_chunk = jnp.arange(tile) + offset
-        is_new = (in_chunk >= 0) & (in_chunk < counts[b]) & (page >= 0)
+        is_new = (in_chunk >= 0) & (in_chunk < take(counts, b)) & (page >= 0)
 
         def put(target: jax.Array, chunk: jax.Array) -> jax.Array:
             return _merge(target, _rows(chunk, b, offset, tile), is_new, (jnp.maximum(page, 0), 0, row))
@@ -50,7 +51,8 @@ def _write_pool(
         return PagedKV(k_new, v_new, *_merge_statistics(pool, new, is_new, jnp.maximum(page, 0), row))
 
     def write_sequence(b: jax.Array, pool: PagedKV) -> PagedKV:
-        first, end = starts[b] // tile, -(-(starts[b] + counts[b]) // tile)
+        start = take(starts, b)
+        first, end = div_down(start, tile), div_up(start + take(counts, b), tile)
         return jax.lax.fori_loop(first, end, lambda index, pool: write_tile(b, index, pool), pool)
 
     return jax.lax.fori_loop(0, k.shape[0], write_sequence, pool)
@@ -92,9 +94,11 @@ def _merge_statistics(
     is_new = is_new.reshape(1, subs, -1, 1)
     first_row = row + jnp.arange(subs)[None, :, None, None] * sub_size
     first_new = first_row + jnp.argmax(is_new, axis=2, keepdims=True)
-    is_merge = first_new % sub_size != 0  # else the sub-page's own first token is among the new: it sets
+    is_merge = (
+        div_down(first_new, sub_size) * sub_size != first_new
+    )  # else the sub-page's own first token is among the new: it sets
     is_touched = jnp.any(is_new, axis=2, keepdims=True)
-    start = (page, 0, row // sub_size, 0)
+    start = (page, 0, div_down(row, sub_size), 0)
 
     def merged(target: jax.Array, reduce: Any, combine: Any, neutral: float) -> jax.Array:
         old = jax.lax.dynamic_slice(target, start, (1, heads, subs, head_dim))

@@ -3,10 +3,11 @@
 import jax
 
 from pallas_kernels.core.dispatch import dispatch
+from pallas_kernels.core.hopper import on_hopper
 from pallas_kernels.core.paging import PagedKV
-from pallas_kernels.page_select import mosaic_gpu, reference, xla
+from pallas_kernels.page_select import reference, xla
 
-IMPLEMENTATIONS = {"mosaic_gpu": mosaic_gpu.page_select, "xla": xla.page_select, "reference": reference.page_select}
+IMPLEMENTATIONS = {"mosaic_gpu": on_hopper(__name__), "xla": xla.page_select, "reference": reference.page_select}
 
 
 def selection_width(num_selected: int, interval: int, page_size: int) -> int:

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.core.paging import NO_PAGE, PagedKV
+from pallas_kernels.core.paging import NO_PAGE, PagedKV, div_down, div_up, take
 
 _SUBS_PER_BLOCK = 1024
 
@@ -39,10 +39,10 @@ def page_select(
 
     def select(b: jax.Array) -> jax.Array:
         """Scores and selects the pages of sequence b."""
-        length = lengths[b]
-        first_recent, count = jnp.maximum(length - interval, 0) // page_size, -(-length // page_size)
+        length = take(lengths, b)
+        first_recent, count = div_down(jnp.maximum(length - interval, 0), page_size), div_up(length, page_size)
         is_forced = (logical < sink_pages) | (logical >= first_recent)
-        scores, ends = _page_scores(q[b], pages, table[b], length, reduction, spread)
+        scores, ends = _page_scores(take(q, b), pages, take(table, b), length, reduction, spread)
         if has_lookahead:
             scores = jnp.maximum(scores, jnp.pad(ends[:, :-1], ((0, 0), (1, 0)), constant_values=-jnp.inf))
         scores = jnp.where(is_forced, jnp.inf, scores)
@@ -53,20 +53,22 @@ def page_select(
     def every_page(b: jax.Array) -> jax.Array:
         """Selects all pages: there are no more than may be selected, and no score is needed."""
         index = jnp.arange(min(num_selected, max_pages), dtype=jnp.int32)
-        index = jnp.where(index * page_size < lengths[b], index, max_pages)
+        index = jnp.where(index * page_size < take(lengths, b), index, max_pages)
         return jnp.broadcast_to(index, (pages.num_kv_heads, index.size))
 
     def refreshed(b: jax.Array) -> jax.Array:
-        chosen = jax.lax.cond(lengths[b] > num_selected * page_size, select, every_page, b)
-        reserve = (lengths[b] - 1) // page_size + 1 + jnp.arange(previous.shape[2] - num_selected, dtype=jnp.int32)
-        reserve = jnp.where(reserve * page_size < lengths[b] + interval - 1, reserve, max_pages)
+        length = take(lengths, b)
+        chosen = jax.lax.cond(length > num_selected * page_size, select, every_page, b)
+        reserve = div_up(length, page_size) + jnp.arange(previous.shape[2] - num_selected, dtype=jnp.int32)
+        reserve = jnp.where(reserve * page_size < length + interval - 1, reserve, max_pages)
         reserve = jnp.broadcast_to(reserve, (pages.num_kv_heads, reserve.size))
         ordered = jnp.sort(jnp.concatenate([chosen, reserve], axis=1), axis=1)
         ordered = jnp.pad(ordered, ((0, 0), (0, previous.shape[2] - ordered.shape[1])), constant_values=max_pages)
         return jnp.where(ordered < max_pages, ordered, NO_PAGE)
 
     def sequence(b: jax.Array) -> jax.Array:
-        return jax.lax.cond(is_refresh[b] & (lengths[b] > 0), refreshed, lambda b: previous[b], b)
+        is_due = take(is_refresh, b) & (take(lengths, b) > 0)
+        return jax.lax.cond(is_due, refreshed, lambda b: take(previous, b), b)
 
     return jax.lax.map(sequence, jnp.arange(q.shape[0]))
 
@@ -87,7 +89,7 @@ def _page_scores(
 
     def score_block(index: jax.Array, scores: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         physical = jnp.maximum(jax.lax.dynamic_slice_in_dim(table, index * block, block), 0)
-        high, low = (x[physical, jnp.arange(heads)[:, None]] for x in (k_max, k_min))
+        high, low = (take(x, physical, jnp.arange(heads)[:, None]) for x in (k_max, k_min))
         bounds = _product(on_high, high) + _product(on_low, low)
         first = (index * block + jnp.arange(block))[:, None] * page_size + jnp.arange(subs) * sub_size
         bounds = jnp.where(first < length, bounds, -jnp.inf)
@@ -98,7 +100,7 @@ def _page_scores(
             for old, new in zip(scores, found, strict=True)
         )
 
-    blocks = -(-length // (page_size * block))
+    blocks = div_up(length, page_size * block)
     nothing = jnp.full((heads, table.size), -jnp.inf)
     scores, ends = jax.lax.fori_loop(0, blocks, score_block, (nothing, nothing))
     return scores[:, :max_pages], ends[:, :max_pages]

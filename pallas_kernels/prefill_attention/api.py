@@ -3,11 +3,12 @@
 import jax
 
 from pallas_kernels.core.dispatch import dispatch
+from pallas_kernels.core.hopper import on_hopper
 from pallas_kernels.core.paging import LayerKV, PageTables
-from pallas_kernels.prefill_attention import mosaic_gpu, reference, xla
+from pallas_kernels.prefill_attention import reference, xla
 
 IMPLEMENTATIONS = {
-    "mosaic_gpu": mosaic_gpu.prefill_attention,
+    "mosaic_gpu": on_hopper(__name__),
     "xla": xla.prefill_attention,
     "reference": reference.prefill_attention,
 }

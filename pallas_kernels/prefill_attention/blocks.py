@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core.paging import div_down, div_up
+
 
 class Window(NamedTuple):
     """What a query sees beside causality: everything, or the sink and the local window."""
@@ -29,10 +31,12 @@ def visible_blocks(
     Every block in the ranges holds a key that one of the queries sees, and no other block does.
     """
     end = jnp.minimum(keys.end, position + queries)
-    high = jnp.maximum(-(-(end - keys.first) // keys.block), 0)
+    high = div_up(jnp.maximum(end - keys.first, 0), keys.block)
     if window.local is None or window.sink is None:
         return jnp.zeros_like(high), jnp.zeros_like(high), high
-    sinks = jnp.clip(-(-(window.sink - keys.first) // keys.block), 0, high)
+    sinks = jnp.minimum(div_up(jnp.maximum(window.sink - keys.first, 0), keys.block), high)
     oldest = position - window.local + 1
-    low = jnp.where(oldest < end, jnp.clip((oldest - keys.first) // keys.block, sinks, high), high)
+    low = jnp.where(
+        oldest < end, jnp.clip(div_down(jnp.maximum(oldest - keys.first, 0), keys.block), sinks, high), high
+    )
     return sinks, low, high

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core.online_softmax import OnlineSoftmax, columns_with_ones, with_ones
-from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, is_visible, pools
+from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, div_up, is_visible, pools, take
 from pallas_kernels.core.quantization import QuantizedArray, dequantize
 from pallas_kernels.prefill_attention.blocks import KeyRange, Window, visible_blocks
 
@@ -55,17 +55,18 @@ def prefill_attention(
     out = jnp.zeros_like(q)
     for name, pool, table, heads in pools(kv, tables):
         window = Window(sink, local) if name == "streaming" else Window(None, None)
-        count = pool.num_kv_heads
 
-        def attend(
-            at: jax.Array, out: jax.Array, pool=pool, table=table, window=window, first=heads.start, count=count
-        ):
-            b, head = at // count, at % count
-            history = _history(pool, table[b], head, starts[b], window, block, q.dtype)
-            chunk = _chunk(k, v, (b, first + head), starts[b], counts[b], block)
-            return _attend_head(out, q, (b, first + head), (history, chunk), starts[b], counts[b], window, block)
+        def attend_sequence(b: jax.Array, out: jax.Array, pool=pool, table=table, window=window, first=heads.start):
+            start, count, pages = take(starts, b), take(counts, b), take(table, b)
 
-        out = jax.lax.fori_loop(0, batch * count, attend, out)
+            def attend_head(head: jax.Array, out: jax.Array) -> jax.Array:
+                history = _history(pool, pages, head, start, window, block, q.dtype)
+                chunk = _chunk(k, v, (b, first + head), start, count, block)
+                return _attend_head(out, q, (b, first + head), (history, chunk), start, count, window, block)
+
+            return jax.lax.fori_loop(0, pool.num_kv_heads, attend_head, out)
+
+        out = jax.lax.fori_loop(0, batch, attend_sequence, out)
     return out.reshape(batch, -1, q.shape[2] * q.shape[3], q.shape[4])[:, :tokens]
 
 
@@ -92,7 +93,7 @@ def _attend_head(
         result = state.finish_ones(head_dim).reshape(1, block, 1, group, head_dim).astype(out.dtype)
         return jax.lax.dynamic_update_slice(out, result, corner)
 
-    return jax.lax.fori_loop(0, -(-count // block), attend_queries, out)
+    return jax.lax.fori_loop(0, div_up(count, block), attend_queries, out)
 
 
 def _walk(
@@ -144,7 +145,7 @@ def _history(
 
 def _tokens(pages: jax.Array | QuantizedArray, physical: jax.Array, head: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns the tokens [n · page_size, H] of physical pages [n]."""
-    rows = dequantize(jax.tree.map(lambda x: x[physical, head], pages), dtype)
+    rows = dequantize(jax.tree.map(lambda x: take(x, physical, head), pages), dtype)
     return rows.reshape(-1, rows.shape[-1])
 
 
