@@ -40,7 +40,7 @@ from lserve_jax.weights.load import open_checkpoint
 
 ROUNDS = {"single": 5, "batch": 3, "start": 3, "programs": 1, "memory": 1, "long": 1}
 """Parts in the order in which they run, with the measurements of each system and length."""
-START_LENGTH = 32
+START_LENGTH, START_STEPS = 32, 8
 FILLING_LENGTH = 100
 """Prompt tokens that need the programs of any longer prompt."""
 WARM_UP_STEPS, MEMORY_STEPS = 8, 8
@@ -116,7 +116,7 @@ class Run:
             case "batch":
                 lengths, batch = args.batch_lengths, args.batch
             case "start":
-                lengths, steps, caches = [START_LENGTH], 0, ("cold", "warm")
+                lengths, steps, caches = [START_LENGTH], START_STEPS, ("cold", "warm")
             case "programs":
                 lengths, steps, systems, batch = [OTHER_REQUESTS[-1][0]], MEMORY_STEPS, ours, 2
             case "memory":
@@ -173,8 +173,9 @@ class Run:
             answer = self._ask(worker, task)
             seconds, ready = time.perf_counter() - worker.begin, worker.ready(0)
         loaded = {"loaded_bytes": ready["rss_bytes"], "load_peak_bytes": ready["peak_bytes"]}
-        first = {} if task.steps else {"first_token_s": round(seconds, 4)}
-        return {**result(task, answer), **first, **loaded, "facts": ready["facts"]}
+        after_first = answer["decode_s"] + answer.get("decode_compile_s", 0.0)
+        whole = {"first_token_s": round(seconds - after_first, 4), "answer_s": round(seconds, 4)}
+        return {**result(task, answer), **(whole if task.part == "start" else {}), **loaded, "facts": ready["facts"]}
 
     def _programs(self, task: Task) -> dict[str, Any]:
         """Returns the programs that some prompts need, and how many more compilations others cause."""
