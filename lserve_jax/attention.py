@@ -15,8 +15,13 @@ def _window(config: InferenceConfig, tables: PageTables, local: int) -> tuple[in
     return min(config.attention.sink, longest), min(local, longest)
 
 
-def prefill_attend(config: InferenceConfig, tables: PageTables, starts: jax.Array, counts: jax.Array) -> Attend:
-    """Returns the attention of a prompt chunk: tokens ``starts[b] … starts[b] + counts[b] − 1`` of each sequence."""
+def prefill_attend(
+    config: InferenceConfig, tables: PageTables, starts: jax.Array, counts: jax.Array, *, has_history: bool = True
+) -> Attend:
+    """Returns the attention of a prompt chunk: tokens ``starts[b] … starts[b] + counts[b] − 1`` of each sequence.
+
+    Without ``has_history`` all ``starts`` must be 0.
+    """
     sink, local = _window(config, tables, config.attention.prefill_local)
 
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache) -> tuple[jax.Array, LayerCache]:
@@ -26,6 +31,7 @@ def prefill_attend(config: InferenceConfig, tables: PageTables, starts: jax.Arra
             *(q, k, v, kv, tables, starts, counts),
             sink=sink,
             local=local,
+            has_history=has_history,
             implementation=config.implementation,
         )
         return out, state._replace(kv=kv)

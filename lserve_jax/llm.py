@@ -103,7 +103,7 @@ class LLM:
                 self.engine.expect(Request(id=-1, prompt=prompt, sampling=SamplingParams(max_tokens=2)))
             report("weights", done, total)
 
-        self.engine.params = setup.checkpoint.load_params(self.config.dtype, self.config.heads, on_weights)
+        self.engine.load(setup.checkpoint.load_params(self.config.dtype, self.config.heads, on_weights))
         setup.warn()
         self._report = report
         self._ids = itertools.count()

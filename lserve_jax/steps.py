@@ -87,7 +87,7 @@ def _unembed(params: Params, hidden: jax.Array, config: InferenceConfig) -> jax.
     return logits
 
 
-@partial(jax.jit, static_argnames=("config", "has_all_logits"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("config", "has_history", "has_all_logits"), donate_argnames="cache")
 def prefill_step(
     params: Params,
     cache: KVCache,
@@ -97,6 +97,7 @@ def prefill_step(
     tables: PageTables,
     *,
     config: InferenceConfig,
+    has_history: bool = True,
     has_all_logits: bool = False,
 ) -> tuple[jax.Array, KVCache]:
     """Returns the logits [B, V] float32 of each sequence's last token of a chunk, and the cache with the chunk in it.
@@ -109,10 +110,11 @@ def prefill_step(
       counts: [B] int32 valid tokens of each row, 0 … T.
       tables: page tables [B, max_pages] int32 with the pages of the history that is still visible and of the chunk.
       config: static settings.
+      has_history: False promises that all ``starts`` are 0: a smaller program for prompts of one chunk.
       has_all_logits: return the logits of every token, [B, T, V].
     """
     positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    attend = prefill_attend(config, tables, starts, counts)
+    attend = prefill_attend(config, tables, starts, counts, has_history=has_history)
     hidden, cache = run_model(params, cache, tokens, positions, attend, config)
     if not has_all_logits:
         last = jnp.maximum(counts - 1, 0)[:, None, None]

@@ -76,7 +76,7 @@ type Accept = Callable[[Sequence, list[int]], tuple[int, str | None]]
 
 
 class Engine:
-    """Continuous batching over the compiled steps. Not thread-safe."""
+    """Continuous batching over the compiled steps, once it is loaded. Not thread-safe."""
 
     def __init__(
         self,
@@ -108,17 +108,21 @@ class Engine:
             )
         )
         self._pools = pools
-        self.cache = self._new_cache()
+        self.cache: KVCache = jax.eval_shape(self._new_cache)
         self._max_pages = -(-engine_config.max_model_len // attention.page_size)
 
     def expect(self, request: Request) -> None:
-        """Begins to compile what a request will need. The engine's ``params`` may be abstract as yet."""
+        """Begins to compile what a request will need; best before `load`, while the weights are read."""
         sequence = Sequence.from_request(
             request, max_model_len=self.engine_config.max_model_len, page_size=self.config.attention.page_size
         )
         sequence.slot = 0
         count = min(sequence.prompt_length, self.engine_config.prefill_chunk)
-        self.programs.start(self._first_calls(Prefill(sequence, 0, count)))
+        self._start_first(Prefill(sequence, 0, count))
+
+    def load(self, params: Params) -> None:
+        """Takes the weights in place of the abstract ones, and makes the cache."""
+        self.params, self.cache = params, jax.jit(self._new_cache)()
 
     def add(self, request: Request) -> Sequence:
         """Returns the waiting sequence of a request; ValueError if it can never run."""
@@ -180,7 +184,7 @@ class Engine:
         except BaseException:
             self.scheduler.abort_all()
             if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.cache)):
-                self.cache = self._new_cache()
+                self.cache = jax.jit(self._new_cache)()
             raise
 
     def _prefill(self, plan: Prefill, accept: Accept) -> Progress:
@@ -210,14 +214,26 @@ class Engine:
     def _compile_for(self, plan: Prefill) -> None:
         """Compiles all that a request needs at its first chunk: together it takes little longer than the longest.
 
-        Of a prompt of one chunk, the first token comes while the other programs still compile.
+        Of a prompt of one chunk, the first token does not wait for the decode program.
         """
-        (self.programs.start if plan.is_last else self.programs.compile)(self._first_calls(plan))
+        self._start_first(plan)
+        if not plan.is_last:
+            self.programs.compile(self._first_calls(plan))
 
-    def _first_calls(self, plan: Prefill) -> tuple[Call, ...]:
+    def _start_first(self, plan: Prefill) -> None:
+        """Begins to compile all that a request needs; decoding after the first token, if one chunk brings that."""
+        calls = self._first_calls(plan)
+        if not plan.is_last:
+            self.programs.start(calls)
+            return
+        prefill, sample, decode = calls
+        self.programs.start([prefill, sample])
+        self.programs.start([decode], after=sample.name)
+
+    def _first_calls(self, plan: Prefill) -> tuple[Call, Call, Call]:
         """Returns calls of all programs that a request needs from its first chunk on, in the order of their need."""
         logits = jax.ShapeDtypeStruct((1, self.config.model.vocab_size), np.float32)
-        return self._sample_call(logits, plan.sequence), self._prefill_call(plan), self._decode_call(Decode((), ()))
+        return self._prefill_call(plan), self._sample_call(logits, plan.sequence), self._decode_call(Decode((), ()))
 
     def _run_prefill(self, plan: Prefill, *, has_all_logits: bool = False) -> tuple[jax.Array, float]:
         """Returns the chunk's logits and the seconds that it took; the cache then holds the chunk."""
@@ -226,7 +242,9 @@ class Engine:
 
     def _prefill_call(self, plan: Prefill, *, has_all_logits: bool = False) -> Call:
         sequence, chunk = plan.sequence, self.engine_config.prefill_chunk
-        size = min(SHORT_CHUNK, chunk) if sequence.prompt_length <= SHORT_CHUNK else chunk
+        is_short = sequence.prompt_length <= SHORT_CHUNK <= chunk
+        size = SHORT_CHUNK if is_short else chunk
+        assert not (is_short and plan.start)
         tokens = np.zeros((1, size), np.int32)
         tokens[0, : plan.count] = sequence.tokens[plan.start : plan.start + plan.count]
         slot = sequence.slot
@@ -237,7 +255,7 @@ class Engine:
             f"prefill_{size}" + ("_all_logits" if has_all_logits else ""),
             prefill_step,
             (self.params, self.cache, tokens, start, count, tables),
-            {"config": self.config, "has_all_logits": has_all_logits},
+            {"config": self.config, "has_history": not is_short, "has_all_logits": has_all_logits},
         )
 
     def _sample_call(self, logits: jax.Array | jax.ShapeDtypeStruct, sequence: Sequence) -> Call:
@@ -318,8 +336,7 @@ class Engine:
         """Returns the result of a call, ready, and its seconds without compilation."""
         self.programs.compile([call])
         begin = time.perf_counter()
-        result = jax.block_until_ready(self.programs.run(call))
-        return result, time.perf_counter() - begin
+        return self.programs.run(call), time.perf_counter() - begin
 
 
 def _pages_held(sequence: Sequence) -> tuple[int, int]:

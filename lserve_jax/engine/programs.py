@@ -3,9 +3,11 @@
 Those that are needed later may still compile on another core while the first one runs.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +26,11 @@ class Call(NamedTuple):
     static: dict[str, Any]
 
 
+class _Program(NamedTuple):
+    compiled: Future[Any]
+    has_run: threading.Event
+
+
 class Programs:
     """A table of compiled steps by name; calling a name with other shapes than it was compiled for is an error.
 
@@ -33,7 +40,7 @@ class Programs:
 
     def __init__(self, on_compile: Callable[[str], None] | None = None) -> None:
         self.compile_seconds = 0.0
-        self._programs: dict[str, Future[Any]] = {}
+        self._programs: dict[str, _Program] = {}
         self._on_compile = on_compile
         self._threads = ThreadPoolExecutor(thread_name_prefix="compile")
 
@@ -42,37 +49,45 @@ class Programs:
         """The programs that have been asked for so far."""
         return tuple(self._programs)
 
-    def start(self, calls: Sequence[Call]) -> None:
+    def start(self, calls: Sequence[Call], *, after: str | None = None) -> None:
         """Begins to compile the programs of calls that are new, in the order in which they are needed.
 
         Those that take long are compiled side by side: a compilation uses about one core.
+
+        Args:
+          calls: what will be run.
+          after: name of a program that should have run once before, if that does not take long either.
         """
         missing = [call for call in calls if self._is_missing(call.name)]
         if missing and self._on_compile is not None:
             self._on_compile(", ".join(call.name for call in missing))
-        before: list[Future[Any]] = []
+        is_due: Callable[[float], Any] = self._programs[after].has_run.wait if after else lambda timeout: None
         for call in missing:
-            program = self._threads.submit(_compile, call.step, _abstract(call.args), call.static, before)
-            self._programs[call.name], before = program, [program]
+            compiled = self._threads.submit(_compile, call.step, _abstract(call.args), call.static, is_due)
+            self._programs[call.name] = _Program(compiled, threading.Event())
+            is_due = partial(wait, [compiled])
 
     def _is_missing(self, name: str) -> bool:
         """Returns whether a program is new, or failed to compile: what it failed for may have passed."""
         program = self._programs.get(name)
-        return program is None or (program.done() and program.exception() is not None)
+        return program is None or (program.compiled.done() and program.compiled.exception() is not None)
 
     def compile(self, calls: Sequence[Call]) -> None:
         """Compiles the programs of calls that are not compiled yet."""
         self.start(calls)
-        begin, programs = time.perf_counter(), [self._programs[call.name] for call in calls]
+        begin, programs = time.perf_counter(), [self._programs[call.name].compiled for call in calls]
         if all(program.done() for program in programs):
             return
         wait(programs)
         self.compile_seconds += time.perf_counter() - begin
 
     def run(self, call: Call) -> Any:
-        """Returns the result of a call, whose program is compiled first if it is not."""
+        """Returns the result of a call, ready; its program is compiled first if it is not."""
         self.compile([call])
-        return self._programs[call.name].result()(*call.args)
+        compiled, has_run = self._programs[call.name]
+        result = jax.block_until_ready(compiled.result()(*call.args))
+        has_run.set()
+        return result
 
 
 def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -80,6 +95,6 @@ def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), args)
 
 
-def _compile(step: Any, args: tuple[Any, ...], static: dict[str, Any], before: Sequence[Future[Any]]) -> Any:
-    wait(before, timeout=_PATIENCE_S)
+def _compile(step: Any, args: tuple[Any, ...], static: dict[str, Any], is_due: Callable[[float], Any]) -> Any:
+    is_due(_PATIENCE_S)
     return step.lower(*args, **static).compile()

@@ -25,6 +25,7 @@ def prefill_attention(
     *,
     sink: int,
     local: int,
+    has_history: bool = True,
     implementation: str | None = None,
 ) -> jax.Array:
     """Returns attention outputs [B, T, N, H], in the dtype of ``q``, of a chunk of tokens (LServe 3.2 and 3.4).
@@ -47,6 +48,7 @@ def prefill_attention(
       counts: [B] int32 queries of each sequence.
       sink: tokens at the start that streaming heads see.
       local: tokens up to and including the query that streaming heads see.
+      has_history: False promises that all ``starts`` are 0, and makes a smaller program where it can.
       implementation: a backend name, or None for the first that accepts.
     """
     return dispatch(
@@ -56,4 +58,5 @@ def prefill_attention(
         *(q, k, v, kv, tables, starts, counts),
         sink=sink,
         local=local,
+        has_history=has_history,
     )

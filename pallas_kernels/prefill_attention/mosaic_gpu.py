@@ -57,7 +57,7 @@ class _Heads(NamedTuple):
     window: Window
 
 
-@partial(jax.jit, static_argnames=("sink", "local"))
+@partial(jax.jit, static_argnames=("sink", "local", "has_history"))
 def prefill_attention(
     q: jax.Array,
     k: jax.Array,
@@ -69,6 +69,7 @@ def prefill_attention(
     *,
     sink: int,
     local: int,
+    has_history: bool = True,
 ) -> jax.Array:
     """Returns what `pallas_kernels.prefill_attention` defines; rows from ``counts`` on are zeros.
 

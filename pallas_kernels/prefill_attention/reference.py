@@ -18,6 +18,7 @@ def prefill_attention(
     *,
     sink: int,
     local: int,
+    has_history: bool = True,
 ) -> jax.Array:
     """Returns what `pallas_kernels.prefill_attention` defines."""
     batch, tokens, _, head_dim = q.shape

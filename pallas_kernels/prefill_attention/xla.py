@@ -5,7 +5,7 @@ the queries (bfloat16 uses AMX on CPUs that have it) and accumulate in float32. 
 keeps the scores of a block in a core's cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -33,7 +33,16 @@ class KeySource(NamedTuple):
     """Whether each query sees all keys that exist."""
 
 
-@partial(jax.jit, static_argnames=("sink", "local", "block"))  # traced once for all layers alike
+class HeadClass(NamedTuple):
+    """KV heads ``first … first + count − 1`` of a layer, what they see, and where their history lies, if any."""
+
+    first: int
+    count: int
+    window: Window
+    history: tuple[PagedKV, jax.Array] | None
+
+
+@partial(jax.jit, static_argnames=("sink", "local", "has_history", "block"))  # traced once for all layers alike
 def prefill_attention(
     q: jax.Array,
     k: jax.Array,
@@ -45,6 +54,7 @@ def prefill_attention(
     *,
     sink: int,
     local: int,
+    has_history: bool = True,
     block: int = BLOCK,
 ) -> jax.Array:
     """Returns what `pallas_kernels.prefill_attention` defines; ``block`` changes speed and rounding only."""
@@ -53,28 +63,47 @@ def prefill_attention(
     q, k, v = (jnp.pad(x, ((0, 0), (0, -tokens % block), (0, 0), (0, 0))) for x in (q, k, v))
     q = q.reshape(*k.shape[:3], -1, q.shape[3])
     out = jnp.zeros_like(q)
-    for name, pool, table, heads in pools(kv, tables):
-        window = Window(sink, local) if name == "streaming" else Window(None, None)
+    for heads in _head_classes(kv, tables, Window(sink, local), tokens, has_history):
 
-        def attend_sequence(b: jax.Array, out: jax.Array, pool=pool, table=table, window=window, first=heads.start):
-            start, count, pages = take(starts, b), take(counts, b), take(table, b)
+        def attend_sequence(b: jax.Array, out: jax.Array, heads: HeadClass = heads) -> jax.Array:
+            start, count = take(starts, b), take(counts, b)
 
             def attend_head(head: jax.Array, out: jax.Array) -> jax.Array:
-                history = _history(pool, pages, head, start, window, block, q.dtype)
-                chunk = _chunk(k, v, (b, first + head), start, count, block)
-                return _attend_head(out, q, (b, first + head), (history, chunk), start, count, window, block)
+                at = (b, heads.first + head)
+                sources = [_chunk(k, v, at, start, count, block)]
+                if heads.history is not None:
+                    pool, table = heads.history
+                    sources.insert(0, _history(pool, take(table, b), head, start, heads.window, block, q.dtype))
+                return _attend_head(out, q, at, sources, start, count, heads.window, block)
 
-            return jax.lax.fori_loop(0, pool.num_kv_heads, attend_head, out)
+            return jax.lax.fori_loop(0, heads.count, attend_head, out)
 
         out = jax.lax.fori_loop(0, batch, attend_sequence, out)
     return out.reshape(batch, -1, q.shape[2] * q.shape[3], q.shape[4])[:, :tokens]
+
+
+def _head_classes(kv: LayerKV, tables: PageTables, window: Window, tokens: int, has_history: bool) -> list[HeadClass]:
+    """Returns the classes of a layer's heads; one, where a chunk without history lies inside every window."""
+    found = pools(kv, tables)
+    assert window.local is not None
+    if not has_history and tokens <= window.local:
+        return [HeadClass(0, sum(pool.num_kv_heads for _, pool, _, _ in found), Window(None, None), None)]
+    return [
+        HeadClass(
+            heads.start,
+            pool.num_kv_heads,
+            window if name == "streaming" else Window(None, None),
+            (pool, table) if has_history else None,
+        )
+        for name, pool, table, heads in found
+    ]
 
 
 def _attend_head(
     out: jax.Array,
     q: jax.Array,
     at: tuple[jax.Array, jax.Array],
-    sources: tuple[KeySource, ...],
+    sources: Sequence[KeySource],
     start: jax.Array,
     count: jax.Array,
     window: Window,

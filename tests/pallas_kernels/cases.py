@@ -29,7 +29,7 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
 }
 OPTIONS = {
     "kv_write": (),
-    "prefill_attention": ("sink", "local"),
+    "prefill_attention": ("sink", "local", "has_history"),
     "page_select": ("num_selected", "interval", "sink_pages", "reduction", "spread", "has_lookahead"),
     "decode_attention": ("sink", "local"),
 }

@@ -84,6 +84,23 @@ def test_chunks_over_paged_history_equal_the_reference(implementation: str, stor
 
 
 @each_implementation
+@pytest.mark.parametrize("local", [7, TOKENS, 1000])
+def test_a_program_without_history_does_the_same_at_the_start(
+    implementation: str, local: int, rng: np.random.Generator
+):
+    """Also where one class of heads is enough; pages then hold NaN, for nothing may be read from them."""
+    workload = TINY["mixed"]
+    chunk, starts = Chunk(workload, rng), np.zeros_like(STARTS)
+    kv = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), chunk.cache.kv)
+    arguments = (chunk.q, chunk.k, chunk.v, kv, chunk.cache.tables, starts, COUNTS)
+    expected, found = (
+        real_rows(jitted("prefill_attention", name)(*arguments, sink=5, local=local, has_history=has_history))
+        for name, has_history in (("reference", True), (implementation, False))
+    )
+    assert_close(found, expected, workload.dtype)
+
+
+@each_implementation
 @pytest.mark.parametrize("heads", ["all_retrieval", "all_streaming"])
 def test_layers_with_heads_of_one_class_only(implementation: str, heads: str, rng: np.random.Generator):
     chunk = Chunk(TINY[heads], rng)

@@ -62,6 +62,32 @@ def test_a_started_program_is_waited_for_only_where_it_is_needed(monkeypatch: py
     assert programs.run(slow_call).tolist() == [2, 2]
 
 
+def test_a_program_may_wait_until_another_has_run():
+    """The first token's own work is not to share the interpreter's lock with what comes after it."""
+    x, programs, traced = (np.ones(1, np.float32),), Programs(), threading.Event()
+
+    def later(x: jax.Array) -> jax.Array:
+        traced.set()
+        return x
+
+    first, then = Call("double", jax.jit(double), x, {}), Call("later", jax.jit(later), x, {})
+    programs.start([first])
+    programs.start([then], after="double")
+    programs.compile([first])
+    assert not traced.wait(0.2)
+    programs.run(first)
+    assert traced.wait(2.0)
+    assert programs.run(then).tolist() == [1]
+
+
+def test_no_program_waits_for_one_that_does_not_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lserve_jax.engine.programs._PATIENCE_S", 0.1)
+    x, programs = (np.ones(1, np.float32),), Programs()
+    programs.start([Call("double", jax.jit(double), x, {})])
+    programs.start([Call("again", jax.jit(double), x, {})], after="double")
+    assert programs.run(Call("again", jax.jit(double), x, {})).tolist() == [2]
+
+
 def test_arguments_may_be_gone_while_a_program_compiles():
     x = jnp.arange(4)
     call = Call("double", jax.jit(double), (x,), {})
