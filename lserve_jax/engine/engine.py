@@ -223,12 +223,8 @@ class Engine:
     def _start_first(self, plan: Prefill) -> None:
         """Begins to compile all that a request needs; decoding after the first token, if one chunk brings that."""
         calls = self._first_calls(plan)
-        if not plan.is_last:
-            self.programs.start(calls)
-            return
-        prefill, sample, decode = calls
-        self.programs.start([prefill, sample])
-        self.programs.start([decode], after=sample.name)
+        _, sample, decode = calls
+        self.programs.start(calls, after={decode.name: sample.name} if plan.is_last else {})
 
     def _first_calls(self, plan: Prefill) -> tuple[Call, Call, Call]:
         """Returns calls of all programs that a request needs from its first chunk on, in the order of their need."""
@@ -252,7 +248,7 @@ class Engine:
         tables = PageTables(*(table[slot : slot + 1] for table in self._tables([sequence])))
         start, count = np.array([plan.start], np.int32), np.array([plan.count], np.int32)
         return Call(
-            f"prefill_{size}" + ("_all_logits" if has_all_logits else ""),
+            ("prefill_short" if is_short else f"prefill_{size}") + ("_all_logits" if has_all_logits else ""),
             prefill_step,
             (self.params, self.cache, tokens, start, count, tables),
             {"config": self.config, "has_history": not is_short, "has_all_logits": has_all_logits},

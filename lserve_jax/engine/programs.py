@@ -5,7 +5,7 @@ Those that are needed later may still compile on another core while the first on
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, NamedTuple
@@ -49,20 +49,23 @@ class Programs:
         """The programs that have been asked for so far."""
         return tuple(self._programs)
 
-    def start(self, calls: Sequence[Call], *, after: str | None = None) -> None:
+    def start(self, calls: Sequence[Call], *, after: Mapping[str, str] | None = None) -> None:
         """Begins to compile the programs of calls that are new, in the order in which they are needed.
 
         Those that take long are compiled side by side: a compilation uses about one core.
 
         Args:
           calls: what will be run.
-          after: name of a program that should have run once before, if that does not take long either.
+          after: names of programs, and for each that of one which should have run once before it is compiled, if that
+            does not take long either.
         """
         missing = [call for call in calls if self._is_missing(call.name)]
         if missing and self._on_compile is not None:
             self._on_compile(", ".join(call.name for call in missing))
-        is_due: Callable[[float], Any] = self._programs[after].has_run.wait if after else lambda timeout: None
+        is_due: Callable[[float], Any] | None = None
         for call in missing:
+            if (awaited := (after or {}).get(call.name)) is not None:
+                is_due = self._programs[awaited].has_run.wait
             compiled = self._threads.submit(_compile, call.step, _abstract(call.args), call.static, is_due)
             self._programs[call.name] = _Program(compiled, threading.Event())
             is_due = partial(wait, [compiled])
@@ -95,6 +98,7 @@ def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), args)
 
 
-def _compile(step: Any, args: tuple[Any, ...], static: dict[str, Any], is_due: Callable[[float], Any]) -> Any:
-    is_due(_PATIENCE_S)
+def _compile(step: Any, args: tuple[Any, ...], static: dict[str, Any], is_due: Callable[[float], Any] | None) -> Any:
+    if is_due is not None:
+        is_due(_PATIENCE_S)
     return step.lower(*args, **static).compile()

@@ -84,7 +84,7 @@ def test_text_goes_to_stdout_and_everything_else_to_stderr(run: Callable[..., Re
     assert result.status == 0
     assert result.out == greedy(llm, chat_tokens(llm), max_tokens=12) + "\n"
     assert "weights: 100%" in result.err
-    assert "compile sample, prefill_64, decode" in result.err
+    assert "compile prefill_short, sample, decode" in result.err
     assert "prefill: 100%" in result.err
     assert "no head pattern for" in result.err
     *_, prompt, answer, attention, cache = result.err.splitlines()

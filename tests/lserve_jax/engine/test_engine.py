@@ -191,7 +191,7 @@ def test_programs_are_those_of_the_first_requests_however_requests_vary(sparse: 
     generate(sparse, prompt(3), SamplingParams(max_tokens=3, ignore_eos=True))
     generate(sparse, prompt(100), SamplingParams(max_tokens=3, ignore_eos=True))
     programs, seconds = sparse.engine.programs.names, sparse.compile_seconds
-    assert set(programs) == {"prefill_64", "prefill_72", "sample", "decode"}
+    assert set(programs) == {"prefill_short", "prefill_72", "sample", "decode"}
     requests = random_requests(12, seed=3)
     sparse.generate([tokens for tokens, _ in requests], [params for _, params in requests])
     assert (sparse.engine.programs.names, sparse.compile_seconds) == (programs, seconds)

@@ -71,8 +71,7 @@ def test_a_program_may_wait_until_another_has_run():
         return x
 
     first, then = Call("double", jax.jit(double), x, {}), Call("later", jax.jit(later), x, {})
-    programs.start([first])
-    programs.start([then], after="double")
+    programs.start([first, then], after={"later": "double"})
     programs.compile([first])
     assert not traced.wait(0.2)
     programs.run(first)
@@ -83,9 +82,9 @@ def test_a_program_may_wait_until_another_has_run():
 def test_no_program_waits_for_one_that_does_not_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lserve_jax.engine.programs._PATIENCE_S", 0.1)
     x, programs = (np.ones(1, np.float32),), Programs()
-    programs.start([Call("double", jax.jit(double), x, {})])
-    programs.start([Call("again", jax.jit(double), x, {})], after="double")
-    assert programs.run(Call("again", jax.jit(double), x, {})).tolist() == [2]
+    calls = [Call(name, jax.jit(double), x, {}) for name in ("double", "again")]
+    programs.start(calls, after={"again": "double"})
+    assert programs.run(calls[1]).tolist() == [2]
 
 
 def test_arguments_may_be_gone_while_a_program_compiles():
