@@ -6,13 +6,21 @@ import jax.numpy as jnp
 from lserve_jax.cache import LayerCache
 from lserve_jax.inference_config import InferenceConfig
 from lserve_jax.models.llama import Attend
-from pallas_kernels import PageTables, decode_attention, kv_write, page_select, prefill_attention
+from pallas_kernels import PageTables, decode_attention, kv_write, page_select, prefill_attention, rotate
 
 
 def _window(config: InferenceConfig, tables: PageTables, local: int) -> tuple[int, int]:
     """Returns sink and window, cut to what the page tables can hold: nothing may grow with a setting past that."""
     longest = tables.streaming.shape[1] * config.attention.page_size
     return min(config.attention.sink, longest), min(local, longest)
+
+
+def as_stored(config: InferenceConfig, x: jax.Array) -> jax.Array:
+    """Returns queries, keys or values [..., H] in the basis in which pages hold keys and values, or outputs out of it.
+
+    4-bit pages hold them rotated. Page selection does not: its bounds are tighter in the model's own basis.
+    """
+    return rotate(x) if config.is_rotated else x
 
 
 def prefill_attend(
@@ -26,7 +34,9 @@ def prefill_attend(
 
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache) -> tuple[jax.Array, LayerCache]:
         # Written first, read after: the order that lets XLA update the donated pages in place.
-        kv = kv_write(k, v, state.kv, tables, starts, counts, implementation=config.implementation)
+        own = k if config.is_rotated else None
+        q, k, v = (as_stored(config, x) for x in (q, k, v))
+        kv = kv_write(*(k, v, state.kv, tables, starts, counts), k_bounded=own, implementation=config.implementation)
         out = prefill_attention(
             *(q, k, v, kv, tables, starts, counts),
             sink=sink,
@@ -34,7 +44,7 @@ def prefill_attend(
             has_history=has_history,
             implementation=config.implementation,
         )
-        return out, state._replace(kv=kv)
+        return as_stored(config, out), state._replace(kv=kv)
 
     return attend
 
@@ -54,7 +64,11 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
 
     def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache) -> tuple[jax.Array, LayerCache]:
         is_used = (lengths > 0).astype(lengths.dtype)
-        kv = kv_write(k, v, state.kv, tables, lengths - is_used, is_used, implementation=config.implementation)
+        own = k if config.is_rotated else None
+        k, v = (as_stored(config, x) for x in (k, v))
+        kv = kv_write(
+            *(k, v, state.kv, tables, lengths - is_used, is_used), k_bounded=own, implementation=config.implementation
+        )
         selected = None
         num_selected = attention.num_selected
         if state.selected is not None and num_selected is not None and tables.retrieval.shape[1] > num_selected:
@@ -76,11 +90,11 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
             )
             selected = state.selected
         out = decode_attention(
-            *(q[:, 0], kv, tables, lengths, selected),
+            *(as_stored(config, q[:, 0]), kv, tables, lengths, selected),
             sink=sink,
             local=local,
             implementation=config.implementation,
         )
-        return out[:, None], state._replace(kv=kv)
+        return as_stored(config, out)[:, None], state._replace(kv=kv)
 
     return attend

@@ -61,6 +61,11 @@ class InferenceConfig:
         """Element type of the pages: "bfloat16", "float32", "int8" or "int4"."""
         return self.dtype if self.attention.kv_dtype == "auto" else self.attention.kv_dtype
 
+    @property
+    def is_rotated(self) -> bool:
+        """Whether pages hold keys and values in a basis without outliers (`pallas_kernels.rotate`): 4 bits need it."""
+        return self.kv_dtype == "int4"
+
     def num_selected(self, layer: int) -> int | None:
         """Returns how many pages a retrieval head of the layer reads for one token; None for all."""
         return None if layer in self.attention.dense_layers else self.attention.num_selected

@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from lserve_jax.attention import decode_attend
+from lserve_jax.attention import as_stored, decode_attend
 from lserve_jax.cache import KVCache, LayerCache
 from lserve_jax.inference_config import InferenceConfig
 from lserve_jax.steps import Params, run_model
@@ -28,7 +28,8 @@ def attention_recall(
     NaN for an empty slot. One head of one sequence is computed at a time: its scores [G, S] are all that lives at once.
 
     Args:
-      q: [B, K · G, H] queries of the retrieval heads, after RoPE.
+      q: [B, K · G, H] queries of the retrieval heads, after RoPE, in the basis of the pool's keys
+        (`lserve_jax.attention.as_stored`).
       pool: the retrieval pool.
       table: its page table [B, max_pages] int32.
       lengths: [B] int32 tokens of each sequence with the current one; 0 for an empty slot.
@@ -83,7 +84,7 @@ def recall_step(
             return out, (state, nothing)
         heads = state.kv.num_retrieval * (q.shape[2] // k.shape[2])
         table = jnp.asarray(tables.retrieval)
-        mass = attention_recall(q[:, 0, :heads], state.kv.retrieval, table, lengths, state.selected)
+        mass = attention_recall(as_stored(config, q[:, 0, :heads]), state.kv.retrieval, table, lengths, state.selected)
         budget = config.attention.num_selected
         assert budget is not None
         is_selecting = lengths > budget * config.attention.page_size

@@ -5,7 +5,7 @@ package knows nothing of models, configurations or devices.
 """
 
 from pallas_kernels.core.paging import NO_PAGE, LayerKV, PagedKV, PageTables
-from pallas_kernels.core.quantization import QuantizedArray, dequantize, quantize
+from pallas_kernels.core.quantization import QuantizedArray, dequantize, quantize, rotate
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.page_select import page_select, selection_width
@@ -23,5 +23,6 @@ __all__ = [
     "page_select",
     "prefill_attention",
     "quantize",
+    "rotate",
     "selection_width",
 ]

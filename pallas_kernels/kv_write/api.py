@@ -18,6 +18,7 @@ def kv_write(
     starts: jax.Array,
     counts: jax.Array,
     *,
+    k_bounded: jax.Array | None = None,
     implementation: str | None = None,
 ) -> LayerKV:
     """Returns the pools of a layer with new tokens written: quantised, and their key statistics updated.
@@ -27,7 +28,7 @@ def kv_write(
     of the chunk. Statistics of a sub-page are set by its first token and merged by later ones, so what a page held
     before never shows (LServe section 3.5.2, with the reference's reset fault mended):
 
-        k_min[page, head, sub] = min over the sub-page's tokens of k    # k_max likewise; channel by channel
+        k_min[page, head, sub] = min over the sub-page's tokens of k_bounded    # k_max likewise; channel by channel
 
     Args:
       k: [B, T, K, H] keys after RoPE, retrieval heads first.
@@ -36,6 +37,7 @@ def kv_write(
       tables: page tables [B, max_pages] int32.
       starts: [B] int32 position of each sequence's first token.
       counts: [B] int32 number of tokens of each sequence, 0 … T.
+      k_bounded: [B, T, K, H] the keys that statistics bound, where pages hold others (`rotate`); None for ``k``.
       implementation: a backend name, or None for the first that accepts.
     """
-    return dispatch("kv_write", IMPLEMENTATIONS, implementation, k, v, kv, tables, starts, counts)
+    return dispatch("kv_write", IMPLEMENTATIONS, implementation, k, v, kv, tables, starts, counts, k_bounded=k_bounded)

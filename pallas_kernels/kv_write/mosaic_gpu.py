@@ -77,7 +77,14 @@ class _Encoded(NamedTuple):
 
 @jax.jit
 def kv_write(
-    k: jax.Array, v: jax.Array, kv: LayerKV, tables: PageTables, starts: jax.Array, counts: jax.Array
+    k: jax.Array,
+    v: jax.Array,
+    kv: LayerKV,
+    tables: PageTables,
+    starts: jax.Array,
+    counts: jax.Array,
+    *,
+    k_bounded: jax.Array | None = None,
 ) -> LayerKV:
     """Returns what `pallas_kernels.kv_write` defines.
 
@@ -87,46 +94,55 @@ def kv_write(
       NotImplementedError: on any device but a Hopper GPU, and for shapes and dtypes that the kernel is not made for.
     """
     device = require_hopper()
-    _check(k, v, kv)
+    new = (k, v) if k_bounded is None else (k, v, k_bounded)
+    _check(new, kv)
     refs = jax.tree.map(jax.new_ref, kv)
     classes = [
         _Pool(getattr(refs, name), table, range(k.shape[2])[heads]) for name, _, table, heads in pools(kv, tables)
     ]
     if k.shape[1] == 1:
-        _write_token(k, v, classes, starts, counts)
+        _write_token(new, classes, starts, counts)
     else:
         page_size, sub_page_size = classes[0].pages.page_size, max(pool.sub_page_size for pool in classes)
         shape = f"page{page_size}_sub{sub_page_size}_H{k.shape[3]}"
         config = configure("kv_write", device.kind, shape, heuristic(page_size, sub_page_size))
-        _write_chunk(k, v, classes, starts, counts, config)
+        _write_chunk(new, classes, starts, counts, config)
     return jax.tree.map(jax.freeze, refs)
 
 
-def _check(k: jax.Array, v: jax.Array, kv: LayerKV) -> None:
+def _check(new: tuple[jax.Array, ...], kv: LayerKV) -> None:
     stored = [pool for pool in kv if pool is not None]
     sizes = {pool.page_size for pool in stored}
     plain = [x for pool in stored for x in pool if isinstance(x, jax.Array)]
-    refuse_unless(k.dtype == v.dtype == jnp.bfloat16, f"the kernel writes bfloat16 tokens, not {k.dtype}, {v.dtype}")
+    dtypes = {str(x.dtype) for x in new}
+    refuse_unless(dtypes == {"bfloat16"}, f"the kernel writes bfloat16 tokens, not {', '.join(sorted(dtypes))}")
     refuse_unless(
         all(x.dtype == jnp.bfloat16 for x in plain), "pages that are not quantised, and statistics, must be bfloat16"
     )
-    refuse_unless(k.shape[3] in (64, 128), f"the kernel is made for a head_dim of 64 or 128, not {k.shape[3]}")
+    head_dim = new[0].shape[3]
+    refuse_unless(head_dim in (64, 128), f"the kernel is made for a head_dim of 64 or 128, not {head_dim}")
     refuse_unless(
         len(sizes) == 1 and sizes <= {16, 32, 64, 128},
         f"the kernel is made for pages of 16, 32, 64 or 128 tokens, alike in both pools, not {sorted(sizes)}",
     )
 
 
-def _write_token(k: jax.Array, v: jax.Array, classes: list[_Pool], starts: jax.Array, counts: jax.Array) -> None:
-    """Writes a token of each sequence: a program for a sequence and up to four heads of a class, a head a warp."""
-    batch, _, num_heads, head_dim = k.shape
+def _write_token(new: tuple[jax.Array, ...], classes: list[_Pool], starts: jax.Array, counts: jax.Array) -> None:
+    """Writes a token of each sequence: a program for a sequence and up to four heads of a class, a head a warp.
+
+    ``new`` are keys, values, and perhaps the keys that statistics bound.
+    """
+    batch, _, num_heads, head_dim = new[0].shape
     rows = math.gcd(_WARPS, *(len(pool.heads) for pool in classes))
     layout = _row_a_warp(rows, head_dim // 2)
 
-    def kernel(k_gmem: Any, v_gmem: Any, starts_gmem: Any, counts_gmem: Any, *tables_gmem: Any) -> None:
+    def kernel(*refs: Any) -> None:
+        new_gmem, (starts_gmem, counts_gmem), tables_gmem = _split(refs, len(new))
         b, head = jax.lax.axis_index("b"), jax.lax.axis_index("group") * rows
         start, is_new = starts_gmem[b], counts_gmem[b] > 0
-        keys, values = (_halves(x.at[b, 0, pl.ds(head, rows)], layout) for x in (k_gmem, v_gmem))
+        loaded = [_halves(x.at[b, 0, pl.ds(head, rows)], layout) for x in new_gmem]
+        keys, values = loaded[:2]
+        bounded = keys if len(new) == 2 else loaded[2]
 
         def write(pool: _Pool, table_gmem: Any) -> None:
             page_size = pool.pages.page_size
@@ -138,43 +154,34 @@ def _write_token(k: jax.Array, v: jax.Array, classes: list[_Pool], starts: jax.A
                 heads, row = pl.ds(head - pool.heads.start, rows), start % page_size
                 if pool.sub_page_size:
                     sub, is_first = row // pool.sub_page_size, row % pool.sub_page_size == 0
-                    _merge(pool.pages, (page, heads, sub), keys, keys, is_first, layout)
+                    _merge(pool.pages, (page, heads, sub), bounded, bounded, is_first, layout)
                 _put(pool.pages.k, (page, heads, row), encoded_k, layout)
                 _put(pool.pages.v, (page, heads, row), encoded_v, layout)
 
         _in_class_of(head, classes, tables_gmem, write)
 
     plgpu.kernel(kernel, grid=(batch, num_heads // rows), grid_names=("b", "group"), compiler_params=_PARAMETERS)(
-        k, v, starts, counts, *(pool.table for pool in classes)
+        *new, starts, counts, *(pool.table for pool in classes)
     )
 
 
 def _write_chunk(
-    k: jax.Array, v: jax.Array, classes: list[_Pool], starts: jax.Array, counts: jax.Array, config: Config
+    new: tuple[jax.Array, ...], classes: list[_Pool], starts: jax.Array, counts: jax.Array, config: Config
 ) -> None:
     """Writes chunks: a program for a head of a sequence and a tile of the rows that the chunk touches."""
-    batch, tokens, num_heads, head_dim = k.shape
+    batch, tokens, num_heads, head_dim = new[0].shape
     rows, copied = config.rows, min(config.rows, tokens)
-    tiles = (tokens + rows - 2) // rows + 1
     step = min(rows, 32)  # at a time in registers
     layout, by_channel = _rows_a_warp(step, head_dim // 2), channel_a_thread(head_dim)
 
-    def kernel(
-        k_gmem: Any,
-        v_gmem: Any,
-        starts_gmem: Any,
-        counts_gmem: Any,
-        *tables_gmem: Any,
-        k_smem: Any,
-        v_smem: Any,
-        ready: Any,
-    ) -> None:
+    def kernel(*refs: Any, new_smem: list[Any], ready: Any) -> None:
+        new_gmem, (starts_gmem, counts_gmem), tables_gmem = _split(refs, len(new))
         b, head = jax.lax.axis_index("b"), jax.lax.axis_index("head")
         start = starts_gmem[b]
         position = (start // rows + jax.lax.axis_index("tile")) * rows
         token = position - start  # of the tile's first row; before the chunk in its first tile
-        new = (jnp.maximum(-token, 0), jnp.minimum(counts_gmem[b] - token, rows))
-        is_whole = new[1] - new[0] == rows
+        here = (jnp.maximum(-token, 0), jnp.minimum(counts_gmem[b] - token, rows))
+        is_whole = here[1] - here[0] == rows
 
         def write(pool: _Pool, table_gmem: Any) -> None:
             page = table_gmem[b, position // pool.pages.page_size]
@@ -183,11 +190,11 @@ def _write_chunk(
 
             @pl.when(page >= 0)
             def _() -> None:
-                write_tokens(pool.pages.k, at, k_smem)
-                write_tokens(pool.pages.v, at, v_smem)
+                write_tokens(pool.pages.k, at, new_smem[0])
+                write_tokens(pool.pages.v, at, new_smem[1])
                 if pool.sub_page_size:
                     pl.when(is_whole)(lambda: write_statistics(pool, at, None))
-                    pl.when(~is_whole)(lambda: write_statistics(pool, at, new))
+                    pl.when(~is_whole)(lambda: write_statistics(pool, at, here))
 
         def write_tokens(stored: Any, at: tuple[Any, Any, Any], smem: Any) -> None:
             page, head, row = at
@@ -197,41 +204,50 @@ def _write_chunk(
                 encoded = _encode(stored, _halves(smem.at[pl.ds(first, step)], layout))
                 at = (page, head, pl.ds(row + first, step))
                 pl.when(is_whole)(lambda: _put(stored, at, encoded, layout))
-                pl.when(~is_whole)(lambda: _put(stored, at, encoded, layout, _behind(first, new)))
+                pl.when(~is_whole)(lambda: _put(stored, at, encoded, layout, _behind(first, here)))
 
-        def write_statistics(pool: _Pool, at: tuple[Any, Any, Any], new: _Rows | None) -> None:
+        def write_statistics(pool: _Pool, at: tuple[Any, Any, Any], here: _Rows | None) -> None:
             page, head, row = at
             size = pool.sub_page_size
 
             @pl.loop(0, rows, step=size)
             def _(first: jax.Array) -> None:
                 at = (page, head, (row + first) // size)
-                keys = plgpu.load(k_smem.at[pl.ds(first, size)], layout=by_channel, optimized=False)
-                if new is None:
+                keys = plgpu.load(
+                    (new_smem[2:] or new_smem)[0].at[pl.ds(first, size)], layout=by_channel, optimized=False
+                )
+                if here is None:
                     _set(pool.pages, at, [jnp.min(keys, axis=0)], [jnp.max(keys, axis=0)])
                     return
-                new_here = _behind(first, new)
+                new_here = _behind(first, here)
                 is_new = _is_in(new_here, keys.shape, by_channel)
                 low = [jnp.min(jnp.where(is_new, keys, jnp.inf), axis=0)]
                 high = [jnp.max(jnp.where(is_new, keys, -jnp.inf), axis=0)]
                 is_touched = (new_here[0] < size) & (new_here[1] > 0)
                 pl.when(is_touched)(lambda: _merge(pool.pages, at, low, high, new_here[0] <= 0, by_channel))
 
-        @pl.when(new[0] < new[1])
+        @pl.when(here[0] < here[1])
         def _() -> None:
-            for gmem, smem in ((k_gmem, k_smem), (v_gmem, v_smem)):  # rows behind the chunk arrive as zeros
+            for gmem, smem in zip(new_gmem, new_smem, strict=True):  # rows behind the chunk arrive as zeros
                 source = gmem.at[b, pl.ds(jnp.maximum(token, 0), copied), head]
-                plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(new[0], copied)], ready)
+                plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(here[0], copied)], ready)
             _in_class_of(head, classes, tables_gmem, write)
 
-    tile = plgpu.SMEM((2 * rows, head_dim), k.dtype)  # the second half for what a late start pushes out of the first
+    tile = plgpu.SMEM(
+        (2 * rows, head_dim), jnp.bfloat16
+    )  # the second half for what a late start pushes out of the first
     plgpu.kernel(
         kernel,
-        grid=(batch, tiles, num_heads),
+        grid=(batch, (tokens + rows - 2) // rows + 1, num_heads),
         grid_names=("b", "tile", "head"),
-        scratch_types={"k_smem": tile, "v_smem": tile, "ready": plgpu.Barrier(num_arrivals=2)},
+        scratch_types={"new_smem": [tile] * len(new), "ready": plgpu.Barrier(num_arrivals=len(new))},
         compiler_params=_PARAMETERS,
-    )(k, v, starts, counts, *(pool.table for pool in classes))
+    )(*new, starts, counts, *(pool.table for pool in classes))
+
+
+def _split(refs: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """Returns a kernel's new tokens, its starts and counts, and its page tables."""
+    return refs[:count], refs[count : count + 2], refs[count + 2 :]
 
 
 def _in_class_of(

@@ -15,22 +15,36 @@ from pallas_kernels.core.quantization import QuantizedArray, quantize
 
 @jax.jit  # traced once for all layers alike
 def kv_write(
-    k: jax.Array, v: jax.Array, kv: LayerKV, tables: PageTables, starts: jax.Array, counts: jax.Array
+    k: jax.Array,
+    v: jax.Array,
+    kv: LayerKV,
+    tables: PageTables,
+    starts: jax.Array,
+    counts: jax.Array,
+    *,
+    k_bounded: jax.Array | None = None,
 ) -> LayerKV:
     """Returns what `pallas_kernels.kv_write` defines."""
     written = kv._asdict()
     for name, pool, table, heads in pools(kv, tables):
-        written[name] = _write_pool(pool, table, k[:, :, heads], v[:, :, heads], starts, counts)
+        keys, values, bounded = (x[:, :, heads] for x in (k, v, k if k_bounded is None else k_bounded))
+        written[name] = _write_pool(pool, table, keys, values, bounded, starts, counts)
     return LayerKV(**written)
 
 
 def _write_pool(
-    pool: PagedKV, table: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, counts: jax.Array
+    pool: PagedKV,
+    table: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_bounded: jax.Array,
+    starts: jax.Array,
+    counts: jax.Array,
 ) -> PagedKV:
     tile = 1 if k.shape[1] == 1 else pool.page_size
     encoded = (_encode(k, pool.k), _encode(v, pool.v))
     encoded = jax.tree.map(lambda x: _tileable(x, tile), encoded)
-    keys = _tileable(k, tile) if pool.k_min is not None else None
+    keys = _tileable(k_bounded, tile) if pool.k_min is not None else None
 
     def write_tile(b: jax.Array, index: jax.Array, pool: PagedKV) -> PagedKV:
         """Writes the rows of sequence b that fall into tile ``index`` of its whole token range."""

@@ -14,7 +14,7 @@ from lserve_jax import HeadClasses, InferenceConfig, from_preset, init_cache, op
 from lserve_jax.cache import KVCache
 from lserve_jax.models.llama import Llama
 from lserve_jax.steps import decode_step, prefill_step
-from pallas_kernels import PageTables, dequantize, quantize
+from pallas_kernels import PageTables, dequantize, quantize, rotate
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 MODEL = "llama3"  # 2 layers, 4 query heads, 2 KV heads of 16, vocabulary 128
@@ -152,6 +152,8 @@ class Stepper:
     def _stored(self, x: jax.Array) -> jax.Array:
         """Keys or values as they come back from the cache."""
         kind = self.config.kv_dtype
+        if kind == "int4":
+            return rotate(dequantize(quantize(rotate(x), 4), jnp.dtype("float32")))
         if kind in BITS:
             return dequantize(quantize(x, BITS[kind]), jnp.dtype("float32"))
         return x.astype(kind).astype(jnp.float32)

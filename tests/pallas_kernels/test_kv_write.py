@@ -92,6 +92,20 @@ def test_ragged_chunks_and_single_tokens_equal_the_reference(
         starts = starts + np.asarray(counts, np.int32)
 
 
+@pytest.mark.parametrize("tokens", [1, CHUNK])
+def test_statistics_may_bound_other_keys_than_pages_hold(implementation: str, tokens: int, rng: np.random.Generator):
+    cache = filled_cache(TINY["mixed"], rng, [5, 30, 16, 0], window=TINY["mixed"].context)
+    k, v, bounded = (random_tokens(TINY["mixed"], rng, tokens) for _ in range(3))
+    arguments: Any = (v, cache.kv, cache.tables, cache.lengths, np.array([tokens, 1, 0, tokens], np.int32))
+    both, of_k, of_bounded = (
+        jitted("kv_write", implementation)(keys, *arguments, **options)
+        for keys, options in ((k, {"k_bounded": bounded}), (k, {}), (bounded, {}))
+    )
+    statistics = {name: getattr(of_bounded.retrieval, name) for name in ("k_min", "k_max")}
+    assert_same_bits(both, of_k._replace(retrieval=of_k.retrieval._replace(**statistics)))
+    assert not np.array_equal(of_k.retrieval.k_min, of_bounded.retrieval.k_min)
+
+
 @pytest.mark.parametrize("heads", ["all_retrieval", "all_streaming"])
 def test_layers_with_heads_of_one_class_only(implementation: str, heads: str, rng: np.random.Generator):
     cache = empty_cache(TINY[heads], rng)

@@ -39,12 +39,23 @@ SMALL = Workload(
 
 
 def _assert_writes(
-    cache: Cache, k: Any, v: Any, starts: ArrayLike, counts: ArrayLike, *, detect_races: bool = False
+    cache: Cache,
+    k: Any,
+    v: Any,
+    starts: ArrayLike,
+    counts: ArrayLike,
+    k_bounded: Any = None,
+    *,
+    detect_races: bool = False,
 ) -> LayerKV:
     """Every bit of the pools is what the reference makes of them."""
     arguments: Any = (k, v, cache.kv, cache.tables, np.asarray(starts, np.int32), np.asarray(counts, np.int32))
-    new = evaluate(mosaic_gpu.kv_write, *arguments, detect_races=detect_races)
-    assert_same_bits(new, reference.kv_write(*arguments))
+
+    def write(k_bounded: Any, *arguments: Any) -> LayerKV:
+        return mosaic_gpu.kv_write(*arguments, k_bounded=k_bounded)
+
+    new = evaluate(write, k_bounded, *arguments, detect_races=detect_races)
+    assert_same_bits(new, reference.kv_write(*arguments, k_bounded=k_bounded))
     return new
 
 
@@ -84,6 +95,29 @@ def test_writes_what_the_reference_writes(shape: dict[str, Any], tokens: int, rn
     for starts in ([0, size - 1, size], [5, size + 1, 2 * size - 7]):
         kv = _assert_writes(cache, k, v, starts, np.minimum(tokens, [40, 17, 39]))
         cache = cache._replace(kv=kv)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("shape", [{"bits": (4, 4)}, {"page_size": 64, "sub_page_size": 64, "head_dim": 128}])
+def test_statistics_may_bound_other_keys_than_pages_hold(shape: dict[str, Any], tokens: int, rng: np.random.Generator):
+    workload = replace(SMALL, **shape)
+    cache = filled_cache(workload, rng, [0] * 3, window=workload.context)
+    k, v, bounded = (random_tokens(workload, rng, tokens) for _ in range(3))
+    for starts in ([0, 31, 32], [5, 33, 57]):
+        cache = cache._replace(kv=_assert_writes(cache, k, v, starts, np.minimum(tokens, [40, 17, 39]), bounded))
+
+
+@pytest.mark.parametrize("tokens", [1, 512])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_launch_with_other_keys_for_statistics_compiles(head_dim: int, tokens: int):
+    kv, k, *rest = _arguments(replace(SMALL, head_dim=head_dim, bits=(4, 4)), tokens)
+
+    def write(kv: Any, k_bounded: Any, k: Any, *rest: Any) -> LayerKV:
+        v, *where = rest
+        return mosaic_gpu.kv_write(k, v, kv, *where, k_bounded=k_bounded)
+
+    _, kernels = compiled(write, kv, k, k, *rest)
+    assert_fits(kernels, count=1)
 
 
 @pytest.mark.parametrize("tokens", [1, 24])
@@ -233,7 +267,7 @@ def test_donated_pools_are_updated_in_place_and_read_again(name: str, tokens: in
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
-        ({"dtype": "float32"}, "the kernel writes bfloat16 tokens, not float32, float32"),
+        ({"dtype": "float32"}, "the kernel writes bfloat16 tokens, not float32"),
         ({"head_dim": 96}, "the kernel is made for a head_dim of 64 or 128, not 96"),
         ({"page_size": 48}, "the kernel is made for pages of 16, 32, 64 or 128 tokens, alike in both pools, not [48]"),
     ],

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pallas_kernels import QuantizedArray, dequantize, quantize
+from pallas_kernels import QuantizedArray, dequantize, quantize, rotate
 
 LEVELS = {8: 255, 4: 15}
 compiled = jax.jit(quantize, static_argnums=1)
@@ -134,3 +134,26 @@ def test_other_widths_are_refused(bits: int):
 def test_rows_of_odd_length_are_refused():
     with pytest.raises(ValueError, match=r"last axis of \(2, 15\) must be even"):
         quantize(jnp.zeros((2, 15)), 4)
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 64, 80, 96, 128])
+def test_rotating_keeps_products_and_twice_is_nothing(head_dim: int, rng: np.random.Generator):
+    q, k = rng.normal(size=(2, 7, 3, head_dim)).astype(np.float32)
+    np.testing.assert_allclose(np.sum(rotate(q) * rotate(k), -1), np.sum(q * k, -1), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(rotate(rotate(k)), k, rtol=0, atol=1e-5)
+    rounded = jnp.asarray(k, jnp.bfloat16)
+    assert rotate(rounded).dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(rotate(rounded), np.float32), rotate(rounded.astype(jnp.float32)), rtol=2**-8)
+
+
+def test_four_bits_lose_less_of_keys_with_outliers_when_these_are_rotated(rng: np.random.Generator):
+    """As keys have them: few channels, always the same, many times as large as the rest."""
+    keys = rng.normal(size=(100, 64)).astype(np.float32)
+    keys[:, [3, 40]] *= 12
+
+    def loss(back: jax.Array) -> float:
+        return float(np.linalg.norm(np.asarray(back) - keys))
+
+    plain = loss(dequantize(quantize(jnp.asarray(keys), 4), jnp.float32))
+    rotated = loss(rotate(dequantize(quantize(rotate(jnp.asarray(keys)), 4), jnp.float32)))
+    assert rotated < 0.6 * plain
