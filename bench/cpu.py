@@ -5,7 +5,8 @@ interleaved: in each, every system is measured once at a length before the next 
 
   single    prefill and decode of one sequence, processes kept
   batch     the same of several sequences
-  start     from the start of a process to its first token; ours with an empty and with a filled compilation cache
+  start     from the start of a process to its first token, and to its first answer; ours with an empty and with a filled
+            compilation cache
   programs  compiled programs of a process, and whether prompts of other lengths and settings add any
   memory    peak memory of a fresh process
   long      prefill, decode and memory of fresh processes up to 128K tokens, beside what the plan says
@@ -143,7 +144,7 @@ class Run:
         """Writes a result or an error under its task, and says it."""
         facts = {"model": self.args.model, "threads": self.args.threads, "load": round(os.getloadavg()[0], 2)}
         self.log.end(self.key(task), {**task.labels(), **line, **facts, **provenance()})
-        shown = ("prefill_tok_per_s", "ms_per_token", "first_token_s", "peak_bytes", "reason")
+        shown = ("prefill_tok_per_s", "ms_per_token", "first_token_s", "answer_s", "peak_bytes", "reason")
         print(task, {name: line[name] for name in shown if line.get(name) is not None}, flush=True)
 
     def _measured(self, task: Task, workers: dict[str, Worker]) -> dict[str, Any]:

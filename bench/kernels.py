@@ -160,8 +160,12 @@ def _select_sizes(w: Workload) -> Sizes:
     return Sizes(moved + queries, 4 * subs * w.group * w.head_dim, moved, queries)
 
 
+def _is_rotated(w: Workload) -> bool:
+    return w.bits[0] == 4
+
+
 def _write_sizes(w: Workload, tokens: int) -> Sizes:
-    rows = 2 * w.batch * tokens * w.num_kv_heads * w.head_dim * _width(w)
+    rows = w.batch * tokens * (2 * w.num_kv_heads + _is_rotated(w) * w.retrieval) * w.head_dim * _width(w)
     written = w.batch * tokens * w.num_kv_heads * _token_bytes(w)
     statistics = w.batch * w.retrieval * _statistics_bytes(w, tokens)
     merged = statistics if tokens == 1 else 0  # a token merges into what its sub-page has
@@ -367,7 +371,11 @@ def _write_case(w: Workload, calls: int, sets: int, *, is_decode: bool) -> Case:
 
     def call(kv: LayerKV, own: Any, *, implementation: str) -> LayerKV:
         k, v, tables, starts = own
-        return pallas_kernels.kv_write(k, v, kv, tables, starts, counts, implementation=implementation)
+        # As the engine does: statistics then bound other keys than the rotated ones that 4-bit pages hold.
+        bounded = v if _is_rotated(w) else None
+        return pallas_kernels.kv_write(
+            k, v, kv, tables, starts, counts, k_bounded=bounded, implementation=implementation
+        )
 
     first = own[0]
     pages = np.arange(int(first[3][0]) // w.page_size, -(-(int(first[3][0]) + tokens) // w.page_size))

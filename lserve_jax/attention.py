@@ -16,9 +16,10 @@ def _window(config: InferenceConfig, tables: PageTables, local: int) -> tuple[in
 
 
 def as_stored(config: InferenceConfig, x: jax.Array) -> jax.Array:
-    """Returns queries, keys or values [..., H] in the basis in which pages hold keys and values, or outputs out of it.
+    """Returns queries, keys or values [..., H] in the basis in which pages hold keys and values; outputs back from it.
 
-    4-bit pages hold them rotated. Page selection does not: its bounds are tighter in the model's own basis.
+    The rotation of 4-bit pages is its own inverse. Page selection stays in the model's own basis, where its bounds are
+    tighter.
     """
     return rotate(x) if config.is_rotated else x
 

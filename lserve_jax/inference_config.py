@@ -63,7 +63,7 @@ class InferenceConfig:
 
     @property
     def is_rotated(self) -> bool:
-        """Whether pages hold keys and values in a basis without outliers (`pallas_kernels.rotate`): 4 bits need it."""
+        """Whether pages hold keys and values rotated (`pallas_kernels.rotate`): with 4 bits, for accuracy."""
         return self.kv_dtype == "int4"
 
     def num_selected(self, layer: int) -> int | None:

@@ -112,7 +112,7 @@ class Engine:
         self._max_pages = -(-engine_config.max_model_len // attention.page_size)
 
     def expect(self, request: Request) -> None:
-        """Begins to compile what a request will need; best before `load`, while the weights are read."""
+        """Begins to compile what a request will need, also before `load`: its weights may be read meanwhile."""
         sequence = Sequence.from_request(
             request, max_model_len=self.engine_config.max_model_len, page_size=self.config.attention.page_size
         )
@@ -183,7 +183,7 @@ class Engine:
             yield
         except BaseException:
             self.scheduler.abort_all()
-            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.cache)):
+            if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(self.cache)):
                 self.cache = jax.jit(self._new_cache)()
             raise
 
@@ -223,13 +223,14 @@ class Engine:
     def _start_first(self, plan: Prefill) -> None:
         """Begins to compile all that a request needs; decoding after the first token, if one chunk brings that."""
         calls = self._first_calls(plan)
-        _, sample, decode = calls
-        self.programs.start(calls, after={decode.name: sample.name} if plan.is_last else {})
+        self.programs.start(calls, later=[call.name for call in calls[2:]] if plan.is_last else ())
 
-    def _first_calls(self, plan: Prefill) -> tuple[Call, Call, Call]:
+    def _first_calls(self, plan: Prefill) -> list[Call]:
         """Returns calls of all programs that a request needs from its first chunk on, in the order of their need."""
         logits = jax.ShapeDtypeStruct((1, self.config.model.vocab_size), np.float32)
-        return self._prefill_call(plan), self._sample_call(logits, plan.sequence), self._decode_call(Decode((), ()))
+        calls = [self._prefill_call(plan), self._sample_call(logits, plan.sequence)]
+        is_decoding = plan.sequence.max_length > plan.sequence.prompt_length + 1
+        return [*calls, self._decode_call(Decode((), ()))] if is_decoding else calls
 
     def _run_prefill(self, plan: Prefill, *, has_all_logits: bool = False) -> tuple[jax.Array, float]:
         """Returns the chunk's logits and the seconds that it took; the cache then holds the chunk."""

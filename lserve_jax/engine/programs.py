@@ -1,20 +1,24 @@
 """Compiled programs, each compiled once and ahead of its first call: no time of a call includes its own compilation.
 
-Those that are needed later may still compile on another core while the first one runs.
+Compiling and loading programs holds the interpreter's lock much of the time, and so is done in the order of need: what
+is needed later begins when what is needed first has been compiled or, if it must, has run.
 """
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 
 _PATIENCE_S = 3.0
-"""How long a program waits for the one that is needed before it. One that lies in the persistent cache is loaded by
-then, without having to share the interpreter's lock; what must really be compiled had better begin beside it."""
+"""How long a program waits for the compilation of the one that is needed before it. One that lies in the persistent
+cache is loaded by then; what must really be compiled had better begin beside it."""
+
+_HEAD_START_S = 0.5
+"""How long a program that is needed later leaves the interpreter to the run of the one before it. If that has not run
+by then, it waits for something else, such as weights."""
 
 
 class Call(NamedTuple):
@@ -28,7 +32,7 @@ class Call(NamedTuple):
 
 class _Program(NamedTuple):
     compiled: Future[Any]
-    has_run: threading.Event
+    is_due: threading.Event
 
 
 class Programs:
@@ -49,26 +53,25 @@ class Programs:
         """The programs that have been asked for so far."""
         return tuple(self._programs)
 
-    def start(self, calls: Sequence[Call], *, after: Mapping[str, str] | None = None) -> None:
+    def start(self, calls: Sequence[Call], *, later: Collection[str] = ()) -> None:
         """Begins to compile the programs of calls that are new, in the order in which they are needed.
 
         Those that take long are compiled side by side: a compilation uses about one core.
 
         Args:
           calls: what will be run.
-          after: names of programs, and for each that of one which should have run once before it is compiled, if that
-            does not take long either.
+          later: names of programs that are not needed before those in front of them have run: see `_HEAD_START_S`.
         """
         missing = [call for call in calls if self._is_missing(call.name)]
         if missing and self._on_compile is not None:
             self._on_compile(", ".join(call.name for call in missing))
-        is_due: Callable[[float], Any] | None = None
+        before: Future[Any] | None = None
         for call in missing:
-            if (awaited := (after or {}).get(call.name)) is not None:
-                is_due = self._programs[awaited].has_run.wait
-            compiled = self._threads.submit(_compile, call.step, _abstract(call.args), call.static, is_due)
-            self._programs[call.name] = _Program(compiled, threading.Event())
-            is_due = partial(wait, [compiled])
+            is_due = threading.Event()
+            if call.name not in later:
+                is_due.set()
+            before = self._threads.submit(_compile, call.step, _abstract(call.args), call.static, before, is_due)
+            self._programs[call.name] = _Program(before, is_due)
 
     def _is_missing(self, name: str) -> bool:
         """Returns whether a program is new, or failed to compile: what it failed for may have passed."""
@@ -78,19 +81,22 @@ class Programs:
     def compile(self, calls: Sequence[Call]) -> None:
         """Compiles the programs of calls that are not compiled yet."""
         self.start(calls)
-        begin, programs = time.perf_counter(), [self._programs[call.name].compiled for call in calls]
-        if all(program.done() for program in programs):
+        begin, programs = time.perf_counter(), [self._programs[call.name] for call in calls]
+        if all(program.compiled.done() for program in programs):
             return
-        wait(programs)
+        for program in programs:
+            program.is_due.set()
+        wait([program.compiled for program in programs])
         self.compile_seconds += time.perf_counter() - begin
 
     def run(self, call: Call) -> Any:
         """Returns the result of a call, ready; its program is compiled first if it is not."""
         self.compile([call])
-        compiled, has_run = self._programs[call.name]
-        result = jax.block_until_ready(compiled.result()(*call.args))
-        has_run.set()
-        return result
+        try:
+            return jax.block_until_ready(self._programs[call.name].compiled.result()(*call.args))
+        finally:
+            for program in self._programs.values():
+                program.is_due.set()
 
 
 def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -98,7 +104,9 @@ def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), args)
 
 
-def _compile(step: Any, args: tuple[Any, ...], static: dict[str, Any], is_due: Callable[[float], Any] | None) -> Any:
-    if is_due is not None:
-        is_due(_PATIENCE_S)
+def _compile(
+    step: Any, args: tuple[Any, ...], static: dict[str, Any], before: Future[Any] | None, is_due: threading.Event
+) -> Any:
+    if before is not None and wait([before], timeout=_PATIENCE_S).done:
+        is_due.wait(_HEAD_START_S)
     return step.lower(*args, **static).compile()

@@ -78,9 +78,10 @@ def is_visible(queries: jax.Array, keys: jax.Array, sink: int | None, local: int
 
 
 def div_down(x: jax.Array, size: jax.Array | int) -> jax.Array:
-    """Returns x // size for x >= 0: one instruction of a program, where the floor of signed numbers takes ten.
+    """Returns x // size for x >= 0 (for others: nonsense).
 
-    A start from the compilation cache takes time for each instruction, and pages are divided by everywhere.
+    One instruction, where the floor of signed numbers takes ten. Programs divide by page sizes everywhere, and loading
+    one from the compilation cache takes time for each instruction.
     """
     if isinstance(size, int) and size & (size - 1) == 0:
         return jax.lax.shift_right_logical(x, jnp.asarray(size.bit_length() - 1, x.dtype))

@@ -65,7 +65,7 @@ def quantize(x: jax.Array, bits: int) -> QuantizedArray:
 
 
 def rotate(x: jax.Array) -> jax.Array:
-    """Returns ``x`` [..., H] in another orthonormal basis, in which no channel stands out; twice is the identity.
+    """Returns ``x`` [..., H] in another orthonormal basis, which spreads large channels over all; its own inverse.
 
     A Hadamard matrix of the largest power of two that divides H, block by block: ``rotate(q) · rotate(k) = q · k``.
     Four bits a channel, and one scale for all, then lose less (QuaRot, Ashkboos et al. 2024).

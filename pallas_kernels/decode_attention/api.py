@@ -37,7 +37,7 @@ def decode_attention(
 
     Args:
       q: [B, N, H], query heads of retrieval KV heads first.
-      kv: the layer's pools.
+      kv: the layer's pools, in the basis of the other arguments (see `rotate`).
       tables: page tables [B, max_pages] int32.
       lengths: [B] int32 tokens of each sequence with the current one; 0 for an empty slot, whose output is zero.
       selected: [B, K_retrieval, n] int32 logical pages in ascending order, padded at the end with -1 (what

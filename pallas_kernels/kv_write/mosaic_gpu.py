@@ -45,7 +45,7 @@ class Config:
 
 
 def heuristic(page_size: int, sub_page_size: int) -> Config:
-    """Returns 32 rows where page and sub-page allow it, so that a multiprocessor holds half a dozen programs."""
+    """Returns 32 rows where page and sub-page allow it, so that a multiprocessor holds four to seven programs."""
     return Config(rows=min(page_size, max(sub_page_size, 32)))
 
 
@@ -94,7 +94,7 @@ def kv_write(
       NotImplementedError: on any device but a Hopper GPU, and for shapes and dtypes that the kernel is not made for.
     """
     device = require_hopper()
-    new = (k, v) if k_bounded is None else (k, v, k_bounded)
+    new = (k, v) if k_bounded is None or kv.retrieval is None else (k, v, k_bounded)
     _check(new, kv)
     refs = jax.tree.map(jax.new_ref, kv)
     classes = [
@@ -104,7 +104,7 @@ def kv_write(
         _write_token(new, classes, starts, counts)
     else:
         page_size, sub_page_size = classes[0].pages.page_size, max(pool.sub_page_size for pool in classes)
-        shape = f"page{page_size}_sub{sub_page_size}_H{k.shape[3]}"
+        shape = f"page{page_size}_sub{sub_page_size}_H{k.shape[3]}" + ("_bounded" if len(new) > 2 else "")
         config = configure("kv_write", device.kind, shape, heuristic(page_size, sub_page_size))
         _write_chunk(new, classes, starts, counts, config)
     return jax.tree.map(jax.freeze, refs)

@@ -42,7 +42,8 @@ def prefill_attention(
       q: [B, T, N, H], query heads of retrieval KV heads first.
       k: [B, T, K, H] keys of the chunk after RoPE.
       v: [B, T, K, H].
-      kv: the layer's pools, holding at least the tokens before the chunk that are visible from it.
+      kv: the layer's pools, in the basis of the other arguments (see `rotate`), holding at least the tokens before the
+        chunk that are visible from it.
       tables: page tables [B, max_pages] int32.
       starts: [B] int32 position of each sequence's first query.
       counts: [B] int32 queries of each sequence.

@@ -48,8 +48,9 @@ def _assert_lean(program: Any, cache: Any, temporary_bytes: int) -> None:
 
 
 @pytest.mark.slow
-def test_decode_step_of_8b() -> None:
-    config = _config("int8")
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+def test_decode_step_of_8b(kv_dtype: str) -> None:
+    config = _config(kv_dtype)
     params, cache, tables = _state(config)
 
     def step(params: Any, cache: Any, ints: Any, tables: PageTables) -> Any:
@@ -105,12 +106,12 @@ TINY = {
 }
 
 
-def _logits(implementation: str, tokens: list[int], prompt: int, chunk: int) -> list[np.ndarray]:
+def _logits(implementation: str, tokens: list[int], prompt: int, chunk: int, kv_dtype: str) -> list[np.ndarray]:
     """Logits of a random tiny model, half of whose KV heads stream, after the prompt and each later token."""
     model = ModelConfig.from_hf(TINY, source="TINY")
     policy = from_preset(
         "lserve",
-        kv_dtype="int8",
+        kv_dtype=kv_dtype,
         page_size=16,
         sub_page_size=16,
         token_budget=64,
@@ -145,14 +146,15 @@ def _logits(implementation: str, tokens: list[int], prompt: int, chunk: int) -> 
 
 
 @pytest.mark.slow
-def test_steps_of_a_tiny_model_agree_with_xla() -> None:
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+def test_steps_of_a_tiny_model_agree_with_xla(kv_dtype: str) -> None:
     """Prefill in two chunks and four decode steps, through all four kernels and their shared pages."""
     tokens = np.random.default_rng(1).integers(0, 96, 104).tolist()
-    expected = _logits("xla", tokens, 100, 64)
+    expected = _logits("xla", tokens, 100, 64, kv_dtype)
     if hopper.has_hopper():
-        found = _logits("mosaic_gpu", tokens, 100, 64)
+        found = _logits("mosaic_gpu", tokens, 100, 64, kv_dtype)
     else:
         with hopper.interpreted():
-            found = _logits("mosaic_gpu", tokens, 100, 64)
+            found = _logits("mosaic_gpu", tokens, 100, 64, kv_dtype)
     for mine, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=0.1 * np.abs(theirs).std())

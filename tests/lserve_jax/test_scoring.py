@@ -145,3 +145,12 @@ def test_measuring_recall_changes_nothing_and_is_reported(sparse: LLM):
 def test_nothing_left_out_is_no_recall(sparse: LLM):
     (output,) = sparse.generate([PROMPT[:20]], SamplingParams(max_tokens=8, ignore_eos=True))
     assert output.metrics.attention_recall is None
+
+
+def test_recall_of_rotated_pages_is_that_of_others(sparse: LLM):
+    """Of 4-bit pages, whose keys lie in another basis than the model's queries."""
+    rounded = LLM(str(TINY), recall_interval=3, kv_dtype="int4", **SIZES, **SPARSE)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    recalls = [llm.generate([PROMPT], params)[0].metrics.attention_recall_by_layer for llm in (sparse, rounded)]
+    exact, found = (np.asarray(recall, np.float64) for recall in recalls)
+    np.testing.assert_allclose(found, exact, atol=0.03)

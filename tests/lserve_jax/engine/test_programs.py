@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import wait
 from typing import Any
 
 import jax
@@ -71,7 +72,7 @@ def test_a_program_may_wait_until_another_has_run():
         return x
 
     first, then = Call("double", jax.jit(double), x, {}), Call("later", jax.jit(later), x, {})
-    programs.start([first, then], after={"later": "double"})
+    programs.start([first, then], later=["later"])
     programs.compile([first])
     assert not traced.wait(0.2)
     programs.run(first)
@@ -80,11 +81,29 @@ def test_a_program_may_wait_until_another_has_run():
 
 
 def test_no_program_waits_for_one_that_does_not_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lserve_jax.engine.programs._PATIENCE_S", 0.1)
+    """What is asked for begins at once, and the rest soon."""
+    monkeypatch.setattr("lserve_jax.engine.programs._HEAD_START_S", 30.0)
     x, programs = (np.ones(1, np.float32),), Programs()
     calls = [Call(name, jax.jit(double), x, {}) for name in ("double", "again")]
-    programs.start(calls, after={"again": "double"})
+    programs.start(calls, later=["again"])
+    begin = time.perf_counter()
     assert programs.run(calls[1]).tolist() == [2]
+    assert time.perf_counter() - begin < 10
+    monkeypatch.setattr("lserve_jax.engine.programs._HEAD_START_S", 0.1)
+    others = [Call(name, jax.jit(double), x, {}) for name in ("third", "fourth")]
+    programs.start(others, later=["fourth"])
+    wait([program.compiled for program in programs._programs.values()], timeout=10)
+    assert all(program.compiled.done() for program in programs._programs.values())
+
+
+def test_a_failed_run_holds_nothing_back(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lserve_jax.engine.programs._HEAD_START_S", 30.0)
+    x, programs = (np.ones(1, np.float32),), Programs()
+    calls = [Call(name, jax.jit(double), x, {}) for name in ("double", "again")]
+    programs.start(calls, later=["again"])
+    with pytest.raises(TypeError):
+        programs.run(calls[0]._replace(args=(np.ones(3, np.float32),)))
+    assert not wait([programs._programs["again"].compiled], timeout=10).not_done
 
 
 def test_arguments_may_be_gone_while_a_program_compiles():
