@@ -5,7 +5,7 @@ interleaved: in each, every system is measured once at a length before the next 
 
   single    prefill and decode of one sequence, processes kept
   batch     the same of several sequences
-  start     from the start of a process to its first token, and to its first answer; ours with an empty and with a filled
+  start     from the start of a process to its first token, and to its first answer; ours with an empty and a filled
             compilation cache
   programs  compiled programs of a process, and whether prompts of other lengths and settings add any
   memory    peak memory of a fresh process

@@ -146,9 +146,12 @@ def _logits(implementation: str, tokens: list[int], prompt: int, chunk: int, kv_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
-def test_steps_of_a_tiny_model_agree_with_xla(kv_dtype: str) -> None:
-    """Prefill in two chunks and four decode steps, through all four kernels and their shared pages."""
+@pytest.mark.parametrize(("kv_dtype", "bound"), [("int8", 0.1), ("int4", 0.2)])
+def test_steps_of_a_tiny_model_agree_with_xla(kv_dtype: str, bound: float) -> None:
+    """Prefill in two chunks and four decode steps, through all four kernels and their shared pages.
+
+    Where the two round a key differently, a code of 4 bits is off by as much as 17 of 8 bits.
+    """
     tokens = np.random.default_rng(1).integers(0, 96, 104).tolist()
     expected = _logits("xla", tokens, 100, 64, kv_dtype)
     if hopper.has_hopper():
@@ -157,4 +160,4 @@ def test_steps_of_a_tiny_model_agree_with_xla(kv_dtype: str) -> None:
         with hopper.interpreted():
             found = _logits("mosaic_gpu", tokens, 100, 64, kv_dtype)
     for mine, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=0.1 * np.abs(theirs).std())
+        np.testing.assert_allclose(mine, theirs, atol=bound * np.abs(theirs).std())
