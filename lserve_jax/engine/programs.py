@@ -31,8 +31,11 @@ class Call(NamedTuple):
 
 
 class _Program(NamedTuple):
+    """A program under way; ``next_is_due`` is set once it has run, for the one that is needed after it."""
+
     compiled: Future[Any]
     is_due: threading.Event
+    next_is_due: threading.Event
 
 
 class Programs:
@@ -65,13 +68,15 @@ class Programs:
         missing = [call for call in calls if self._is_missing(call.name)]
         if missing and self._on_compile is not None:
             self._on_compile(", ".join(call.name for call in missing))
-        before: Future[Any] | None = None
+        before: _Program | None = None
         for call in missing:
-            is_due = threading.Event()
-            if call.name not in later:
-                is_due.set()
-            before = self._threads.submit(_compile, call.step, _abstract(call.args), call.static, before, is_due)
-            self._programs[call.name] = _Program(before, is_due)
+            is_due = before.next_is_due if before is not None and call.name in later else None
+            compiled = self._threads.submit(
+                *(_compile, call.step, _abstract(call.args), call.static),
+                *(before.compiled if before is not None else None, is_due),
+            )
+            before = _Program(compiled, is_due or threading.Event(), threading.Event())
+            self._programs[call.name] = before
 
     def _is_missing(self, name: str) -> bool:
         """Returns whether a program is new, or failed to compile: what it failed for may have passed."""
@@ -92,11 +97,11 @@ class Programs:
     def run(self, call: Call) -> Any:
         """Returns the result of a call, ready; its program is compiled first if it is not."""
         self.compile([call])
+        program = self._programs[call.name]
         try:
-            return jax.block_until_ready(self._programs[call.name].compiled.result()(*call.args))
+            return jax.block_until_ready(program.compiled.result()(*call.args))
         finally:
-            for program in self._programs.values():
-                program.is_due.set()
+            program.next_is_due.set()
 
 
 def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -105,8 +110,8 @@ def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _compile(
-    step: Any, args: tuple[Any, ...], static: dict[str, Any], before: Future[Any] | None, is_due: threading.Event
+    step: Any, args: tuple[Any, ...], static: dict[str, Any], before: Future[Any] | None, is_due: threading.Event | None
 ) -> Any:
-    if before is not None and wait([before], timeout=_PATIENCE_S).done:
+    if before is not None and wait([before], timeout=_PATIENCE_S).done and is_due is not None:
         is_due.wait(_HEAD_START_S)
     return step.lower(*args, **static).compile()
