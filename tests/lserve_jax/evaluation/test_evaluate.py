@@ -159,7 +159,7 @@ def test_a_stopped_run_says_how_to_go_on_and_comes_to_the_same(
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(2)
-    if process.poll() is None:  # Python loses an interrupt that falls into a callback of the garbage collector
+    if process.poll() is None:  # lost once in a loaded suite, perhaps in a callback of the garbage collector
         process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, ""), error
