@@ -216,8 +216,9 @@ class Engine:
 
         Of a prompt of one chunk, the first token does not wait for the decode program.
         """
-        self._start_first(plan)
-        if not plan.is_last:
+        if plan.is_last:
+            self._start_first(plan)
+        else:
             self.programs.compile(self._first_calls(plan))
 
     def _start_first(self, plan: Prefill) -> None:

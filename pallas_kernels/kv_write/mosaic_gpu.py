@@ -114,8 +114,8 @@ def _check(new: tuple[jax.Array, ...], kv: LayerKV) -> None:
     stored = [pool for pool in kv if pool is not None]
     sizes = {pool.page_size for pool in stored}
     plain = [x for pool in stored for x in pool if isinstance(x, jax.Array)]
-    dtypes = {str(x.dtype) for x in new}
-    refuse_unless(dtypes == {"bfloat16"}, f"the kernel writes bfloat16 tokens, not {', '.join(sorted(dtypes))}")
+    dtypes = ", ".join(str(x.dtype) for x in new)
+    refuse_unless(all(x.dtype == jnp.bfloat16 for x in new), f"the kernel writes bfloat16 tokens, not {dtypes}")
     refuse_unless(
         all(x.dtype == jnp.bfloat16 for x in plain), "pages that are not quantised, and statistics, must be bfloat16"
     )
@@ -233,9 +233,8 @@ def _write_chunk(
                 plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(here[0], copied)], ready)
             _in_class_of(head, classes, tables_gmem, write)
 
-    tile = plgpu.SMEM(
-        (2 * rows, head_dim), jnp.bfloat16
-    )  # the second half for what a late start pushes out of the first
+    # The second half is for what a late start pushes out of the first.
+    tile = plgpu.SMEM((2 * rows, head_dim), jnp.bfloat16)
     plgpu.kernel(
         kernel,
         grid=(batch, (tokens + rows - 2) // rows + 1, num_heads),

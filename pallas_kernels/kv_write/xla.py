@@ -108,9 +108,8 @@ def _merge_statistics(
     is_new = is_new.reshape(1, subs, -1, 1)
     first_row = row + jnp.arange(subs)[None, :, None, None] * sub_size
     first_new = first_row + jnp.argmax(is_new, axis=2, keepdims=True)
-    is_merge = (
-        div_down(first_new, sub_size) * sub_size != first_new
-    )  # else the sub-page's own first token is among the new: it sets
+    # Where the sub-page's own first token is among the new, it sets.
+    is_merge = div_down(first_new, sub_size) * sub_size != first_new
     is_touched = jnp.any(is_new, axis=2, keepdims=True)
     start = (page, 0, div_down(row, sub_size), 0)
 

@@ -267,7 +267,7 @@ def test_donated_pools_are_updated_in_place_and_read_again(name: str, tokens: in
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
-        ({"dtype": "float32"}, "the kernel writes bfloat16 tokens, not float32"),
+        ({"dtype": "float32"}, "the kernel writes bfloat16 tokens, not float32, float32"),
         ({"head_dim": 96}, "the kernel is made for a head_dim of 64 or 128, not 96"),
         ({"page_size": 48}, "the kernel is made for pages of 16, 32, 64 or 128 tokens, alike in both pools, not [48]"),
     ],

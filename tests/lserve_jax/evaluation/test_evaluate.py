@@ -159,10 +159,14 @@ def test_a_stopped_run_says_how_to_go_on_and_comes_to_the_same(
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(2)
-    if process.poll() is None:  # lost once in a loaded suite, perhaps in a callback of the garbage collector
+    is_lost = process.poll() is None
+    if is_lost:  # seen once: an interrupt that falls into a callback of the garbage collector is printed and ignored
         process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, ""), error
+    if is_lost:
+        assert "Exception ignored" in error and "KeyboardInterrupt" in error, error
+        error = error.splitlines(keepends=True)[-1]
     assert error == f"stopped: what was done is in {tmp_path / 'out'}, and the same command goes on from there\n"
     assert 2 < len(lines(tmp_path / "out")) < len(lines(whole))
     path.write_bytes(path.read_bytes()[:-9])  # as if it had been killed while it was writing
