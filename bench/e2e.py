@@ -56,7 +56,7 @@ from lserve_jax.plan import PoolSizes, dense_bf16_bytes, free_memory, plan_memor
 from lserve_jax.sampling import SamplingState
 from lserve_jax.steps import DecodeState, Params, decode_loop, decode_step, prefill_step
 from lserve_jax.weights.load import open_checkpoint
-from pallas_kernels import NO_PAGE, PageTables
+from pallas_kernels import NO_PAGE, PageTables, QuantizedArray
 
 PARTS = ("values", "compile", "decode", "prefill", "peer")
 TRANSFORMERS = "transformers SDPA"
@@ -147,9 +147,9 @@ def _codes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.bits(key, shape, jnp.uint8)
 
 
-def _filled(tree: Any, fill: Callable[[str, jax.Array, jax.ShapeDtypeStruct], jax.Array]) -> Any:
+def _filled(tree: Any, fill: Callable[[str, jax.Array, Any], Any]) -> Any:
     """Returns a tree of abstract arrays made real on the device, leaf by leaf: no leaf's temporaries meet another's."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
     keys = jax.random.split(jax.random.key(0, impl="rbg"), len(leaves))
     named = [(jax.tree_util.keystr(path[-1:], simple=True), leaf) for path, leaf in leaves]
     return structure.unflatten(fill(name, key, leaf) for (name, leaf), key in zip(named, keys, strict=True))
@@ -164,18 +164,17 @@ def random_params(config: InferenceConfig) -> Params:
     return _filled(abstract_params(config.model, jnp.dtype(config.dtype)), fill)
 
 
-def random_cache(template: KVCache, kv_dtype: str) -> KVCache:
+def random_cache(template: KVCache) -> KVCache:
     """Returns pages of standard normal keys and values, and bounds around zero as their statistics."""
-    levels = {"int8": 255, "int4": 15}.get(kv_dtype, 1)
 
-    def fill(name: str, key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def fill(name: str, key: jax.Array, leaf: Any) -> Any:
+        if isinstance(leaf, QuantizedArray):  # codes of all bits, evenly: from about -3 to 3
+            levels = 2**leaf.bits - 1
+            scale, zero = (jnp.full(leaf.scale.shape, value, leaf.scale.dtype) for value in (6 / levels, levels / 2))
+            return QuantizedArray(codes=_codes(key, leaf.codes.shape), scale=scale, zero=zero, bits=leaf.bits)
         match name:
             case "selected":
                 return jnp.full(leaf.shape, NO_PAGE, leaf.dtype)
-            case "codes":
-                return _codes(key, leaf.shape)
-            case "scale" | "zero":  # codes of all bits, evenly: from about -3 to 3
-                return jnp.full(leaf.shape, 6 / levels if name == "scale" else levels / 2, leaf.dtype)
             case "k_min" | "k_max":
                 bound = jnp.abs(_normal(key, leaf.shape, leaf.dtype, 1.0))
                 return -bound if name == "k_min" else bound
@@ -395,7 +394,7 @@ class Measured:
 
     def measure(self, params: Params, programs: dict[str, Program], seconds: float) -> dict[str, Any]:
         """Returns the point's numbers, its memory and its compile times; frees the cache again."""
-        self._cache = random_cache(self.template, self.config.kv_dtype)
+        self._cache = random_cache(self.template)
         jax.block_until_ready(self._cache)
         try:
             times = self.times(params, programs, seconds)

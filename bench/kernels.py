@@ -37,7 +37,7 @@ from bench.measure import (
 from pallas_kernels import NO_PAGE, LayerKV, PagedKV, PageTables, QuantizedArray, dequantize, quantize, selection_width
 from pallas_kernels.core.dispatch import NAMES
 from pallas_kernels.core.paging import is_visible, pools
-from pallas_kernels.core.workloads import BATCHED, PREFILL, SERVING, TINY, Workload
+from pallas_kernels.core.workloads import BATCHED, PREFILL, SERVING, TINY, Bits, Workload
 
 TOLERANCE = 3e-2
 """Greatest error of an output row (of one token and head), relative to its norm: bfloat16 leaves a tenth of it."""
@@ -101,9 +101,12 @@ def dense(w: Workload) -> Workload:
 # Sizes.
 
 
-def _token_bytes(w: Workload) -> int:
-    """Returns the bytes of one token's key and value of one KV head, scales and zeros included."""
-    return sum(w.head_dim * _width(w) if bits is None else w.head_dim * bits // 8 + 8 for bits in w.bits)
+def _stored_bytes(w: Workload, by_retrieval: int, by_streaming: int) -> int:
+    """Returns the bytes of so many tokens' keys and values, one KV head each, scales and zeros included."""
+    return sum(
+        tokens * sum(w.head_dim * _width(w) if bits is None else w.head_dim * bits // 8 + 8 for bits in both)
+        for tokens, both in zip((by_retrieval, by_streaming), w.bits_by_class, strict=True)
+    )
 
 
 def _width(w: Workload) -> int:
@@ -128,11 +131,17 @@ def _decode_sizes(w: Workload, *, is_dense: bool) -> Sizes:
     w = dense(w) if is_dense else w
     tokens = w.context if is_dense else min(w.num_selected * w.page_size, w.context)
     window = min(w.context, w.sink + w.local)
-    read = w.batch * (w.retrieval * tokens + w.streaming * window)
+    by_retrieval, by_streaming = w.batch * w.retrieval * tokens, w.batch * w.streaming * window
     vectors = 2 * w.batch * w.num_heads * w.head_dim * _width(w)
-    held = w.retrieval * w.max_pages + w.streaming * _held(w, _first_of_window(w, w.context - 1, w.local))
-    pool = w.batch * held * w.page_size * _token_bytes(w)
-    return Sizes(read * _token_bytes(w) + vectors, 4 * read * w.group * w.head_dim, pool, vectors)
+    flops = 4 * (by_retrieval + by_streaming) * w.group * w.head_dim
+    pool = _pool_bytes(w, _first_of_window(w, w.context - 1, w.local))
+    return Sizes(_stored_bytes(w, by_retrieval, by_streaming) + vectors, flops, pool, vectors)
+
+
+def _pool_bytes(w: Workload, first: int) -> int:
+    """Returns the bytes of a layer's keys and values; streaming heads hold the sink and what follows a position."""
+    tokens = w.batch * w.page_size
+    return _stored_bytes(w, tokens * w.retrieval * w.max_pages, tokens * w.streaming * _held(w, first))
 
 
 def _visible(w: Workload) -> tuple[int, int]:
@@ -146,11 +155,10 @@ def _prefill_sizes(w: Workload, *, is_dense: bool) -> Sizes:
     by_retrieval, by_streaming = _visible(w)
     flops = 4 * w.batch * (w.retrieval * by_retrieval + w.streaming * by_streaming) * w.group * w.head_dim
     start = w.context - w.chunk
-    history = w.retrieval * start + w.streaming * min(start, w.sink + w.prefill_local)
+    windows = w.batch * w.streaming * min(start, w.sink + w.prefill_local)
+    history = _stored_bytes(w, w.batch * w.retrieval * start, windows)
     rows = w.batch * w.chunk * (2 * w.num_heads + 2 * w.num_kv_heads) * w.head_dim * _width(w)
-    held = w.retrieval * w.max_pages + w.streaming * _held(w, _first_of_window(w, start, w.prefill_local))
-    pool = w.batch * held * w.page_size * _token_bytes(w)
-    return Sizes(rows + w.batch * history * _token_bytes(w), flops, pool, rows)
+    return Sizes(rows + history, flops, _pool_bytes(w, _first_of_window(w, start, w.prefill_local)), rows)
 
 
 def _select_sizes(w: Workload) -> Sizes:
@@ -166,18 +174,20 @@ def _is_rotated(w: Workload) -> bool:
 
 def _write_sizes(w: Workload, tokens: int) -> Sizes:
     rows = w.batch * tokens * (2 * w.num_kv_heads + _is_rotated(w) * w.retrieval) * w.head_dim * _width(w)
-    written = w.batch * tokens * w.num_kv_heads * _token_bytes(w)
+    written = w.batch * tokens * _stored_bytes(w, w.retrieval, w.streaming)
     statistics = w.batch * w.retrieval * _statistics_bytes(w, tokens)
     merged = statistics if tokens == 1 else 0  # a token merges into what its sub-page has
-    streaming = w.streaming * w.max_pages * w.page_size * _token_bytes(w)
-    pool = w.batch * (w.retrieval * (_token_bytes(w) * w.context + _statistics_bytes(w, w.context)) + streaming)
+    held = _stored_bytes(w, w.retrieval * w.context, w.streaming * w.max_pages * w.page_size)
+    pool = w.batch * (held + w.retrieval * _statistics_bytes(w, w.context))
     return Sizes(rows + written + statistics + merged, 0, pool, rows)
 
 
 # Arrays.
 
 
-def _pool(w: Workload, heads: int, pages: int, seed: int, *, has_tokens: bool, has_statistics: bool) -> PagedKV | None:
+def _pool(
+    w: Workload, heads: int, bits: Bits, pages: int, seed: int, *, has_tokens: bool, has_statistics: bool
+) -> PagedKV | None:
     """Returns a pool of random numbers, the statistics those of its keys."""
     if not heads:
         return None
@@ -199,7 +209,7 @@ def _pool(w: Workload, heads: int, pages: int, seed: int, *, has_tokens: bool, h
     if not has_tokens:  # nothing but its shape is used
         stored = jnp.zeros((1, heads, w.page_size, w.head_dim), w.dtype)
         return PagedKV(stored, stored, *bounds)
-    both = zip((keys, _normal(w, 2 * seed + 1, *shape)), w.bits, strict=True)
+    both = zip((keys, _normal(w, 2 * seed + 1, *shape)), bits, strict=True)
     return PagedKV(*(spread(x if bits is None else quantize(x, bits), index) for x, bits in both), *bounds)
 
 
@@ -226,9 +236,10 @@ def _layer(
         return found
 
     retrieval, streaming = tables(np.ones_like(is_held)), tables(is_held)
+    bits = w.bits_by_class
     kv = LayerKV(
-        _pool(w, w.retrieval, retrieval.size, 1, has_tokens=has_tokens, has_statistics=has_statistics),
-        _pool(w, w.streaming, int((streaming >= 0).sum()), 2, has_tokens=has_tokens, has_statistics=False),
+        _pool(w, w.retrieval, bits[0], retrieval.size, 1, has_tokens=has_tokens, has_statistics=has_statistics),
+        _pool(w, w.streaming, bits[1], int((streaming >= 0).sum()), 2, has_tokens=has_tokens, has_statistics=False),
     )
     return kv, [PageTables(jnp.asarray(a), jnp.asarray(b)) for a, b in zip(retrieval, streaming, strict=True)]
 

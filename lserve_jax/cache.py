@@ -49,8 +49,10 @@ def _layer(config: InferenceConfig, layer: int, slots: int, retrieval_pages: int
     retrieval = config.num_retrieval[layer]
     streaming = config.model.num_kv_heads - retrieval
     kv = LayerKV(
-        retrieval=_pool(config, retrieval_pages, retrieval, has_statistics=True) if retrieval else None,
-        streaming=_pool(config, streaming_pages, streaming, has_statistics=False) if streaming else None,
+        retrieval=_pool(config, config.kv_dtype, retrieval_pages, retrieval, has_statistics=True)
+        if retrieval
+        else None,
+        streaming=_pool(config, config.streaming_dtype, streaming_pages, streaming) if streaming else None,
     )
     num_selected = config.num_selected(layer)
     if num_selected is None or num_selected >= retrieval_pages or not retrieval:
@@ -59,14 +61,14 @@ def _layer(config: InferenceConfig, layer: int, slots: int, retrieval_pages: int
     return LayerCache(kv, jnp.full((slots, retrieval, width), NO_PAGE, jnp.int32))
 
 
-def _pool(config: InferenceConfig, pages: int, heads: int, *, has_statistics: bool) -> PagedKV:
+def _pool(config: InferenceConfig, dtype: str, pages: int, heads: int, *, has_statistics: bool = False) -> PagedKV:
     attention, head_dim = config.attention, config.model.head_dim
 
     def elements() -> jax.Array | QuantizedArray:
         shape = (pages, heads, attention.page_size, head_dim)
-        if config.kv_dtype not in _BITS:
-            return jnp.zeros(shape, config.kv_dtype)
-        bits = _BITS[config.kv_dtype]
+        if dtype not in _BITS:
+            return jnp.zeros(shape, dtype)
+        bits = _BITS[dtype]
         codes = jnp.zeros((*shape[:-1], head_dim * bits // 8), jnp.uint8)
         return QuantizedArray(codes=codes, scale=jnp.zeros(shape[:-1]), zero=jnp.zeros(shape[:-1]), bits=bits)
 

@@ -58,8 +58,16 @@ class InferenceConfig:
 
     @property
     def kv_dtype(self) -> str:
-        """Element type of the pages: "bfloat16", "float32", "int8" or "int4"."""
+        """Element type of retrieval heads' pages: "bfloat16", "float32", "int8" or "int4"."""
         return self.dtype if self.attention.kv_dtype == "auto" else self.attention.kv_dtype
+
+    @property
+    def streaming_dtype(self) -> str:
+        """Element type of streaming heads' pages: of 8 bits where others have 4.
+
+        They hold sink and window alone, so that the other half of the bits would save nothing that grows.
+        """
+        return "int8" if self.kv_dtype == "int4" else self.kv_dtype
 
     @property
     def is_rotated(self) -> bool:

@@ -14,7 +14,9 @@ _MIN_CPU_ROWS = 4
 """XLA's CPU product of fewer bfloat16 rows than this runs at 1 GFLOP/s (36 ms, not 3, for the demo's logits)."""
 
 
-def project(x: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+def project(
+    x: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype | None = None, *, is_stored_wide: bool = False
+) -> jax.Array:
     """Returns ``x @ kernel.T``.
 
     Outputs times inputs is how checkpoints hold matrices, and on CPUs faster than the transpose for any number of rows
@@ -24,6 +26,7 @@ def project(x: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype | None = None)
       x: [..., D].
       kernel: [F, D], of the dtype of ``x``.
       out_dtype: of the result; None takes that of ``x``. On CPUs it is not rounded to that of ``x`` in between.
+      is_stored_wide: whether it is not on any device: where the result goes to memory as it is, as logits do.
 
     Returns:
       [..., F]; accumulated in float32.
@@ -42,8 +45,9 @@ def project(x: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype | None = None)
         return product(jnp.pad(rows, ((0, missing), (0, 0))), kernel, out_dtype)[:-missing]
 
     def elsewhere(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-        result = product(rows, kernel)
-        return result if out_dtype is None else result.astype(out_dtype)  # with what follows: nothing wide is stored
+        if out_dtype is None or is_stored_wide:
+            return product(rows, kernel, out_dtype)
+        return product(rows, kernel).astype(out_dtype)  # with what follows: nothing wide is stored
 
     if x.dtype == jnp.float32 or (missing <= 0 and out_dtype is None):
         result = elsewhere(rows, kernel)
@@ -60,6 +64,7 @@ class Linear(nn.Module):
     dtype: jnp.dtype
     in_axes: int = 1
     out_dtype: jnp.dtype | None = None
+    is_stored_wide: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -69,7 +74,8 @@ class Linear(nn.Module):
         size = math.prod(inputs)
         initializer = nn.initializers.normal(1 / math.sqrt(size))
         kernel = self.param("kernel", initializer, (*self.features, *inputs), self.dtype)
-        y = project(x.reshape(*batch, size), kernel.reshape(-1, size), self.out_dtype).reshape(*batch, *self.features)
+        rows, matrix = x.reshape(*batch, size), kernel.reshape(-1, size)
+        y = project(rows, matrix, self.out_dtype, is_stored_wide=self.is_stored_wide).reshape(*batch, *self.features)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, tuple(self.features), self.dtype).astype(y.dtype)
         return y

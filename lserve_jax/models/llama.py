@@ -95,7 +95,8 @@ class Llama(nn.Module):
         self.layers = [Layer(c, self.dtype) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not c.tie_embeddings:
-            self.lm_head = Linear((c.vocab_size,), False, self.dtype)
+            wide = {"out_dtype": jnp.dtype("float32"), "is_stored_wide": True}
+            self.lm_head = Linear((c.vocab_size,), False, self.dtype, **wide)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, state: tuple[Any, ...], attend: Attend
@@ -126,10 +127,10 @@ class Llama(nn.Module):
         return self.final_norm(x)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Returns logits [..., V] float32 of hidden states [..., D]."""
+        """Returns logits [..., V] float32 of hidden states [..., D]; never rounded to bfloat16, in which many tie."""
         if self.config.tie_embeddings:
-            return project(hidden, self.embed.embedding).astype(jnp.float32)
-        return self.lm_head(hidden).astype(jnp.float32)
+            return project(hidden, self.embed.embedding, jnp.dtype("float32"), is_stored_wide=True)
+        return self.lm_head(hidden)
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core.paging import PagedKV
-from pallas_kernels.core.quantization import QuantizedArray, bits_of
+from pallas_kernels.core.quantization import QuantizedArray
 
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that one program may ask for."""
@@ -65,8 +65,6 @@ def refuse_pools(pools: list[PagedKV]) -> None:
             if not isinstance(stored, QuantizedArray):
                 refuse_unless(stored.dtype == jnp.bfloat16, f"pages must be bfloat16, int8 or int4, not {stored.dtype}")
         refuse_unless(pool.page_size in (16, 32, 64, 128), f"page_size must be 16, 32, 64 or 128, not {pool.page_size}")
-    kinds = {(pool.page_size, bits_of(pool.k), bits_of(pool.v)) for pool in pools}
-    refuse_unless(len(kinds) == 1, "the pools of a layer must store alike")
 
 
 def _first_device() -> tuple[str, int | None]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.core.quantization import QuantizedArray
+from pallas_kernels.core.quantization import QuantizedArray, bits_of
 
 NO_PAGE = -1
 
@@ -64,6 +64,20 @@ def pools(kv: LayerKV, tables: PageTables) -> list[tuple[str, PagedKV, jax.Array
     if kv.streaming is not None:
         found.append(("streaming", kv.streaming, jnp.asarray(tables.streaming), slice(kv.num_retrieval, None)))
     return found
+
+
+def stored_alike(kv: LayerKV, heads: int) -> list[tuple[LayerKV, slice]]:
+    """Returns the layer, or its classes one by one where their pages differ, each with its part of ``heads`` heads.
+
+    Args:
+      kv: the layer.
+      heads: how many heads it has: query heads, or KV heads.
+    """
+    found = [pool for pool in kv if pool is not None]
+    if len({(pool.page_size, bits_of(pool.k), bits_of(pool.v)) for pool in found}) == 1:
+        return [(kv, slice(0, heads))]
+    first = heads * kv.num_retrieval // sum(pool.num_kv_heads for pool in found)
+    return [(kv._replace(streaming=None), slice(0, first)), (kv._replace(retrieval=None), slice(first, heads))]
 
 
 def is_visible(queries: jax.Array, keys: jax.Array, sink: int | None, local: int | None) -> jax.Array:

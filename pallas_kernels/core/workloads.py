@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+type Bits = tuple[int | None, int | None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -17,6 +19,7 @@ class Workload:
       head_dim, page_size, sub_page_size: sizes.
       dtype: of queries, and of pages that are not quantised.
       bits: 8 or 4 for quantised keys and values (in this order); None stores ``dtype``.
+      streaming_bits: the same of streaming heads; None stores them as the others.
       sink, local, prefill_local: tokens that streaming heads see.
       num_selected: pages of a selection.
       interval: decode steps from one selection to the next.
@@ -32,7 +35,8 @@ class Workload:
     page_size: int = 64
     sub_page_size: int = 16
     dtype: str = "bfloat16"
-    bits: tuple[int | None, int | None] = (None, None)
+    bits: Bits = (None, None)
+    streaming_bits: Bits | None = None
     sink: int = 128
     local: int = 256
     prefill_local: int = 4096
@@ -56,6 +60,11 @@ class Workload:
         return self.num_kv_heads * self.group
 
     @property
+    def bits_by_class(self) -> tuple[Bits, Bits]:
+        """Bits of retrieval and of streaming heads."""
+        return self.bits, self.streaming_bits or self.bits
+
+    @property
     def max_pages(self) -> int:
         """Pages that the context fills."""
         return -(-self.context // self.page_size)
@@ -67,10 +76,14 @@ _MODELS: dict[str, dict[str, Any]] = {
     "smollm2_135m": {"retrieval": 2, "streaming": 1, "group": 3, "head_dim": 64},
 }
 _CONTEXTS = {"llama3_8b": (8, 32, 64, 128, 256, 512), "llama2_7b": (4, 16, 64), "smollm2_135m": (1, 8)}
-_STORAGE: dict[str, tuple[int | None, int | None]] = {"": (None, None), "_int8": (8, 8), "_int4": (4, 4)}
+_STORAGE: dict[str, dict[str, Bits]] = {
+    "": {},
+    "_int8": {"bits": (8, 8)},
+    "_int4": {"bits": (4, 4), "streaming_bits": (8, 8)},
+}
 
 SERVING = {
-    f"{model}_{context}k{suffix}": Workload(context=context * 1024, bits=bits, **_MODELS[model])
+    f"{model}_{context}k{suffix}": Workload(context=context * 1024, **bits, **_MODELS[model])
     for model, contexts in _CONTEXTS.items()
     for context in contexts
     for suffix, bits in _STORAGE.items()
@@ -78,7 +91,7 @@ SERVING = {
 """A layer of real models, half of its heads streaming, by ``model_context[_storage]``: for benches and tuning."""
 
 BATCHED = {
-    f"{model}_{context}k_b{batch}{suffix}": Workload(batch=batch, context=context * 1024, bits=bits, **_MODELS[model])
+    f"{model}_{context}k_b{batch}{suffix}": Workload(batch=batch, context=context * 1024, **bits, **_MODELS[model])
     for batch in (8, 32)
     for model, contexts in _CONTEXTS.items()
     for context in contexts
@@ -87,7 +100,7 @@ BATCHED = {
 """The same with several sequences, by ``model_context_batch[_storage]``."""
 
 PREFILL = {
-    f"{model}_{context}k_{name}{suffix}": Workload(context=context * 1024, chunk=chunk, bits=bits, **_MODELS[model])
+    f"{model}_{context}k_{name}{suffix}": Workload(context=context * 1024, chunk=chunk, **bits, **_MODELS[model])
     for model, contexts in _CONTEXTS.items()
     for context in contexts
     for name, chunk in (("chunk2k", 2048), ("chunk8k", 8192), ("whole", context * 1024))

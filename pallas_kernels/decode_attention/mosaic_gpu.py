@@ -1,4 +1,4 @@
-"""`decode_attention` for Hopper: one launch for all heads of a layer; `program` is what each program of it does."""
+"""`decode_attention` for Hopper: a launch for all heads stored alike; `program` is what each program of it does."""
 
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.core.hopper import SHARED_MEMORY, Device, refuse_pools, refuse_unless, require_hopper
 from pallas_kernels.core.launch import configure
 from pallas_kernels.core.mosaic import channel_a_thread, tile
-from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools, streaming_page_count
+from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools, stored_alike, streaming_page_count
 from pallas_kernels.core.quantization import QuantizedArray, bits_of
 from pallas_kernels.decode_attention.program import Heads, attend
 
@@ -54,6 +54,13 @@ def decode_attention(
       NotImplementedError: on any device but a Hopper GPU, and for what the kernel is not made for.
     """
     device = require_hopper()
+    apart = stored_alike(kv, q.shape[1])
+    if len(apart) > 1:
+        each = [
+            decode_attention(q[:, heads], part, tables, lengths, selected, sink=sink, local=local, config=config)
+            for part, heads in apart
+        ]
+        return jnp.concatenate(each, axis=1)
     found = pools(kv, tables)
     batch, num_heads, head_dim = q.shape
     num_kv_heads = sum(pool.num_kv_heads for _, pool, _, _ in found)

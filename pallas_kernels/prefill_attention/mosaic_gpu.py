@@ -1,4 +1,4 @@
-"""`prefill_attention` for Hopper: one launch for all heads of a layer, in the manner of FlashAttention-3.
+"""`prefill_attention` for Hopper: one launch for all heads that are stored alike, in the manner of FlashAttention-3.
 
 A program attends 128 queries of one head. A warpgroup copies key blocks into a ring, from pages and from the chunk; two
 others take 64 queries each. Each of them runs the softmax of a block while the tensor cores multiply the values of the
@@ -24,7 +24,7 @@ from pallas_kernels.core.hopper import refuse_pools, refuse_unless, require_hopp
 from pallas_kernels.core.launch import configure
 from pallas_kernels.core.mosaic import is_interpreted, tile
 from pallas_kernels.core.online_softmax import FLOOR, HIDDEN
-from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools
+from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools, stored_alike
 from pallas_kernels.core.quantization import QuantizedArray, bits_of
 from pallas_kernels.prefill_attention.blocks import KeyRange, Window, visible_blocks
 
@@ -79,6 +79,15 @@ def prefill_attention(
       NotImplementedError: on any device but a Hopper GPU, and for what the kernel is not made for.
     """
     device = require_hopper()
+    apart = stored_alike(kv, q.shape[2])
+    if len(apart) > 1:
+        own = [heads for _, heads in stored_alike(kv, k.shape[2])]
+        call = partial(prefill_attention, sink=sink, local=local, has_history=has_history)
+        each = [
+            call(q[:, :, heads], k[:, :, new], v[:, :, new], part, tables, starts, counts)
+            for (part, heads), new in zip(apart, own, strict=True)
+        ]
+        return jnp.concatenate(each, axis=2)
     found = pools(kv, tables)
     (_, tokens, _, head_dim), group = q.shape, q.shape[2] // k.shape[2]
     _refuse(q, k, v, [pool for _, pool, _, _ in found])

@@ -87,8 +87,10 @@ def test_pages_of_different_sets_of_tables_are_different():
 def test_bytes_count_every_number_that_must_move():
     w = SMALL["int8"]
     token = (16 + 8) + (8 + 8)
-    assert kernels._token_bytes(w) == token
-    assert kernels._token_bytes(TINY["mixed"]) == 2 * 8 * 4
+    assert kernels._stored_bytes(w, 3, 2) == 5 * token
+    assert kernels._stored_bytes(TINY["mixed"], 1, 0) == 2 * 8 * 4
+    four = kernels.WORKLOADS["llama3_8b_128k_b8_int4"]
+    assert kernels._stored_bytes(four, 1, 10) == 2 * (64 + 8) + 10 * 2 * (128 + 8)
     vectors = 2 * 4 * 16 * 2
     assert kernels.OPS["decode_attention"].sizes(w).moved == (5 * 64 + 128 + 256) * token + vectors
     assert kernels.OPS["decode_dense"].sizes(LLAMA).moved == 8 * (8 * 2**17 * (2 * (128 + 8)) + 2 * 32 * 128 * 2)

@@ -130,7 +130,7 @@ class Stepper:
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: None) -> tuple[jax.Array, None]:
             groups = q.shape[2] // k.shape[2]
             seen = jnp.asarray(np.stack([causal if head in kept[layer] else window for head in range(k.shape[2])]))
-            stored = (self._stored(x) for x in (k, v))
+            stored = (self._stored(x, kept[layer]) for x in (k, v))
             (k_old, v_old), repeat = stored, partial(jnp.repeat, repeats=groups, axis=2)
             scores = [jnp.einsum("btnh,bsnh->bnts", q, repeat(x)) / math.sqrt(q.shape[3]) for x in (k_old, k)]
             scores = jnp.where(is_rounded, *scores)
@@ -149,11 +149,15 @@ class Stepper:
 
         return np.asarray(forward(variables, rows))[0]
 
-    def _stored(self, x: jax.Array) -> jax.Array:
-        """Keys or values as they come back from the cache."""
-        kind = self.config.kv_dtype
-        if kind == "int4":
-            return rotate(dequantize(quantize(rotate(x), 4), jnp.dtype("float32")))
-        if kind in BITS:
-            return dequantize(quantize(x, BITS[kind]), jnp.dtype("float32"))
-        return x.astype(kind).astype(jnp.float32)
+    def _stored(self, x: jax.Array, kept: set[int]) -> jax.Array:
+        """Keys or values [B, T, K, H] as they come back from the cache, of retrieval heads `kept` and of the others."""
+        retrieval, streaming = (self._rounded(x, kind) for kind in (self.config.kv_dtype, self.config.streaming_dtype))
+        is_kept = np.isin(np.arange(x.shape[2]), sorted(kept))
+        return jnp.where(is_kept[:, None], retrieval, streaming)
+
+    def _rounded(self, x: jax.Array, kind: str) -> jax.Array:
+        if kind not in BITS:
+            return x.astype(kind).astype(jnp.float32)
+        turned = rotate(x) if self.config.is_rotated else x
+        rounded = dequantize(quantize(turned, BITS[kind]), jnp.dtype("float32"))
+        return rotate(rounded) if self.config.is_rotated else rounded

@@ -37,7 +37,7 @@ NOT_FOR_JIT = {("kv_write", "reference"), ("page_select", "reference")}
 
 STORAGE: dict[str, dict[str, Any]] = {
     "float32": {},
-    "float32-int4": {"bits": (4, 4)},
+    "float32-int4": {"bits": (4, 4), "streaming_bits": (8, 8)},
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16-int8-int4": {"dtype": "bfloat16", "bits": (8, 4)},
 }
@@ -187,13 +187,14 @@ def _pool(
 
         return jax.tree.map(paged, encoded)
 
+    k_bits, v_bits = workload.bits_by_class[0 if has_statistics else 1]
     if not has_statistics:
-        return PagedKV(stored(k, workload.bits[0]), stored(v, workload.bits[1]))
+        return PagedKV(stored(k, k_bits), stored(v, v_bits))
     statistics = [
         page_statistics(k[b, position], page, row // sub_size, (num_pages, k.shape[2], size // sub_size), merge)
         for merge in (np.minimum, np.maximum)
     ]
-    return PagedKV(stored(k, workload.bits[0]), stored(v, workload.bits[1]), *statistics)
+    return PagedKV(stored(k, k_bits), stored(v, v_bits), *statistics)
 
 
 def page_statistics(
@@ -219,7 +220,8 @@ def abstract_pools(workload: Workload, pages: int) -> LayerKV:
     def pools() -> LayerKV:
         statistics = jnp.zeros((pages, workload.retrieval, subs, workload.head_dim), workload.dtype)
         (k, v), (k_streaming, v_streaming) = (
-            [elements(heads, bits) for bits in workload.bits] for heads in (workload.retrieval, workload.streaming)
+            [elements(heads, bits) for bits in both]
+            for heads, both in zip((workload.retrieval, workload.streaming), workload.bits_by_class, strict=True)
         )
         return LayerKV(PagedKV(k, v, statistics, statistics), PagedKV(k_streaming, v_streaming))
 

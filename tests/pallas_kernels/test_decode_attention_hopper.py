@@ -142,12 +142,9 @@ def test_refusals(fields: dict[str, Any], reason: str) -> None:
         _trace(workload, implementation="mosaic_gpu")
 
 
-def test_refuses_pools_that_store_differently() -> None:
-    q, kv, *others = _arguments(SMALL)
-    _, mixed, *_ = _arguments(replace(SMALL, bits=(8, 8)))
-    run = partial(mosaic_gpu.decode_attention, sink=SMALL.sink, local=SMALL.local)
-    with hopper.on_h200(), pytest.raises(NotImplementedError, match="the pools of a layer must store alike"):
-        jax.eval_shape(run, q, kv._replace(streaming=mixed.streaming), *others)
+@pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
+def test_pools_that_store_differently(is_sparse: bool) -> None:
+    _check(replace(SMALL, bits=(4, 4), streaming_bits=(8, 8)), [300, 0, 129], is_sparse=is_sparse)
 
 
 @pytest.mark.skipif(hopper.has_hopper(), reason="a Hopper GPU is here")

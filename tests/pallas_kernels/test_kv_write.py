@@ -32,7 +32,7 @@ from tests.pallas_kernels.cases import (
 STORAGE = {
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
-    "bfloat16-int4": {"bits": (4, 4), "dtype": "bfloat16"},
+    "bfloat16-int4": {"bits": (4, 4), "streaming_bits": (8, 8), "dtype": "bfloat16"},
     "int8-int4": {"bits": (8, 4)},
 }
 CHUNK = TINY["mixed"].chunk
@@ -122,11 +122,12 @@ def test_pages_hold_the_tokens_that_were_written(implementation: str, storage: s
     kv = write_tokens(implementation, cache._replace(kv=empty_cache(workload, rng).kv), [24, 40, 64, 71])
     assert kv.retrieval is not None and kv.streaming is not None
     is_written = np.arange(cache.k.shape[1]) < cache.lengths[:, None]
-    for pool, table, heads in (
+    classes = (
         (kv.retrieval, cache.tables.retrieval, slice(0, 2)),
         (kv.streaming, cache.tables.streaming, slice(2, 3)),
-    ):
-        for pages, tokens, bits in zip((pool.k, pool.v), (cache.k, cache.v), workload.bits, strict=True):
+    )
+    for (pool, table, heads), both in zip(classes, workload.bits_by_class, strict=True):
+        for pages, tokens, bits in zip((pool.k, pool.v), (cache.k, cache.v), both, strict=True):
             expected = stored(tokens[:, :, heads], bits)
             np.testing.assert_array_equal(tokens_in(pages, table)[is_written], expected[is_written])
 

@@ -98,7 +98,9 @@ def test_writes_what_the_reference_writes(shape: dict[str, Any], tokens: int, rn
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize("shape", [{"bits": (4, 4)}, {"page_size": 64, "sub_page_size": 64, "head_dim": 128}])
+@pytest.mark.parametrize(
+    "shape", [{"bits": (4, 4), "streaming_bits": (8, 8)}, {"page_size": 64, "sub_page_size": 64, "head_dim": 128}]
+)
 def test_statistics_may_bound_other_keys_than_pages_hold(shape: dict[str, Any], tokens: int, rng: np.random.Generator):
     workload = replace(SMALL, **shape)
     cache = filled_cache(workload, rng, [0] * 3, window=workload.context)

@@ -82,7 +82,8 @@ def test_workloads_are_what_their_names_say():
     for name, workload in SERVING.items():
         model, *_ = name.rsplit("_int", 1)
         assert model.endswith(f"_{workload.context // 1024}k") and workload.max_pages * 64 == workload.context
-        assert workload.bits == ((int(name[-1]),) * 2 if "_int" in name else (None, None))
+        bits = int(name[-1]) if "_int" in name else None
+        assert workload.bits_by_class == ((bits, bits), (bits and 8, bits and 8))
     assert (SERVING["llama3_8b_8k"].num_heads, SERVING["llama2_7b_4k"].num_kv_heads) == (32, 32)
     assert (SERVING["smollm2_135m_1k"].num_heads, SERVING["smollm2_135m_1k"].num_kv_heads) == (9, 3)
 

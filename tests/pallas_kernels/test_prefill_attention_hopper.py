@@ -83,6 +83,7 @@ def _check(workload: Workload, starts: list[int], counts: list[int], *, detect_r
         pytest.param({"bits": (4, None), "streaming": 0}, [192], [128], id="all_retrieval"),
         pytest.param({"bits": (8, None), "retrieval": 0, "group": 2}, [290], [150], id="all_streaming"),
         pytest.param({"sink": 0, "prefill_local": 1}, [70], [130], id="window-of-one"),
+        pytest.param({"bits": (4, 4), "streaming_bits": (8, 8), "group": 3}, [200], [140], id="int4-beside-int8"),
     ],
 )
 def test_values(fields: dict[str, Any], starts: list[int], counts: list[int]):
@@ -170,14 +171,6 @@ def test_refuses_pages_of_another_dtype():
     q, k, v, kv, *rest = _arguments(SMALL)
     kv = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), kv)
     with interpreted(), pytest.raises(NotImplementedError, match="pages must be bfloat16, int8 or int4, not float32"):
-        jax.eval_shape(_attend(SMALL), q, k, v, kv, *rest)
-
-
-def test_refuses_pools_that_store_unlike_each_other():
-    q, k, v, kv, *rest = _arguments(SMALL)
-    other = abstract_pools(replace(SMALL, bits=(8, 8)), 9)
-    kv = LayerKV(kv.retrieval, other.streaming)
-    with interpreted(), pytest.raises(NotImplementedError, match="the pools of a layer must store alike"):
         jax.eval_shape(_attend(SMALL), q, k, v, kv, *rest)
 
 
