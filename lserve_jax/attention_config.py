@@ -126,6 +126,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 _SMALL_PAGES: tuple[tuple[int, dict[str, Any]], ...] = (
+    (512, {"page_size": 16, "sub_page_size": 2, "has_lookahead": True}),
     (2048, {"page_size": 16, "sub_page_size": 4, "has_lookahead": True}),
     (4096, {"page_size": 32, "sub_page_size": 8}),
 )
@@ -136,7 +137,7 @@ def from_preset(preset: str, /, *, of_model: Mapping[str, Any] | None = None, **
     """Returns a preset with some fields replaced.
 
     Where neither preset nor overrides name a page size, it follows from the budget: 64 tokens, 32 at budgets below
-    4096, and 16 with lookahead at budgets below 2048 (docs/accuracy.md).
+    4096, and 16 with lookahead at budgets below 2048, with sub-pages of 2 below 512 (docs/accuracy.md).
 
     Args:
       preset: a key of `PRESETS`.

@@ -11,6 +11,7 @@ BASE = "lserve:page_size=16+sub_page_size=4+has_lookahead=true+token_budget=25%+
 AXES: Mapping[str, tuple[str, ...]] = {
     "page": (
         "page_size=8+sub_page_size=4",
+        "page_size=16+sub_page_size=2",
         "page_size=16+sub_page_size=4",
         "page_size=16+sub_page_size=16",
         "page_size=32+sub_page_size=32",

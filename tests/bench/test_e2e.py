@@ -196,7 +196,7 @@ def test_streaming_pages_stay_where_they_are_while_successive_chunks_see_them(sl
 def test_random_pages_are_finite_and_their_statistics_ordered():
     config = e2e.inference_config("tiny", "lserve:int4", "auto")
     subject = e2e.Decode(e2e.Point("decode", "lserve:int4", 256), config, chunk=64, steps=4)
-    filled = e2e.random_cache(subject.template, config.kv_dtype)
+    filled = e2e.random_cache(subject.template)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (filled, subject.template))
     assert shapes[0] == shapes[1]
     pool = filled[0].kv.retrieval

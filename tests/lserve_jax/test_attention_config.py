@@ -55,7 +55,9 @@ def test_zero_is_an_override_and_not_a_missing_value():
 @pytest.mark.parametrize(
     ("budget", "pages"),
     [
-        (48, (16, 4, True)),
+        (48, (16, 2, True)),
+        (511, (16, 2, True)),
+        (512, (16, 4, True)),
         (2047, (16, 4, True)),
         (2048, (32, 8, False)),
         (4095, (32, 8, False)),

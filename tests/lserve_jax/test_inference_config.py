@@ -15,6 +15,12 @@ def test_defaults_come_from_the_model():
     assert InferenceConfig(model=MODEL, attention=from_preset("qserve")).kv_dtype == "int4"
 
 
+@pytest.mark.parametrize(("kv_dtype", "streaming"), [("auto", "float32"), ("int8", "int8"), ("int4", "int8")])
+def test_streaming_heads_store_as_others_but_never_4_bits(kv_dtype: str, streaming: str):
+    config = InferenceConfig(model=MODEL, attention=from_preset("lserve", kv_dtype=kv_dtype))
+    assert config.streaming_dtype == streaming
+
+
 def test_dense_layers_read_all_pages_and_others_the_budget():
     config = InferenceConfig(model=MODEL, attention=AttentionConfig(dense_layers=(1,)))
     assert [config.num_selected(layer) for layer in range(2)] == [64, None]

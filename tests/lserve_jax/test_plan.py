@@ -83,10 +83,10 @@ def test_the_same_model_dense_in_bfloat16_takes_128_kib_a_token():
     assert plan.streaming_bytes == 0
 
 
-def test_int4_codes_take_half_a_byte():
-    plan = plan_of(llama_8b(1.0, kv_dtype="int4"), 1_000_000)
-    assert plan.retrieval_bytes == 0
-    assert plan.streaming_bytes == 75 * 256 * 2 * 64 * (64 + 4 + 4)
+def test_int4_codes_take_half_a_byte_and_those_of_streaming_heads_a_whole_one():
+    plan = plan_of(llama_8b(0.5, kv_dtype="int4"), 1_000_000)
+    assert plan.retrieval_bytes == 15_625 * 128 * 2 * (64 * (64 + 4 + 4) + 4 * 128 * 2)
+    assert plan.streaming_bytes == 75 * 128 * 2 * 64 * (128 + 4 + 4)
 
 
 def test_slots_share_one_prefills_worth_of_streaming_pages():
