@@ -20,6 +20,7 @@ from lserve_jax.calibration.prompts import make_prompts
 from lserve_jax.calibration.scores import (
     DEFAULT_RANKING,
     MEASURES,
+    RANDOM,
     RANKINGS,
     SLOPES,
     Scores,
@@ -29,7 +30,7 @@ from lserve_jax.calibration.scores import (
 )
 from lserve_jax.calibration.shares import describe, expected_losses
 from lserve_jax.calibration.training import CHECKPOINT_FILE, Checkpoint, TrainingConfig, train
-from lserve_jax.command_line import OneLineParser, ProgressBars, run_command, use_compilation_cache
+from lserve_jax.command_line import OneLineParser, ProgressBars, layer_numbers, run_command, use_compilation_cache
 from lserve_jax.engine_setup import DEFAULT_MODEL, Setup, prepare
 from lserve_jax.heads import QUOTAS
 from lserve_jax.inference_config import DTYPES
@@ -48,6 +49,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "choices": QUOTAS,
         "default": "model",
         "help": "rank all heads together, or each layer's (%(default)s)",
+    },
+    "--dense-layers": {
+        "default": "",
+        "metavar": "I,J",
+        "help": "layers of which the pattern is to say that they read everything (evaluate --ablation dense_layer)",
     },
     "--length": {"type": int, "default": 1536, "help": "tokens of a synthetic prompt (%(default)s)"},
     "--held-out": {"type": int, "default": 6, "help": "prompts for the table of losses (%(default)s); 0 for no table"},
@@ -166,6 +172,7 @@ def _prepare(args: argparse.Namespace) -> Setup:
         prefill_chunk=args.chunk,
         sink=args.sink,
         local=args.local,
+        dense_layers=layer_numbers(args.dense_layers),
     )
     if not setup.plan.fits:
         raise ValueError(
@@ -175,11 +182,14 @@ def _prepare(args: argparse.Namespace) -> Setup:
 
 
 def _settings(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
+    attention: dict[str, Any] = {"sink": args.sink, "local": args.local, "prefill_local": args.local}
+    if setup.config.attention.dense_layers:
+        attention["dense_layers"] = list(setup.config.attention.dense_layers)
     return {
         "model_name": setup.checkpoint.name,
         "sink_size": args.sink,
         "recent_size": args.local,
-        "attention": {"sink": args.sink, "local": args.local, "prefill_local": args.local},
+        "attention": attention,
         "quota": args.quota,
         "seed": args.seed,
         "dtype": setup.config.dtype,
@@ -191,6 +201,10 @@ def _scoring(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> Ca
     prompts = make_prompts(tokenizer, count=args.prompts, length=args.length, seed=args.seed)
 
     def find(params: Params, bars: ProgressBars) -> _Found:
+        if args.score == RANDOM:
+            model = setup.config.model
+            drawn = np.random.default_rng(args.seed).random((model.num_layers, model.num_kv_heads))
+            return _Found(to_gates(drawn, args.quota), {"method": RANDOM, "measured": RANKINGS[RANDOM]}, None)
         chunk = setup.engine_config.prefill_chunk
         names = (*MEASURES, *({args.score} & SLOPES.keys()))
         scores = score_heads(params, setup.config, prompts, names=names, chunk=chunk, on_progress=bars.report)

@@ -49,6 +49,14 @@ def run_command(command: Callable[[], None]) -> int:
     return 0
 
 
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """Returns the layers that ``--dense-layers`` names."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"--dense-layers {text!r} must be layer numbers with commas between, such as 0,1") from None
+
+
 def _error_line(message: str) -> str:
     return f"error: {' '.join(message.split())}\n"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lserve_jax.attention_config import KV_DTYPES, PRESETS
-from lserve_jax.command_line import OneLineParser, ProgressBars, run_command, use_compilation_cache
+from lserve_jax.command_line import OneLineParser, ProgressBars, layer_numbers, run_command, use_compilation_cache
 from lserve_jax.engine.request import require_room
 from lserve_jax.engine_setup import DEFAULT_MODEL, IMPLEMENTATIONS, Setup, default_sampling_params, prepare
 from lserve_jax.inference_config import DTYPES
@@ -122,7 +122,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _prepare(args: argparse.Namespace, num_prompts: int) -> Setup:
     options = {name: getattr(args, name) for name in (flag[2:].replace("-", "_") for flag in _ATTENTION_FLAGS)}
     if options["dense_layers"] is not None:
-        options["dense_layers"] = _layers(options["dense_layers"])
+        options["dense_layers"] = layer_numbers(options["dense_layers"])
     return prepare(
         args.model,
         attention=args.attention,
@@ -136,13 +136,6 @@ def _prepare(args: argparse.Namespace, num_prompts: int) -> Setup:
         assume_streaming=args.dry_run and args.static_sparsity is not None,
         **options,
     )
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ValueError(f"--dense-layers {text!r} must be layer numbers with commas between, such as 0,1") from None
 
 
 def _read_prompts(texts: list[str], files: list[str]) -> list[str]:

@@ -35,9 +35,12 @@ SLOPES = {
 SCORES = MEASURES | SLOPES
 """What each score is, at the tokens that predict the answer. Slopes need gradients, which take several times longer."""
 
-BEST_PLACE = "best_place"
-RANKINGS = SCORES | {BEST_PLACE: "its better place of two: by needle for facts, by residual_error for copying"}
-"""What heads may be ranked by: one score on all kinds of prompts, or the kinds' own rankings merged."""
+BEST_PLACE, RANDOM = "best_place", "random"
+RANKINGS = SCORES | {
+    BEST_PLACE: "its better place of two: by needle for facts, by residual_error for copying",
+    RANDOM: "nothing: the seed's own order, to compare others with",
+}
+"""What heads may be ranked by: one score on all kinds of prompts, the kinds' own rankings merged, or by chance."""
 
 DEFAULT_RANKING = BEST_PLACE
 _RANKS_KIND = {"copying": "residual_error"}

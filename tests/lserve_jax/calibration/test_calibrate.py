@@ -95,6 +95,22 @@ def test_a_seed_repeats_every_file_and_another_gives_other_scores(run: Callable[
     assert first["scores.npz"] != other["scores.npz"]
 
 
+def test_dense_layers_are_a_setting_of_the_pattern(run: Callable[..., Result], tmp_path: Path):
+    pattern = tmp_path / "p"
+    assert run("--out", pattern, "--score", "random", "--dense-layers", "1", *QUICK).status == 0
+    for preset, layers in (("lserve", (1,)), ("dense", ())):
+        assert prepare(MODEL, attention=preset, head_pattern=pattern).config.attention.dense_layers == layers
+
+
+def test_a_random_pattern_is_its_seeds_and_of_no_prompt(run: Callable[..., Result], tmp_path: Path):
+    for name, seed in (("first", "3"), ("again", "3"), ("other", "5")):
+        assert run("--out", tmp_path / name, "--score", "random", "--seed", seed, *QUICK).status == 0
+    first, again, other = (files(tmp_path / name) for name in ("first", "again", "other"))
+    assert first == again and sorted(first) == ["config.json", "full_attention_heads.tsv"]
+    assert first["full_attention_heads.tsv"] != other["full_attention_heads.tsv"]
+    assert sorted(load_gates(tmp_path / "first", 2, 2).ravel()) == [0.25, 0.5, 0.75, 1.0]
+
+
 def test_a_slope_is_measured_where_it_is_asked_for(run: Callable[..., Result], tmp_path: Path):
     assert run("--out", tmp_path / "p", "--prompts", "1", "--score", "divergence", *QUICK).status == 0
     with np.load(tmp_path / "p" / "scores.npz") as saved:
@@ -153,6 +169,8 @@ def check_refusal(result: Result, message: str) -> None:
         ("--length 500", "length=500 is too short for a"),
         ("--sink -1", "sink=-1 must be a whole number from 0"),
         ("--local 0", "local=0 must be a whole number from 1"),
+        ("--dense-layers 1,x", "--dense-layers '1,x' must be layer numbers with commas between"),
+        ("--dense-layers 2", "dense_layers=[2] do not exist: the model has layers 0 … 1"),
         ("--chunk 0", "prefill_chunk must be a whole number from 1, got 0"),
         ("--score luck", "invalid choice: 'luck'"),
         ("--method guess", "invalid choice: 'guess'"),
