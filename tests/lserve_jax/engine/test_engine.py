@@ -538,11 +538,13 @@ def test_dense_attention_reads_everything(dense: LLM):
 
 
 def test_bytes_held_are_those_of_the_pages(sparse: LLM, quantised: LLM):
-    for llm, element in ((sparse, 4.0), (quantised, 0.5)):
+    statistics, scales = 2 * 2 * 16 * 4, 8 * 2 * 2 * 4
+    for llm, retrieval, streaming in (
+        (sparse, 8 * 2 * 16 * 4, 8 * 2 * 16 * 4),
+        (quantised, 8 * 2 * 8 + scales, 8 * 2 * 16 + scales),
+    ):
         metrics = free_run(llm, prompt(100), 30).metrics
         # 129 tokens are cached; the last call had reserved 17 retrieval pages, sink 2 and window 4 or 5 streaming ones.
-        per_head = 8 * 2 * 16 * element + (8 * 2 * 2 * 4 if element < 1 else 0)
-        statistics = 2 * 2 * 16 * 4
-        assert metrics.retrieval_bytes == 17 * 2 * (per_head + statistics)
-        assert metrics.streaming_bytes in [pages * 2 * per_head for pages in (6, 7)]
+        assert metrics.retrieval_bytes == 17 * 2 * (retrieval + statistics)
+        assert metrics.streaming_bytes in [pages * 2 * streaming for pages in (6, 7)]
         assert metrics.dense_bf16_bytes == 129 * 2 * 2 * 2 * 16 * 2
