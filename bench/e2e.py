@@ -56,7 +56,7 @@ from lserve_jax.plan import PoolSizes, dense_bf16_bytes, free_memory, plan_memor
 from lserve_jax.sampling import SamplingState
 from lserve_jax.steps import DecodeState, Params, decode_loop, decode_step, prefill_step
 from lserve_jax.weights.load import open_checkpoint
-from pallas_kernels import NO_PAGE, PageTables, QuantizedArray
+from pallas_kernels import NO_PAGE, PagedKV, PageTables, QuantizedArray
 
 PARTS = ("values", "compile", "decode", "prefill", "peer")
 TRANSFORMERS = "transformers SDPA"
@@ -217,27 +217,33 @@ def cache_bytes_read(config: InferenceConfig, lengths: range) -> float:
     """Returns the bytes of pages and statistics that a decode step of one sequence reads, mean over its ``lengths``."""
     attention, kv_heads = config.attention, config.model.num_kv_heads
     template = jax.eval_shape(lambda: init_cache(config, slots=1, retrieval_pages=1, streaming_pages=1))
-    pool = template[0].kv.retrieval or template[0].kv.streaming
-    assert pool is not None
-    head_page = tree_bytes((pool.k, pool.v)) // pool.num_kv_heads
+    held = float(np.mean([-(-length // attention.page_size) for length in lengths]))
+
+    def bytes_of(pools: list[PagedKV | None], heads: list[tuple[int, int, int | None]]) -> float:
+        """Bytes of one class's pages; of each layer, retrieval and streaming heads, and the pages selected."""
+        pool = next((pool for pool in pools if pool is not None), None)
+        if pool is None:
+            return 0.0
+        reads = PageReads(
+            page_size=attention.page_size,
+            sink=attention.sink,
+            local=attention.local,
+            selector_interval=attention.selector_interval,
+            heads=tuple(heads),
+        )
+        ratio = reads.ratio(lengths.start - 1, len(lengths))
+        assert ratio is not None
+        head_page = tree_bytes((pool.k, pool.v)) // pool.num_kv_heads
+        return ratio * held * sum(n + m for n, m, _ in heads) * head_page
+
     subs = attention.page_size // attention.sub_page_size
     head_statistics = 2 * subs * config.model.head_dim * jnp.dtype(config.dtype).itemsize
     chosen = [config.num_selected(layer) for layer in range(config.model.num_layers)]
-    reads = PageReads(
-        page_size=attention.page_size,
-        sink=attention.sink,
-        local=attention.local,
-        selector_interval=attention.selector_interval,
-        heads=tuple((n, kv_heads - n, pages) for n, pages in zip(config.num_retrieval, chosen, strict=True)),
-    )
-    ratio = reads.ratio(lengths.start - 1, len(lengths))
-    assert ratio is not None
-    held = float(np.mean([-(-length // attention.page_size) for length in lengths]))
-    selecting = sum(
-        n for n, pages in zip(config.num_retrieval, chosen, strict=True) if pages is not None and pages < held
-    )
-    pages = ratio * config.model.num_layers * kv_heads * held
-    return pages * head_page + selecting * held * head_statistics / attention.selector_interval
+    kept = list(zip(config.num_retrieval, chosen, strict=True))
+    retrieval = bytes_of([layer.kv.retrieval for layer in template], [(n, 0, pages) for n, pages in kept])
+    streaming = bytes_of([layer.kv.streaming for layer in template], [(0, kv_heads - n, pages) for n, pages in kept])
+    selecting = sum(n for n, pages in kept if pages is not None and pages < held)
+    return retrieval + streaming + selecting * held * head_statistics / attention.selector_interval
 
 
 def prefill_flops(config: InferenceConfig, tokens: int) -> float:

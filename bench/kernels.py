@@ -579,7 +579,7 @@ def measure(
         checked_against = check(case, implementation)
         run = chain(case, implementation)
     labels: dict[str, Any] = {
-        "config": asdict(found[-1].chosen) if found else None,
+        "config": asdict(found[0].chosen) if found else None,
         "checked_against": checked_against,
         "calls": calls,
         "is_cold": is_gpu() and min(calls * sizes.moved, sets * sizes.pools) >= 2 * L2_BYTES,

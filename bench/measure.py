@@ -155,14 +155,16 @@ def launches(overrides: Mapping[str, Mapping[str, int]] | None = None) -> Iterat
     """Collects the launch configurations of kernels traced inside, and may change them.
 
     Args:
-      overrides: fields to replace in the heuristic's choice, by op; what was tuned before does not count for such ops.
+      overrides: fields to replace in the heuristic's choice, by op; what was tuned before does not count then.
     """
     from pallas_kernels.core.launch import configure
 
     found: list[Launch] = []
 
     def collect(op: str, device: str, shape: str, default: Any) -> Any:
-        changed = (overrides or {}).get(op)
+        # Of an op's launches (streaming heads beside 4-bit pages have their own) the first is changed.
+        first = next((launch.shape for launch in found if launch.op == op), shape)
+        changed = (overrides or {}).get(op) if shape == first else None
         chosen = configure(op, device, shape, default) if changed is None else dataclasses.replace(default, **changed)
         found.append(Launch(op, shape, default, chosen))
         return chosen

@@ -24,7 +24,8 @@ class AttentionConfig:
       prefill_local: the same during prefill.
       static_sparsity: share of the model's KV heads that stream, 0 … 1.
       dense_layers: layers whose retrieval heads always read everything.
-      kv_dtype: element type of the pages; "auto" is the model's own.
+      kv_dtype: element type of the pages; "auto" is the model's own. With "int4", pages of streaming heads, which do
+        not grow with the context, have 8 bits.
       is_sink_forced: whether the first page is selected whatever its score, if there is a sink.
       selector_spread: how much of the distance between the bounds of a sub-page's keys counts in its score, 0 … 1; 1 is
         the upper bound of Quest and LServe (see `pallas_kernels.page_select`).

@@ -198,13 +198,14 @@ def _settings(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
 
 
 def _scoring(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> Callable[[Params, ProgressBars], _Found]:
+    if args.score == RANDOM:
+        model = setup.config.model
+        drawn = np.random.default_rng(args.seed).random((model.num_layers, model.num_kv_heads))
+        random = _Found(to_gates(drawn, args.quota), {"method": RANDOM, "measured": RANKINGS[RANDOM]}, None)
+        return lambda params, bars: random
     prompts = make_prompts(tokenizer, count=args.prompts, length=args.length, seed=args.seed)
 
     def find(params: Params, bars: ProgressBars) -> _Found:
-        if args.score == RANDOM:
-            model = setup.config.model
-            drawn = np.random.default_rng(args.seed).random((model.num_layers, model.num_kv_heads))
-            return _Found(to_gates(drawn, args.quota), {"method": RANDOM, "measured": RANKINGS[RANDOM]}, None)
         chunk = setup.engine_config.prefill_chunk
         names = (*MEASURES, *({args.score} & SLOPES.keys()))
         scores = score_heads(params, setup.config, prompts, names=names, chunk=chunk, on_progress=bars.report)

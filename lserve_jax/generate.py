@@ -48,7 +48,10 @@ _ATTENTION_FLAGS: dict[str, dict[str, Any]] = {
     "--prefill-local": {"type": int, "help": "the same during prefill"},
     "--static-sparsity": {"type": float, "help": "share of KV heads that stream, 0 to 1"},
     "--dense-layers": {"type": str, "metavar": "I,J", "help": "layers whose retrieval heads read everything"},
-    "--kv-dtype": {"choices": ("auto", *KV_DTYPES), "help": "element type of the KV cache"},
+    "--kv-dtype": {
+        "choices": ("auto", *KV_DTYPES),
+        "help": "element type of the KV cache (int4: of what grows with the context)",
+    },
 }
 
 

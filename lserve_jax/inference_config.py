@@ -71,7 +71,7 @@ class InferenceConfig:
 
     @property
     def is_rotated(self) -> bool:
-        """Whether pages hold keys and values rotated (`pallas_kernels.rotate`): with 4 bits, for accuracy."""
+        """Whether pages hold keys and values rotated (`pallas_kernels.rotate`): with "int4", those of all heads."""
         return self.kv_dtype == "int4"
 
     def num_selected(self, layer: int) -> int | None:

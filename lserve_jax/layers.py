@@ -26,7 +26,7 @@ def project(
       x: [..., D].
       kernel: [F, D], of the dtype of ``x``.
       out_dtype: of the result; None takes that of ``x``. On CPUs it is not rounded to that of ``x`` in between.
-      is_stored_wide: whether it is not on any device: where the result goes to memory as it is, as logits do.
+      is_stored_wide: whether no device rounds it: for what goes to memory as it is, as logits do.
 
     Returns:
       [..., F]; accumulated in float32.

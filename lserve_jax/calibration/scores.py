@@ -106,7 +106,7 @@ def combine(scores: Mapping[str, Scores], name: str) -> NDArray[np.float64]:
 
     Args:
       scores: from `score_heads`.
-      name: a row of `RANKINGS`.
+      name: a row of `SCORES`, or `BEST_PLACE`.
     """
     if name == BEST_PLACE:
         return _best_places(scores)

@@ -66,7 +66,7 @@ def pools(kv: LayerKV, tables: PageTables) -> list[tuple[str, PagedKV, jax.Array
     return found
 
 
-def stored_alike(kv: LayerKV, heads: int) -> list[tuple[LayerKV, slice]]:
+def parts_stored_alike(kv: LayerKV, heads: int) -> list[tuple[LayerKV, slice]]:
     """Returns the layer, or its classes one by one where their pages differ, each with its part of ``heads`` heads.
 
     Args:

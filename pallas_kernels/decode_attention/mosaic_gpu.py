@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.core.hopper import SHARED_MEMORY, Device, refuse_pools, refuse_unless, require_hopper
 from pallas_kernels.core.launch import configure
 from pallas_kernels.core.mosaic import channel_a_thread, tile
-from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools, stored_alike, streaming_page_count
+from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, parts_stored_alike, pools, streaming_page_count
 from pallas_kernels.core.quantization import QuantizedArray, bits_of
 from pallas_kernels.decode_attention.program import Heads, attend
 
@@ -54,7 +54,7 @@ def decode_attention(
       NotImplementedError: on any device but a Hopper GPU, and for what the kernel is not made for.
     """
     device = require_hopper()
-    apart = stored_alike(kv, q.shape[1])
+    apart = parts_stored_alike(kv, q.shape[1])
     if len(apart) > 1:
         each = [
             decode_attention(q[:, heads], part, tables, lengths, selected, sink=sink, local=local, config=config)
@@ -76,13 +76,12 @@ def decode_attention(
             else (table if listed is None else listed).shape[-1]
         )
         config = config or _configure(device, batch, group, pool, pages)
-        # Only the first class is split: streaming heads beside others read a handful of pages.
-        splits = 1 if classes else config.splits
+        splits = config.splits if name == "retrieval" else 1  # streaming heads read a handful of pages
         classes.append(Heads(name, pool, heads.start, group, splits, pages, listed is not None, window))
     assert config is not None
     queries = q.reshape(batch, num_kv_heads, group, head_dim)
     whole, parts, scale = _launch(queries, kv, tables, lengths, selected, classes, config)
-    return (whole if config.splits == 1 else _merge(whole, parts, scale)).reshape(q.shape)
+    return (whole if classes[0].splits == 1 else _merge(whole, parts, scale)).reshape(q.shape)
 
 
 def heuristic(

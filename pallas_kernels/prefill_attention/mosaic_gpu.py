@@ -24,7 +24,7 @@ from pallas_kernels.core.hopper import refuse_pools, refuse_unless, require_hopp
 from pallas_kernels.core.launch import configure
 from pallas_kernels.core.mosaic import is_interpreted, tile
 from pallas_kernels.core.online_softmax import FLOOR, HIDDEN
-from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, pools, stored_alike
+from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, parts_stored_alike, pools
 from pallas_kernels.core.quantization import QuantizedArray, bits_of
 from pallas_kernels.prefill_attention.blocks import KeyRange, Window, visible_blocks
 
@@ -79,9 +79,9 @@ def prefill_attention(
       NotImplementedError: on any device but a Hopper GPU, and for what the kernel is not made for.
     """
     device = require_hopper()
-    apart = stored_alike(kv, q.shape[2])
+    apart = parts_stored_alike(kv, q.shape[2])
     if len(apart) > 1:
-        own = [heads for _, heads in stored_alike(kv, k.shape[2])]
+        own = [heads for _, heads in parts_stored_alike(kv, k.shape[2])]
         call = partial(prefill_attention, sink=sink, local=local, has_history=has_history)
         each = [
             call(q[:, :, heads], k[:, :, new], v[:, :, new], part, tables, starts, counts)

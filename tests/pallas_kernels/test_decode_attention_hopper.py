@@ -144,7 +144,8 @@ def test_refusals(fields: dict[str, Any], reason: str) -> None:
 
 @pytest.mark.parametrize("is_sparse", [False, True], ids=["dense", "sparse"])
 def test_pools_that_store_differently(is_sparse: bool) -> None:
-    _check(replace(SMALL, bits=(4, 4), streaming_bits=(8, 8)), [300, 0, 129], is_sparse=is_sparse)
+    workload = replace(SMALL, retrieval=3, streaming=1, group=2, bits=(4, 4), streaming_bits=(8, 8))
+    _check(workload, [300, 0, 129], is_sparse=is_sparse)
 
 
 @pytest.mark.skipif(hopper.has_hopper(), reason="a Hopper GPU is here")
@@ -201,6 +202,13 @@ def test_machine_code(
     run = partial(mosaic_gpu.decode_attention, sink=workload.sink, local=workload.local)
     _, kernels = hopper.compiled(run, *_arguments(workload))
     hopper.assert_fits(kernels, count=2 if is_split else 1)
+
+
+def test_streaming_heads_that_store_differently_have_one_launch_more() -> None:
+    workload = replace(SMALL, batch=1, context=8192, bits=(4, 4), streaming_bits=(8, 8))
+    run = partial(mosaic_gpu.decode_attention, sink=workload.sink, local=workload.local)
+    _, kernels = hopper.compiled(run, *_arguments(workload))
+    hopper.assert_fits(kernels, count=3)  # retrieval heads are split, and joined
 
 
 @pytest.mark.parametrize("pages", [1, 64, 2048, 16384])

@@ -81,6 +81,7 @@ def _used(kv: LayerKV, rng: np.random.Generator) -> LayerKV:
         pytest.param({"bits": (4, None), "streaming": 0, "retrieval": 3}, id="all_retrieval"),
         pytest.param({"bits": (None, 8), "streaming": 2, "retrieval": 0, "head_dim": 128}, id="all_streaming"),
         pytest.param({"page_size": 16, "sub_page_size": 4}, id="page16"),
+        pytest.param({"page_size": 16, "sub_page_size": 2}, id="page16-sub2"),
         pytest.param({"page_size": 64, "sub_page_size": 64, "bits": (8, 8)}, id="flat64"),
     ],
 )
@@ -204,7 +205,7 @@ def _write(kv: Any, k: Any, v: Any, tables: Any, starts: Any, counts: Any) -> La
 
 @pytest.mark.parametrize(("head_dim", "bits"), [(64, (8, 4)), (128, (4, None))])
 @pytest.mark.parametrize(
-    ("page_size", "sub_page_size", "rows"), [(16, 4, 16), (64, 16, 32), (64, 64, 64), (128, 128, 128)]
+    ("page_size", "sub_page_size", "rows"), [(16, 2, 16), (16, 4, 16), (64, 16, 32), (64, 64, 64), (128, 128, 128)]
 )
 def test_every_launch_of_a_chunk_compiles(
     page_size: int, sub_page_size: int, rows: int, head_dim: int, bits: tuple[int | None, int | None]

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import NO_PAGE, LayerKV, PagedKV, PageTables
-from pallas_kernels.core.paging import is_visible, pools, streaming_page_count, streaming_pages
+from pallas_kernels import NO_PAGE, LayerKV, PagedKV, PageTables, quantize
+from pallas_kernels.core.paging import is_visible, parts_stored_alike, pools, streaming_page_count, streaming_pages
 from pallas_kernels.core.workloads import SERVING, TINY
 
 WINDOWS = [
@@ -75,6 +75,16 @@ def test_tables_of_the_host_become_arrays_that_a_program_can_index():
     pool = PagedKV(*[jnp.zeros((4, 1, 16, 8))] * 2)
     tables = PageTables(np.zeros((1, 2), np.int32), np.ones((1, 2), np.int32))
     assert all(isinstance(table, jax.Array) for _, _, table, _ in pools(LayerKV(pool, pool), tables))
+
+
+def test_classes_are_taken_apart_only_where_they_store_differently():
+    plain, codes = (jnp.zeros((4, heads, 16, 8)) for heads in (3, 1))
+    eight, four = (PagedKV(quantize(x, bits), quantize(x, bits)) for x, bits in ((codes, 8), (plain, 4)))
+    alike = LayerKV(PagedKV(plain, plain), PagedKV(codes, codes))
+    assert parts_stored_alike(alike, 8) == [(alike, slice(0, 8))]
+    assert parts_stored_alike(LayerKV(None, eight), 2) == [(LayerKV(None, eight), slice(0, 2))]
+    apart = parts_stored_alike(LayerKV(four, eight), 8)
+    assert apart == [(LayerKV(four, None), slice(0, 6)), (LayerKV(None, eight), slice(6, 8))]
 
 
 def test_workloads_are_what_their_names_say():

@@ -83,7 +83,7 @@ def _check(workload: Workload, starts: list[int], counts: list[int], *, detect_r
         pytest.param({"bits": (4, None), "streaming": 0}, [192], [128], id="all_retrieval"),
         pytest.param({"bits": (8, None), "retrieval": 0, "group": 2}, [290], [150], id="all_streaming"),
         pytest.param({"sink": 0, "prefill_local": 1}, [70], [130], id="window-of-one"),
-        pytest.param({"bits": (4, 4), "streaming_bits": (8, 8), "group": 3}, [200], [140], id="int4-beside-int8"),
+        pytest.param({"bits": (4, 4), "streaming_bits": (8, 8), "retrieval": 2}, [200], [140], id="int4-beside-int8"),
     ],
 )
 def test_values(fields: dict[str, Any], starts: list[int], counts: list[int]):
