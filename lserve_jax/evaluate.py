@@ -67,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const=",".join(ablations.AXES),
         metavar="AXIS,AXIS",
-        help=f"one field at a time away from --base: {', '.join(ablations.AXES)} (all)",
+        help=f"one field at a time away from --base: {', '.join(ablations.AXES)} (all of these); "
+        f"or {ablations.DENSE_LAYER}: each layer in turn reads everything",
     )
     what.add_argument("--base", default=ablations.BASE, help="variant of the ablation (%(default)s)")
     model = parser.add_argument_group("model")

@@ -33,7 +33,8 @@ AXES: Mapping[str, tuple[str, ...]] = {
 }
 """Each axis: the fields that its settings replace in the base variant."""
 
-_LAYERS = "dense_layer"
+DENSE_LAYER = "dense_layer"
+"""An axis of as many settings as the model has layers; `AXES` are those that all models share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ def settings(base: Variant, axes: Iterable[str], num_layers: int) -> list[Settin
     Raises:
       ValueError: for an unknown axis.
     """
-    known = {**AXES, _LAYERS: tuple(f"dense_layers={layer}" for layer in ("", *range(num_layers)))}
+    known = {**AXES, DENSE_LAYER: tuple(f"dense_layers={layer}" for layer in ("", *range(num_layers)))}
     found = []
     for axis in axes:
         if axis not in known:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _DEPTHS = 10
 _MOST_COLUMNS = 4
 _WIDTH, _HEIGHT, _RESOLUTION = 4.2, 3.6, 150
+_LEGEND_LINE, _LEGEND_GAP = 0.13, 0.06  # inches, of a font of 7 points
+_DRAWN = {"copy": "token_accuracy", "drift": "agreement"}
+"""What is drawn of a task where it is not its score: of a long copy, one other word leaves no score."""
 
 
 def new_figure(columns: int, rows: int = 1, *, width: float = _WIDTH, height: float = _HEIGHT) -> tuple["Figure", Any]:
@@ -62,6 +65,15 @@ def names(cells: Sequence[Mapping[str, Any]], field: str) -> list[Any]:
     return list(dict.fromkeys(cell[field] for cell in cells))
 
 
+def _drawn(task: str) -> str:
+    """Returns the field that is drawn of a task."""
+    return _DRAWN.get(task, "score")
+
+
+def _title(task: str) -> str:
+    return f"{task} (tokens)" if _drawn(task) == "token_accuracy" else task
+
+
 # --- needles ---------------------------------------------------------------------------------------------------------
 
 
@@ -93,16 +105,16 @@ def _needles(task: str, rows: Sequence[Row]) -> "Figure":
         axes.set_xlabel("prompt, tokens")
         axes.set_ylabel("depth of the needle, %")
     figure.colorbar(panels[0, 0].images[0], ax=panels, label="score", shrink=0.8)
-    figure.suptitle(task)
+    figure.suptitle(_title(task))
     return figure
 
 
 def _grid(rows: Sequence[Row], lengths: Sequence[int]) -> np.ndarray:
-    """Returns mean scores [depths, lengths], NaN where there is no sample."""
+    """Returns a task's mean scores [depths, lengths], NaN where there is no sample."""
     total, count = np.zeros((2, _DEPTHS, len(lengths)))
     for row in rows:
         place = min(int(row["info"]["depth"] * _DEPTHS), _DEPTHS - 1), lengths.index(row["length"])
-        total[place] += row["score"]
+        total[place] += row[_drawn(row["task"])]
         count[place] += 1
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
@@ -116,16 +128,19 @@ def _scores(cells: Sequence[Cell]) -> "Figure":
     figure, panels = new_figure(1, len(lengths), width=max(5.0, 0.9 * len(tasks) + 3.5), height=2.8)
     for axes, length in zip(panels[:, 0], lengths, strict=True):
         for place, variant in enumerate(variants):
-            found = [(tasks.index(c["task"]), c["score"]) for c in select(cells, length=length, variant=variant)]
+            found = [
+                (tasks.index(c["task"]), c[_drawn(c["task"])]) for c in select(cells, length=length, variant=variant)
+            ]
             places = [task + _shift(place, len(variants)) for task, _ in found]
             style = {"color": f"C{place}", "label": variant, "marker": "o", "linestyle": "none"}
             _error_bars(axes, places, [score for _, score in found], 100, style)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right", fontsize=8)
+        axes.set_xticks(range(len(tasks)), [_title(task) for task in tasks], rotation=20, ha="right", fontsize=8)
+        axes.set_xlim(-0.5, len(tasks) - 0.5)
         axes.set_ylim(-3, 103)
         axes.set_ylabel("score, %")
         axes.set_title(f"{length:,} tokens", fontsize=9)
         axes.grid(axis="y", alpha=0.3)
-    _legend(figure, "outside lower center")
+    _legend_below(figure)
     figure.suptitle("Scores with 95% intervals", fontsize=11)
     return figure
 
@@ -142,7 +157,7 @@ def _perplexity(cells: Sequence[Cell]) -> "Figure":
         axes.set_xlabel("position in the window, tokens")
         axes.set_ylabel("perplexity")
         axes.grid(alpha=0.3)
-    _legend(figure, "outside lower center")
+    _legend_below(figure)
     figure.suptitle("Perplexity by position (prefill)", fontsize=11)
     return figure
 
@@ -163,7 +178,7 @@ def _drift(cells: Sequence[Cell]) -> "Figure":
     for axes in panels.flat:
         axes.set_xlabel("position in the generation, %")
         axes.grid(alpha=0.3)
-    _legend(figure, "outside lower center")
+    _legend_below(figure)
     figure.suptitle("Drift along the reference's generation", fontsize=11)
     return figure
 
@@ -190,11 +205,11 @@ def draw_axis(axis: str, cells: Sequence[Cell], folder: Path) -> Path:
     settings = names(cells, "variant")
     groups = list(dict.fromkeys((cell["task"], cell["length"]) for cell in cells))
     for number, (task, length) in enumerate(groups):
-        style = {"color": f"C{number % 10}", "label": f"{task} {length:,}", "marker": "os^Dv"[number % 5]}
+        style = {"color": f"C{number % 10}", "label": f"{_title(task)} {length:,}", "marker": "os^Dv"[number % 5]}
         members = select(cells, task=task, length=length)
         places = [settings.index(cell["variant"]) + _shift(number, len(groups)) for cell in members]
-        score, nll = ("agreement" if task == "drift" else "score"), ("tail_nll" if task == "perplexity" else "nll")
-        _error_bars(scores, places, [cell.get(score) for cell in members], 100, style)
+        nll = "tail_nll" if task == "perplexity" else "nll"
+        _error_bars(scores, places, [cell.get(_drawn(task)) for cell in members], 100, style)
         _error_bars(
             likelihoods, places, [cell[nll]["difference"] if nll in cell else None for cell in members], 1, style
         )
@@ -240,10 +255,18 @@ def _wrapped(label: str, width: int = 40) -> str:
     return textwrap.fill(label.replace(":", ": ").replace("+", " + "), width)
 
 
-def _legend(figure: "Figure", place: Any) -> None:
-    """Names what all panels show, once each."""
+def _legend_below(figure: "Figure") -> None:
+    """Names what all panels show under them, where it takes nothing of their height."""
+    labels = _legend(figure, "outside lower center")
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(figure.get_figheight() + lines * _LEGEND_LINE + len(labels) * _LEGEND_GAP)
+
+
+def _legend(figure: "Figure", place: Any) -> list[str]:
+    """Names what all panels show, once each; returns the names."""
     labelled = [axes.get_legend_handles_labels() for axes in figure.axes]
     found = {
         _wrapped(label): handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)
     }
     figure.legend(list(found.values()), list(found), loc=place, fontsize=7)
+    return list(found)

@@ -110,6 +110,27 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path: Path):
     assert [path.name for path in plots.draw(summarise(only, "dense"), only, tmp_path)] == ["drift.png"]
 
 
+def test_long_names_take_no_height_from_what_they_name():
+    pytest.importorskip("matplotlib")
+    labels = ["dense", *(f"{SPARSE}+head_pattern=random/{seed}+dense_layers=7" for seed in range(6))]
+    figure = plots._scores(summarise([needle(0, label, 1.0) for label in labels], "dense"))
+    figure.canvas.draw()  # warns, which fails, where nothing is left of a panel
+    (axes,) = figure.axes
+    (legend,) = figure.legends
+    assert axes.bbox.height > 1.5 * figure.dpi
+    assert legend.get_window_extent().y0 >= 0
+    assert legend.get_window_extent().y1 < axes.bbox.y0
+
+
+def test_of_a_copy_the_right_tokens_are_drawn():
+    copied = needle(9, "dense", 0.0) | {"task": "copy", "token_accuracy": 0.75}
+    assert plots._grid([copied], [64])[9, 0] == 0.75
+    pytest.importorskip("matplotlib")
+    (axes,) = plots._scores(summarise([copied, copied | {"index": 1}], "dense")).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["copy (tokens)"]
+    assert axes.lines[0].get_ydata() == pytest.approx(75)
+
+
 def test_an_axis_has_the_reference_first_and_its_settings_by_what_they_change(tmp_path: Path):
     settings = ablations.settings(parse_variant(ablations.BASE), ["budget", "reduction"], num_layers=2)
     labels = ["dense", *dict.fromkeys(setting.variant.label for setting in settings)]
