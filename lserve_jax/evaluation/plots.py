@@ -12,11 +12,11 @@ from lserve_jax.evaluation.summary import Cell, Row, select
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 _DEPTHS = 10
 _MOST_COLUMNS = 4
 _WIDTH, _HEIGHT, _RESOLUTION = 4.2, 3.6, 150
-_LEGEND_LINE, _LEGEND_GAP = 0.13, 0.06  # inches, of a font of 7 points
 _DRAWN = {"copy": "token_accuracy", "drift": "agreement"}
 """What is drawn of a task where it is not its score: of a long copy, one other word leaves no score."""
 
@@ -257,16 +257,14 @@ def _wrapped(label: str, width: int = 40) -> str:
 
 def _legend_below(figure: "Figure") -> None:
     """Names what all panels show under them, where it takes nothing of their height."""
-    labels = _legend(figure, "outside lower center")
-    lines = sum(label.count("\n") + 1 for label in labels)
-    figure.set_figheight(figure.get_figheight() + lines * _LEGEND_LINE + len(labels) * _LEGEND_GAP)
+    height = _legend(figure, "outside lower center").get_window_extent().height
+    figure.set_figheight(figure.get_figheight() + height / figure.dpi)
 
 
-def _legend(figure: "Figure", place: Any) -> list[str]:
-    """Names what all panels show, once each; returns the names."""
+def _legend(figure: "Figure", place: Any) -> "Legend":
+    """Names what all panels show, once each."""
     labelled = [axes.get_legend_handles_labels() for axes in figure.axes]
     found = {
         _wrapped(label): handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)
     }
-    figure.legend(list(found.values()), list(found), loc=place, fontsize=7)
-    return list(found)
+    return figure.legend(list(found.values()), list(found), loc=place, fontsize=7)
