@@ -36,7 +36,7 @@ from bench import cpu_report
 from bench.cpu_process import Worker, WorkerError
 from bench.cpu_systems import DEFAULT_OURS, OURS, PEERS, System, our_system, peer_systems
 from bench.measure import ROOT, Key, Log, is_outcome, provenance, sources
-from lserve_jax.engine_setup import DEFAULT_MODEL
+from lserve_jax.engine.setup import DEFAULT_MODEL
 from lserve_jax.weights.load import open_checkpoint
 
 ROUNDS = {"single": 5, "batch": 3, "start": 3, "programs": 1, "memory": 1, "long": 1}

@@ -40,21 +40,22 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from bench.measure import ROOT, Log, commit, copy_bandwidth, provenance, sources, timings
-from lserve_jax.attention import decode_attend, prefill_attend
-from lserve_jax.attention_config import from_preset
-from lserve_jax.cache import KVCache, init_cache
-from lserve_jax.config import ModelConfig
-from lserve_jax.engine.allocator import visible_pages
+from lserve_jax.config.attention import from_preset
+from lserve_jax.config.heads import classify
+from lserve_jax.config.hf import read_hf
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.model import ModelConfig
+from lserve_jax.config.pages import visible_pages
+from lserve_jax.engine.memory import PoolSizes, dense_bf16_bytes, free_memory, plan_memory, tree_bytes
 from lserve_jax.engine.reads import PageReads
-from lserve_jax.engine_setup import DEFAULT_MODEL, prepare
-from lserve_jax.heads import classify
-from lserve_jax.inference_config import InferenceConfig
-from lserve_jax.llm import open_tokenizer
+from lserve_jax.engine.setup import DEFAULT_MODEL, prepare
 from lserve_jax.models.known import known_configs
-from lserve_jax.models.llama import abstract_params
-from lserve_jax.plan import PoolSizes, dense_bf16_bytes, free_memory, plan_memory, tree_bytes
-from lserve_jax.sampling import SamplingState
-from lserve_jax.steps import DecodeState, Params, decode_loop, decode_step, prefill_step
+from lserve_jax.models.llama import Params, abstract_params
+from lserve_jax.runtime.attend import decode_attend, prefill_attend
+from lserve_jax.runtime.cache import KVCache, init_cache
+from lserve_jax.runtime.sampling import SamplingState
+from lserve_jax.runtime.steps import DecodeState, decode_loop, decode_step, prefill_step
+from lserve_jax.text.tokenizer import open_tokenizer
 from lserve_jax.weights.load import open_checkpoint
 from pallas_kernels import NO_PAGE, PagedKV, PageTables, QuantizedArray
 
@@ -112,7 +113,7 @@ class Point(NamedTuple):
 @cache
 def model_config(model: str) -> ModelConfig:
     """Returns the shapes of a model: ``tiny``, or whatever `open_checkpoint` knows."""
-    return ModelConfig.from_hf(TINY_MODEL, source=TINY) if model == TINY else open_checkpoint(model).config
+    return read_hf(TINY_MODEL, source=TINY) if model == TINY else open_checkpoint(model).config
 
 
 @cache
@@ -856,7 +857,7 @@ def _logits(
 
 def _prompt(setup: Any) -> np.ndarray:
     """Returns the first tokens of the document that ships with the package; random ones where they are too few."""
-    tokenizer, vocabulary = open_tokenizer(setup, None), setup.config.model.vocab_size
+    tokenizer, vocabulary = open_tokenizer(setup.checkpoint.tokenizer_source), setup.config.model.vocab_size
     text = (ROOT / "lserve_jax" / "data" / "demo.md").read_text(encoding="utf-8")
     ids = np.array(tokenizer.encode(text) if tokenizer else [], np.int32)[:VALUES_PROMPT]
     if len(ids) < VALUES_PROMPT:

@@ -3,16 +3,18 @@
 `LLM` generates text; underneath are pure functions on pytrees: `init_cache`, `prefill_step`, `decode_step`.
 """
 
-from lserve_jax.attention_config import AttentionConfig, from_preset
-from lserve_jax.cache import init_cache
-from lserve_jax.config import ModelConfig, RopeConfig
-from lserve_jax.heads import HeadClasses, classify, load_gates
-from lserve_jax.inference_config import InferenceConfig
+from lserve_jax.config.attention import AttentionConfig, from_preset
+from lserve_jax.config.heads import HeadClasses, classify, load_gates
+from lserve_jax.config.hf import read_hf
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.model import ModelConfig, RopeConfig
+from lserve_jax.engine.outputs import RequestOutput, ScoreOutput
+from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.llm import LLM
-from lserve_jax.outputs import RequestOutput, ScoreOutput
-from lserve_jax.recall import attention_recall
-from lserve_jax.sampling import SamplingParams
-from lserve_jax.steps import decode_loop, decode_step, prefill_step
+from lserve_jax.runtime.cache import init_cache
+from lserve_jax.runtime.recall import attention_recall
+from lserve_jax.runtime.sampling import SamplingParams
+from lserve_jax.runtime.steps import decode_loop, decode_step, prefill_step
 from lserve_jax.weights.load import open_checkpoint
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "RopeConfig",
     "SamplingParams",
     "ScoreOutput",
+    "Setup",
     "attention_recall",
     "classify",
     "decode_loop",
@@ -34,4 +37,6 @@ __all__ = [
     "load_gates",
     "open_checkpoint",
     "prefill_step",
+    "prepare",
+    "read_hf",
 ]

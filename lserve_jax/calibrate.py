@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lserve_jax.attention_config import AttentionConfig
 from lserve_jax.calibration.folder import require_target, write_pattern
 from lserve_jax.calibration.passkeys import Passkeys
 from lserve_jax.calibration.picture import head_map, require_matplotlib
@@ -30,13 +29,13 @@ from lserve_jax.calibration.scores import (
 )
 from lserve_jax.calibration.shares import describe, expected_losses
 from lserve_jax.calibration.training import CHECKPOINT_FILE, Checkpoint, TrainingConfig, train
-from lserve_jax.command_line import OneLineParser, ProgressBars, layer_numbers, run_command, use_compilation_cache
-from lserve_jax.engine_setup import DEFAULT_MODEL, Setup, prepare
-from lserve_jax.heads import QUOTAS
-from lserve_jax.inference_config import DTYPES
-from lserve_jax.llm import open_tokenizer
-from lserve_jax.steps import Params
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.cli.common import OneLineParser, ProgressBars, layer_numbers, run_command, use_compilation_cache
+from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.config.heads import QUOTAS
+from lserve_jax.config.inference import DTYPES
+from lserve_jax.engine.setup import DEFAULT_MODEL, Setup, prepare
+from lserve_jax.models.llama import Params
+from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 
 _LONGEST = 32768
 _ATTENTION = AttentionConfig()
@@ -119,7 +118,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s", force=True)
     _check(args)
     setup = _prepare(args)
-    tokenizer = open_tokenizer(setup, args.tokenizer)
+    tokenizer = open_tokenizer(setup.checkpoint.tokenizer_source, args.tokenizer)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: give one with --tokenizer")
     held_out = make_prompts(tokenizer, count=args.held_out, length=args.length, seed=f"held out {args.seed}")

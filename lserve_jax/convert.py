@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lserve_jax.command_line import OneLineParser, ProgressBars, run_command
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.cli.common import OneLineParser, ProgressBars, run_command
+from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights import orbax
 from lserve_jax.weights.embedded import MODEL_NAME
 from lserve_jax.weights.load import Checkpoint, open_checkpoint

@@ -5,11 +5,11 @@ import logging
 import sys
 from importlib import resources
 
-from lserve_jax.command_line import ProgressBars, run_command, use_compilation_cache
-from lserve_jax.engine_setup import DEFAULT_MODEL, prepare
+from lserve_jax.cli.common import ProgressBars, run_command, use_compilation_cache
+from lserve_jax.cli.report import summary
+from lserve_jax.engine.setup import DEFAULT_MODEL, prepare
 from lserve_jax.llm import LLM
-from lserve_jax.report import summary
-from lserve_jax.sampling import SamplingParams
+from lserve_jax.runtime.sampling import SamplingParams
 
 TOKEN_BUDGET = 1024
 """A quarter of the document: small enough that the page selector has to find the answer."""

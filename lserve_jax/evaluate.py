@@ -14,9 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lserve_jax.attention_config import AttentionConfig
-from lserve_jax.command_line import OneLineParser, ProgressBars, run_command, use_compilation_cache
-from lserve_jax.engine_setup import DEFAULT_MODEL, IMPLEMENTATIONS, Setup, model_settings, prepare
+from lserve_jax.cli.common import OneLineParser, ProgressBars, run_command, use_compilation_cache
+from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.config.inference import DTYPES
+from lserve_jax.engine.setup import DEFAULT_MODEL, IMPLEMENTATIONS, Setup, model_settings, prepare
 from lserve_jax.evaluation import ablations, drift, longbench, perplexity, plots
 from lserve_jax.evaluation.answers import Answers
 from lserve_jax.evaluation.corpus import Windows, python_reference, read_texts
@@ -29,9 +30,8 @@ from lserve_jax.evaluation.summary import summarise
 from lserve_jax.evaluation.table import format_tables
 from lserve_jax.evaluation.tasks import TASKS, get_task
 from lserve_jax.evaluation.variants import Variant, parse_variant, parse_variants
-from lserve_jax.inference_config import DTYPES
-from lserve_jax.llm import LLM, open_tokenizer
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.llm import LLM
+from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 from lserve_jax.weights.load import Checkpoint
 
 logger = logging.getLogger("lserve_jax")
@@ -139,7 +139,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     context = opened.checkpoint.config.max_context
     if max(lengths) > context:
         raise ValueError(f"--lengths: {max(lengths)} is beyond the {context} tokens of the model's context")
-    tokenizer = open_tokenizer(opened, args.tokenizer)
+    tokenizer = open_tokenizer(opened.checkpoint.tokenizer_source, args.tokenizer)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer: give one with --tokenizer")
     measurements = _measurements(args, names, tokenizer, context)

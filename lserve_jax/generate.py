@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lserve_jax.attention_config import KV_DTYPES, PRESETS
-from lserve_jax.command_line import OneLineParser, ProgressBars, layer_numbers, run_command, use_compilation_cache
+from lserve_jax.cli.common import OneLineParser, ProgressBars, layer_numbers, run_command, use_compilation_cache
+from lserve_jax.cli.report import summary, to_json
+from lserve_jax.config.attention import KV_DTYPES, PRESETS
+from lserve_jax.config.inference import DTYPES
+from lserve_jax.engine.outputs import RequestOutput
 from lserve_jax.engine.request import require_room
-from lserve_jax.engine_setup import DEFAULT_MODEL, IMPLEMENTATIONS, Setup, default_sampling_params, prepare
-from lserve_jax.inference_config import DTYPES
-from lserve_jax.llm import LLM, open_tokenizer
-from lserve_jax.outputs import RequestOutput
-from lserve_jax.report import summary, to_json
-from lserve_jax.sampling import SamplingParams
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.engine.setup import DEFAULT_MODEL, IMPLEMENTATIONS, Setup, default_sampling_params, prepare
+from lserve_jax.llm import LLM
+from lserve_jax.runtime.sampling import SamplingParams
+from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 
 _MAX_BATCH = 8
 
@@ -104,7 +104,7 @@ def _generate(args: argparse.Namespace) -> None:
         print(setup.plan.describe())
         return
     # All that can be wrong is found before the weights are loaded.
-    tokenizer = open_tokenizer(setup, args.tokenizer)
+    tokenizer = open_tokenizer(setup.checkpoint.tokenizer_source, args.tokenizer)
     prompts = [_encode(tokenizer, text, args) for text in texts]
     for prompt in prompts:
         require_room(len(prompt), setup.engine_config.max_model_len)

@@ -21,10 +21,10 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from lserve_jax.command_line import run_command, use_compilation_cache
+from lserve_jax.cli.common import run_command, use_compilation_cache
 from lserve_jax.llm import LLM
-from lserve_jax.sampling import SamplingParams
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.runtime.sampling import SamplingParams
+from lserve_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("lserve_jax")
 

@@ -5,21 +5,20 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lserve_jax.engine.engine import Engine, Progress
+from lserve_jax.engine.memory import dense_bf16_bytes, page_bytes
+from lserve_jax.engine.outputs import RequestMetrics, RequestOutput, ScoreOutput, TextChunk
 from lserve_jax.engine.reads import PageReads
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.request import Sequence as EngineSequence
-from lserve_jax.engine_setup import DEFAULT_MODEL, Setup, default_sampling_params, prepare
-from lserve_jax.outputs import RequestMetrics, RequestOutput, ScoreOutput, TextChunk
-from lserve_jax.plan import dense_bf16_bytes, page_bytes
-from lserve_jax.sampling import SamplingParams
-from lserve_jax.text_stream import TextStream
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.engine.setup import DEFAULT_MODEL, Setup, default_sampling_params, prepare
+from lserve_jax.runtime.sampling import SamplingParams
+from lserve_jax.text.stream import TextStream
+from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 
 type Prompt = str | Sequence[int]
 type Message = Mapping[str, Any]
@@ -48,7 +47,7 @@ class LLM:
           model: folder, GGUF file, converted checkpoint, hub id, or the name of the embedded model.
           tokenizer: folder or GGUF file to take the tokenizer from instead.
           on_progress: called as the work goes on, see `OnProgress`.
-          **settings: see `lserve_jax.engine_setup.prepare`: ``attention`` (preset), ``kv_dtype``, ``max_model_len``,
+          **settings: see `lserve_jax.engine.setup.prepare`: ``attention`` (preset), ``kv_dtype``, ``max_model_len``,
             ``max_num_seqs``, ``head_pattern``, ``token_budget``, … .
 
         Raises:
@@ -65,7 +64,7 @@ class LLM:
         on_progress: OnProgress | None = None,
         expected_tokens: int | None = None,
     ) -> "LLM":
-        """Returns the model that `lserve_jax.engine_setup.prepare` has opened, loaded.
+        """Returns the model that `lserve_jax.engine.setup.prepare` has opened, loaded.
 
         Args:
           setup: what was opened.
@@ -88,7 +87,11 @@ class LLM:
         report = on_progress or (lambda stage, done, total: None)
         self.setup = setup
         self.config = setup.config
-        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else open_tokenizer(setup, tokenizer)
+        self.tokenizer = (
+            tokenizer
+            if isinstance(tokenizer, Tokenizer)
+            else open_tokenizer(setup.checkpoint.tokenizer_source, tokenizer)
+        )
         self.engine = Engine(
             setup.checkpoint.promised_params(self.config.dtype),
             self.config,
@@ -414,23 +417,3 @@ def _mean_of_measured(rows: list[np.ndarray]) -> np.ndarray:
     table = np.stack(rows)
     count = (~np.isnan(table)).sum(axis=0)
     return np.where(count > 0, np.nansum(table, axis=0) / np.maximum(count, 1), np.nan)
-
-
-def open_tokenizer(setup: Setup, tokenizer: str | None) -> Tokenizer | None:
-    """Returns the tokenizer named, or the checkpoint's own; None where it has none."""
-    source = setup.checkpoint.tokenizer_source
-    if tokenizer is not None:
-        path = Path(tokenizer)
-        if path.suffix == ".gguf":
-            from lserve_jax.weights.load import open_checkpoint
-
-            source = open_checkpoint(tokenizer).tokenizer_source
-        else:
-            source = path
-    if source is None:
-        return None
-    if isinstance(source, Mapping):
-        return Tokenizer.from_gguf(source)
-    if tokenizer is None and not (source / "tokenizer.json").is_file():
-        return None
-    return Tokenizer.from_folder(source)

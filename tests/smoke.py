@@ -16,7 +16,7 @@ import numpy as np
 
 import lserve_jax
 import pallas_kernels
-from lserve_jax import InferenceConfig, ModelConfig, decode_step, from_preset, init_cache, prefill_step
+from lserve_jax import InferenceConfig, decode_step, from_preset, init_cache, prefill_step, read_hf
 from lserve_jax.models import abstract_params
 from pallas_kernels import PageTables
 
@@ -61,7 +61,7 @@ def main() -> None:
 
 def generate() -> None:
     """A tiny random model takes a prompt and some decode steps through the pure functions, dense and sparse alike."""
-    model = ModelConfig.from_hf(TINY, source="smoke test")
+    model = read_hf(TINY, source="smoke test")
     shapes, rng = abstract_params(model, jnp.dtype("float32")), np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), shapes)
     prompt, pages = rng.integers(0, 64, (1, 32)).astype(np.int32), 4

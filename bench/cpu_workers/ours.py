@@ -13,10 +13,10 @@ class Ours:
         begin = time.perf_counter()
         import jax
 
-        from lserve_jax.command_line import use_compilation_cache
-        from lserve_jax.engine_setup import prepare
+        from lserve_jax.cli.common import use_compilation_cache
+        from lserve_jax.engine.setup import prepare
         from lserve_jax.llm import LLM
-        from lserve_jax.sampling import SamplingParams
+        from lserve_jax.runtime.sampling import SamplingParams
 
         self.sampling_params = SamplingParams
         self.num_compilations = 0

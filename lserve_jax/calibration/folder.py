@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lserve_jax.heads import CONFIG_FILE, GATES_FILE
+from lserve_jax.config.heads import CONFIG_FILE, GATES_FILE
 
 SCORES_FILE = "scores.npz"
 PICTURE_FILE = "heads.png"

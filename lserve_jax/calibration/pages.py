@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lserve_jax.cache import KVCache, LayerCache
-from lserve_jax.calibration import layerwise
 from lserve_jax.calibration.attention import by_kv_head, by_query_head
-from lserve_jax.inference_config import InferenceConfig
-from lserve_jax.steps import Params
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.models import layerwise
+from lserve_jax.models.llama import Params
+from lserve_jax.runtime.cache import KVCache, LayerCache
 from pallas_kernels import PagedKV, PageTables, kv_write
 from pallas_kernels.core.paging import is_visible
 

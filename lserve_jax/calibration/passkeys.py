@@ -7,8 +7,8 @@ import numpy as np
 
 from lserve_jax.calibration.prompts import Task, prose_lines
 from lserve_jax.calibration.two_streams import BLOCK, Example
-from lserve_jax.prose import sentences
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.text.prose import sentences
+from lserve_jax.text.tokenizer import Tokenizer
 
 ALPHABET = (
     *("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliett", "kilo", "lima"),

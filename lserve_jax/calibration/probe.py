@@ -7,12 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lserve_jax.cache import KVCache
-from lserve_jax.calibration import layerwise
 from lserve_jax.calibration.attention import average, scores, weights
 from lserve_jax.calibration.pages import Chunk, LayerHeads, forward, visible_keys
-from lserve_jax.inference_config import InferenceConfig
-from lserve_jax.steps import Params
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.models import layerwise
+from lserve_jax.models.llama import Params
+from lserve_jax.runtime.cache import KVCache
 
 
 class Heads(NamedTuple):

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from lserve_jax.prose import ADJECTIVES, NOUNS, sentences
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.text.prose import ADJECTIVES, NOUNS, sentences
+from lserve_jax.text.tokenizer import Tokenizer
 
 ANSWER_TOKENS = 128
 """Tokens of an answer at most."""

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lserve_jax.cache import KVCache, init_cache
 from lserve_jax.calibration.pages import Chunk
 from lserve_jax.calibration.prompts import Prompt
-from lserve_jax.inference_config import InferenceConfig
-from lserve_jax.steps import Params, prefill_step
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.models.llama import Params
+from lserve_jax.runtime.cache import KVCache, init_cache
+from lserve_jax.runtime.steps import prefill_step
 from pallas_kernels import PageTables
 
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from lserve_jax.calibration.probe import probe, slopes
 from lserve_jax.calibration.prompts import Prompt
 from lserve_jax.calibration.reader import Reader
-from lserve_jax.heads import QUOTAS
-from lserve_jax.inference_config import InferenceConfig
-from lserve_jax.steps import Params
+from lserve_jax.config.heads import QUOTAS
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.models.llama import Params
 
 type Scores = dict[str, NDArray[np.float64]]
 """Score by name → [L, K]; the higher, the more a head is needed."""
@@ -146,7 +146,7 @@ def to_gates(scores: NDArray[np.floating], quota: str = "model") -> NDArray[np.f
     """Returns gates [L, K] in (0, 1] that rank heads as the scores [L, K] do.
 
     A gate is the share of heads that rank no higher: a head keeps the whole context at every static sparsity below its
-    gate. Of equal scores the first by (layer, head) ranks higher, as in `lserve_jax.heads.classify`.
+    gate. Of equal scores the first by (layer, head) ranks higher, as in `lserve_jax.config.heads.classify`.
 
     Args:
       scores: finite.

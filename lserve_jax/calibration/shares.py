@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from lserve_jax.cache import KVCache
-from lserve_jax.calibration import layerwise
 from lserve_jax.calibration.attention import average, scores, weights
 from lserve_jax.calibration.pages import Chunk, LayerHeads, forward, visible_keys
 from lserve_jax.calibration.prompts import Prompt
 from lserve_jax.calibration.reader import Reader
-from lserve_jax.heads import classify
-from lserve_jax.inference_config import InferenceConfig
-from lserve_jax.steps import Params
+from lserve_jax.config.heads import classify
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.models import layerwise
+from lserve_jax.models.llama import Params
+from lserve_jax.runtime.cache import KVCache
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 

@@ -15,8 +15,8 @@ import optax
 from numpy.typing import NDArray
 
 from lserve_jax.calibration.two_streams import Example, distillation_loss
-from lserve_jax.inference_config import InferenceConfig
-from lserve_jax.steps import Params
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.models.llama import Params
 
 CHECKPOINT_FILE = "training.npz"
 _SETTINGS = "settings"

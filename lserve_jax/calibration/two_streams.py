@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lserve_jax.calibration import layerwise
 from lserve_jax.calibration.attention import average, by_kv_head, by_query_head, scores, weights
-from lserve_jax.inference_config import InferenceConfig
-from lserve_jax.steps import Params
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.models import layerwise
+from lserve_jax.models.llama import Params
 from pallas_kernels import LayerKV, PagedKV, PageTables, prefill_attention
 from pallas_kernels.core.paging import is_visible
 

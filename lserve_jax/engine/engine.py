@@ -9,16 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from lserve_jax.cache import KVCache, init_cache
+from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.engine.allocator import stack_tables
-from lserve_jax.engine.programs import Call, Programs
+from lserve_jax.engine.memory import PoolSizes
 from lserve_jax.engine.request import Request, Sequence
 from lserve_jax.engine.scheduler import Decode, Prefill, Scheduler, SchedulerConfig
-from lserve_jax.inference_config import InferenceConfig
-from lserve_jax.plan import PoolSizes
-from lserve_jax.recall import recall_step
-from lserve_jax.sampling import SamplingParams, SamplingState
-from lserve_jax.steps import DecodeState, Params, decode_loop, prefill_step, sample_first, score_chunk
+from lserve_jax.models.llama import Params
+from lserve_jax.runtime.cache import KVCache, init_cache
+from lserve_jax.runtime.programs import Call, Programs
+from lserve_jax.runtime.recall import recall_step
+from lserve_jax.runtime.sampling import SamplingParams, SamplingState
+from lserve_jax.runtime.steps import DecodeState, decode_loop, prefill_step, sample_first, score_chunk
 from pallas_kernels import PageTables
 
 SHORT_CHUNK = 64

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lserve_jax.engine.allocator import streaming_pages, visible_pages
+from lserve_jax.config.pages import most_streaming_pages, visible_pages
 
 __all__ = ["PageReads"]
 
@@ -54,5 +54,5 @@ class PageReads:
         seen = visible_pages(
             length - 1, 1, sink=self.sink, window=self.local, page_size=self.page_size, num_pages=num_pages
         )
-        assert seen.sum() <= streaming_pages(self.sink, self.local, 1, self.page_size)
+        assert seen.sum() <= most_streaming_pages(self.sink, self.local, 1, self.page_size)
         return int(seen.sum())

@@ -9,7 +9,8 @@ Nobody overtakes a request that waits for pages, so none starves.
 from collections import deque
 from dataclasses import dataclass
 
-from lserve_jax.engine.allocator import PageAllocator, PagePool, retrieval_pages, streaming_pages
+from lserve_jax.config.pages import most_streaming_pages, retrieval_pages
+from lserve_jax.engine.allocator import PageAllocator, PagePool
 from lserve_jax.engine.request import Request, Sequence, Status, require_room
 
 POSITIVE = ("max_model_len", "num_slots", "prefill_chunk", "steps_per_call", "page_size", "local", "prefill_local")
@@ -60,11 +61,11 @@ class SchedulerConfig:
         """Returns the most streaming pages that `sequence` will hold from its present status on."""
         if self.num_streaming_pages is None:
             return 0
-        decode = streaming_pages(self.sink, self.local, self.steps_per_call, self.page_size)
+        decode = most_streaming_pages(self.sink, self.local, self.steps_per_call, self.page_size)
         need = min(decode, retrieval_pages(sequence.max_length - 1, self.page_size))
         if sequence.status is Status.DECODING:
             return need
-        prefill = streaming_pages(self.sink, self.prefill_window, self.prefill_chunk, self.page_size)
+        prefill = most_streaming_pages(self.sink, self.prefill_window, self.prefill_chunk, self.page_size)
         return max(need, min(prefill, retrieval_pages(sequence.prompt_length, self.page_size)))
 
 

@@ -12,8 +12,8 @@ from lserve_jax.evaluation.measurement import Item, Row, decoding, mean, prompt_
 from lserve_jax.evaluation.rendering import word_render
 from lserve_jax.evaluation.sample import Render, Request, Sample, Task
 from lserve_jax.llm import LLM
-from lserve_jax.sampling import SamplingParams
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.runtime.sampling import SamplingParams
+from lserve_jax.text.tokenizer import Tokenizer
 
 _VALUES = ("score", "nll", "token_accuracy", "pages_read_ratio", "attention_recall", "answer")
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lserve_jax import prose
 from lserve_jax.evaluation.sample import Request
+from lserve_jax.text import prose
 
 type Haystack = Callable[[random.Random], Iterator[str]]
 """Seed → an endless stream of sentences."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from lserve_jax.evaluation.metrics import METRICS
 from lserve_jax.evaluation.sample import Request, Sample
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.text.tokenizer import Tokenizer
 
 _HUB_ID = "THUDM/LongBench"
 _ARCHIVE = "data.zip"  # all tasks, as data/<name>.jsonl (`datasets` runs no scripts since 4.0, and there is no other)

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lserve_jax.engine.outputs import RequestMetrics
 from lserve_jax.evaluation.sample import Sample
 from lserve_jax.llm import LLM
-from lserve_jax.outputs import RequestMetrics
 
 type Row = Mapping[str, Any]
 """A result of one prompt and variant, as it stands in results.jsonl."""

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from lserve_jax import prose
 from lserve_jax.evaluation.haystack import Hay, Lazy, insert, noise, nominal_depth, sample_rng
 from lserve_jax.evaluation.length import fit
 from lserve_jax.evaluation.matching import string_match_all
 from lserve_jax.evaluation.sample import Metric, Request, Sample
+from lserve_jax.text import prose
 
 _NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
 _ONE_TEXT = (

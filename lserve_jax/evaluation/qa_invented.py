@@ -8,8 +8,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lserve_jax import prose
 from lserve_jax.evaluation.qa import Case
+from lserve_jax.text import prose
 
 type Draw = Callable[[random.Random], str]
 

@@ -1,7 +1,7 @@
 """From a task's text to a prompt: in the model's chat format, raw, or by words where only the length matters."""
 
 from lserve_jax.evaluation.sample import Render
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.text.tokenizer import Tokenizer
 
 
 def chat_render(tokenizer: Tokenizer) -> Render:

@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from lserve_jax.attention_config import AttentionConfig
-from lserve_jax.engine_setup import Setup
+from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.engine.setup import Setup
 from lserve_jax.evaluation.measurement import Item, Measurement, Row
 from lserve_jax.evaluation.store import Key, PromptKey, Store
 from lserve_jax.evaluation.variants import Variant

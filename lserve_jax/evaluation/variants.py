@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from lserve_jax.attention_config import PRESETS, AttentionConfig, default_pages, from_preset
+from lserve_jax.config.attention import PRESETS, AttentionConfig, default_pages, from_preset
 
 # A comma before a letter begins another variant, and a plus before "name=" another field: lists keep their commas.
 _NEXT_VARIANT = re.compile(r"\s*,\s*(?=[a-zA-Z])")
@@ -22,11 +22,11 @@ class Variant:
 
     Attributes:
       label: the text that it was written as; results are filed under it.
-      preset: see `lserve_jax.attention_config.PRESETS`.
+      preset: see `lserve_jax.config.attention.PRESETS`.
       options: fields of `AttentionConfig` that replace the preset's. A ``token_budget`` that is a `float` is a share of
         the prompt's length.
       head_pattern: folder with head gates; None takes what the run takes.
-      of_model: settings that suit the model, see `lserve_jax.attention_config.from_preset`.
+      of_model: settings that suit the model, see `lserve_jax.config.attention.from_preset`.
     """
 
     label: str

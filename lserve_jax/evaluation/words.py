@@ -6,11 +6,11 @@ import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lserve_jax import prose
 from lserve_jax.evaluation.haystack import Lazy, sample_rng
 from lserve_jax.evaluation.length import fit
 from lserve_jax.evaluation.matching import string_match_all
 from lserve_jax.evaluation.sample import Metric, Request, Sample
+from lserve_jax.text import prose
 
 _COMMON_TEXT = (
     "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lserve_jax.config import ModelConfig
-from lserve_jax.layers import Linear, RMSNorm, apply_rope, project, rope_tables
+from lserve_jax.config.model import ModelConfig
+from lserve_jax.models.layers import Linear, RMSNorm, project
+from lserve_jax.models.rope import apply_rope, rope_tables
 
+type Params = dict[str, Any]
 type RopeTables = tuple[jax.Array, jax.Array]
 
 
@@ -21,7 +23,7 @@ class Attend(Protocol):
     def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """Returns outputs [B, T, N, H] and the new state, for q [B, T, N, H] and k, v [B, T, K, H] after RoPE.
 
-        ``layer`` is the layer's index; `lserve_jax.steps.run_model` passes 0 for all, and tells them apart by state.
+        ``layer`` is the layer's index; `run_model` passes 0 for all, and tells them apart by state.
         """
         ...
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from lserve_jax.config import RopeConfig
-from lserve_jax.layers import rope_frequencies
+from lserve_jax.config.model import RopeConfig
+from lserve_jax.models.rope import rope_frequencies
 from lserve_jax.weights.rules import Naming, Tensor
 from lserve_jax.weights.tensors import Inventory, ReadTensor
 

@@ -11,13 +11,15 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from lserve_jax.config import ModelConfig
+from lserve_jax.config.hf import read_hf
+from lserve_jax.config.model import ModelConfig
 from lserve_jax.models.known import known_configs
+from lserve_jax.models.llama import Params
 from lserve_jax.weights import embedded, orbax
 from lserve_jax.weights.gguf import GGUFFile
 from lserve_jax.weights.rules import HeadOrder
 from lserve_jax.weights.safetensors import SafetensorsFolder
-from lserve_jax.weights.tensors import Params, Progress, load_tensors, promised_params
+from lserve_jax.weights.tensors import Progress, load_tensors, promised_params
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What a hub repository is asked for: no pickles, no code, no second copies of the weights in other formats.
@@ -102,7 +104,7 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
     hf_config = file.hf_config()
     return Checkpoint(
         name=name,
-        config=ModelConfig.from_hf(hf_config, source=str(path)),
+        config=read_hf(hf_config, source=str(path)),
         hf_config=hf_config,
         generation_config={},
         tokenizer_source=file.metadata,
@@ -122,7 +124,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
     source = orbax.OrbaxFolder(folder) if orbax.is_orbax_folder(folder) else SafetensorsFolder(folder)
     return Checkpoint(
         name=name,
-        config=ModelConfig.from_hf(hf_config, source=str(config_path), generation_config=generation_config),
+        config=read_hf(hf_config, source=str(config_path), generation_config=generation_config),
         hf_config=hf_config,
         generation_config=generation_config,
         tokenizer_source=folder,
@@ -139,7 +141,7 @@ def _open_known(name: str) -> Checkpoint:
     hf_config = known_configs()[name]
     return Checkpoint(
         name=name,
-        config=ModelConfig.from_hf(hf_config, source=name),
+        config=read_hf(hf_config, source=name),
         hf_config=hf_config,
         generation_config={},
         tokenizer_source=None,

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from lserve_jax.models.llama import Params
 from lserve_jax.weights.rules import Naming, Tensor
-from lserve_jax.weights.tensors import Inventory, Params, ReadTensor, get_leaf, set_leaf
+from lserve_jax.weights.tensors import Inventory, ReadTensor, get_leaf, set_leaf
 
 PARAMS_FOLDER = "params"
 # Names and shapes: orbax can only tell shapes by opening every array, and where one of them is damaged its other reads

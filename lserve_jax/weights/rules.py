@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from lserve_jax.config import ModelConfig
+from lserve_jax.config.model import ModelConfig
 
 # Whose names and layout a file's tensors have; a GGUF file's are laid out as Hugging Face's.
 Naming = Literal["hf", "gguf", "ours"]
@@ -141,7 +141,7 @@ def _fill_in(rule: Rule, layer: int | None, config: ModelConfig) -> Tensor:
 
 
 class HeadOrder(Protocol):
-    """The part of `lserve_jax.heads.HeadClasses` that loading needs."""
+    """The part of `lserve_jax.config.heads.HeadClasses` that loading needs."""
 
     @property
     def order(self) -> tuple[tuple[int, ...], ...]:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from lserve_jax.config import ModelConfig
+from lserve_jax.config.model import ModelConfig
+from lserve_jax.models.llama import Params
 from lserve_jax.weights.rules import (
     HARMLESS,
     HARMLESS_TIED,
@@ -23,7 +24,6 @@ from lserve_jax.weights.rules import (
     parameter_shapes,
 )
 
-type Params = dict[str, Any]
 type Progress = Callable[[int, int], None]
 type ReadTensor = Callable[[Tensor, np.dtype], np.ndarray]
 

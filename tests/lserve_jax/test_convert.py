@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lserve_jax.convert import main
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights import open_checkpoint
 from tests.lserve_jax.checkpoints import assert_same_tree, random_tensors, tiny_config, write_folder, write_gguf
 

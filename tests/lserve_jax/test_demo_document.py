@@ -2,7 +2,7 @@ import json
 from importlib import resources
 from pathlib import Path
 
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights.load import open_checkpoint
 
 DATA = resources.files("lserve_jax") / "data"

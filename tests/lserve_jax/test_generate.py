@@ -419,7 +419,7 @@ def test_a_published_pattern_of_another_model_is_refused(run: Callable[..., Resu
 def test_memory_that_does_not_suffice_is_refused_with_the_largest_context_that_fits(
     run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("lserve_jax.plan.free_memory", lambda: 2**22)
+    monkeypatch.setattr("lserve_jax.engine.memory.free_memory", lambda: 2**22)
     parts = ("max_model_len=100000", "largest context that fits is", "tokens")
     check_refusal(run("--prompt", PROMPT, "--max-model-len", "100000"), *parts)
     planned = run("--dry-run", "--max-model-len", "100000")  # a plan is an answer, not a failure

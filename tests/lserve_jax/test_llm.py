@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lserve_jax import LLM, RequestOutput, SamplingParams
-from lserve_jax.engine_setup import prepare
+from lserve_jax.engine.setup import prepare
 from tests.pallas_kernels import hopper
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
@@ -143,7 +143,7 @@ def test_what_the_page_selector_is_not_made_for_is_refused_where_pages_would_be_
 
 def test_memory_that_does_not_suffice_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lserve_jax.weights.load.Checkpoint.load_params", None)
-    monkeypatch.setattr("lserve_jax.plan.free_memory", lambda: 2**22)
+    monkeypatch.setattr("lserve_jax.engine.memory.free_memory", lambda: 2**22)
     with pytest.raises(ValueError, match=r"the largest context that fits is \d+ tokens"):
         LLM(str(TINY / "llama3"), max_model_len=100_000)
 

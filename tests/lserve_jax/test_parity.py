@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lserve_jax.config import ModelConfig
-from lserve_jax.heads import HeadClasses
-from lserve_jax.layers import rope_frequencies, rope_tables
+from lserve_jax.config.heads import HeadClasses
+from lserve_jax.config.hf import read_hf
 from lserve_jax.models.llama import Llama
+from lserve_jax.models.rope import rope_frequencies, rope_tables
 from lserve_jax.weights import open_checkpoint
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -97,7 +97,7 @@ def max_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 @pytest.mark.parametrize("name", ROPE_CASES)
 def test_rope_tables_match_transformers(name: str) -> None:
     theirs = {key.removeprefix(f"{name}."): value for key, value in golden("rope.npz").items()}
-    config = ModelConfig.from_hf(ROPE_CASES[name], source=name)
+    config = read_hf(ROPE_CASES[name], source=name)
     frequencies, scaling = rope_frequencies(config.rope, config.head_dim)
     np.testing.assert_allclose(frequencies, theirs["inv_freq"], rtol=TOLERANCE["rope"], atol=0)
     np.testing.assert_allclose(scaling, theirs["attention_scaling"], rtol=TOLERANCE["rope"], atol=0)

@@ -282,7 +282,7 @@ def test_the_current_token_is_read_at_every_length_through_every_reuse(
 def _decode_step(
     workload: Workload, cache: Cache, q: Any, lengths: NDArray[np.int32], decode_steps: Any, selected: Any
 ) -> tuple[Cache, NDArray[np.int32]]:
-    """The cache with one token more, and the selection of that step: what `lserve_jax.attention` does."""
+    """The cache with one token more, and the selection of that step: what `lserve_jax.runtime.attend` does."""
     is_running = (lengths > 0).astype(np.int32)
     at = np.arange(30), np.maximum(lengths - 1, 0)
     kv = jitted("kv_write")(

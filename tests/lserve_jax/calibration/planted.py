@@ -14,7 +14,7 @@ import numpy as np
 
 from lserve_jax import InferenceConfig, ModelConfig, RopeConfig, from_preset
 from lserve_jax.calibration.prompts import Prompt
-from lserve_jax.layers import rope_frequencies
+from lserve_jax.models.rope import rope_frequencies
 
 LAYERS, HEADS, GROUP, HEAD_DIM, WIDTH = 3, 4, 2, 32, 96
 PLANTED = {(1, 2), (2, 0)}

@@ -16,9 +16,9 @@ from lserve_jax.calibration.folder import require_target, write_pattern
 from lserve_jax.calibration.picture import head_map
 from lserve_jax.calibration.scores import MEASURES, combine, to_gates
 from lserve_jax.calibration.shares import describe, expected_losses, masked_step, retrieval_heads
-from lserve_jax.engine_setup import prepare
+from lserve_jax.engine.setup import prepare
 from tests.lserve_jax.calibration import planted
-from tests.lserve_jax.tiny_steps import TINY
+from tests.lserve_jax.runtime.tiny_steps import TINY
 
 MODEL = str(TINY / "llama3")  # 2 layers of 2 KV heads, a byte or so a token
 # One shape for all runs, so that each program is compiled once.
@@ -256,7 +256,7 @@ def test_losses_are_those_of_the_engine_with_such_heads(rng: np.random.Generator
 
     from lserve_jax import InferenceConfig, from_preset, open_checkpoint
     from lserve_jax.calibration.prompts import Prompt
-    from tests.lserve_jax.tiny_steps import Stepper
+    from tests.lserve_jax.runtime.tiny_steps import Stepper
 
     checkpoint = open_checkpoint(MODEL)
     tokens = rng.integers(0, 128, 150)

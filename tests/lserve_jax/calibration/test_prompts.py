@@ -8,7 +8,7 @@ import pytest
 from lserve_jax.calibration.passkeys import ALPHABET, ORDINALS, Passkeys
 from lserve_jax.calibration.prompts import ANSWER_TOKENS, KINDS, Prompt, make_prompts
 from lserve_jax.calibration.two_streams import BLOCK
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights.gguf import GGUFFile
 
 LENGTH = 1024

@@ -15,7 +15,7 @@ from lserve_jax.calibration.prompts import Prompt
 from lserve_jax.calibration.scores import BEST_PLACE, MEASURES, SCORES, Scores, combine, score_heads, to_gates
 from lserve_jax.models.llama import Llama, abstract_params
 from tests.lserve_jax.calibration import planted
-from tests.lserve_jax.tiny_steps import TINY
+from tests.lserve_jax.runtime.tiny_steps import TINY
 
 CHUNK = 64
 

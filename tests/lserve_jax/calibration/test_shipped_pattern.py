@@ -10,7 +10,7 @@ import pytest
 from lserve_jax import InferenceConfig, from_preset, load_gates, open_checkpoint
 from lserve_jax.calibration.prompts import make_prompts
 from lserve_jax.calibration.shares import expected_losses
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.text.tokenizer import Tokenizer
 
 SHIPPED = resources.files("lserve_jax") / "data" / "patterns" / "smollm2-135m-instruct"
 

@@ -6,14 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from lserve_jax.engine.allocator import (
-    PageAllocator,
-    PagePool,
-    retrieval_pages,
-    stack_tables,
-    streaming_pages,
-    visible_pages,
-)
+from lserve_jax.config.pages import most_streaming_pages, retrieval_pages, visible_pages
+from lserve_jax.engine.allocator import PageAllocator, PagePool, stack_tables
 from lserve_jax.engine.request import Request, Sequence
 
 PROMPTS = (1, 63, 64, 65, 100, 127, 128, 129, 200, 256, 257, 300, 384, 385, 448, 449, 512, 1000)
@@ -160,7 +154,7 @@ def test_a_decoding_sequence_holds_seven_streaming_pages_at_the_defaults():
         most = max(most, len(held(sequence.streaming_table)))
         sequence.num_cached += 1
         device.allocator.release_unseen(sequence, sequence.num_cached, DEFAULT.local)
-    assert most == 7 == streaming_pages(DEFAULT.sink, DEFAULT.local, 1, DEFAULT.page_size)
+    assert most == 7 == most_streaming_pages(DEFAULT.sink, DEFAULT.local, 1, DEFAULT.page_size)
 
 
 def test_a_prefill_keeps_its_own_window_and_shrinks_to_the_decode_window_at_its_end():
@@ -195,7 +189,7 @@ def test_the_worst_case_of_streaming_pages_is_tight(sink: int, window: int, in_f
 
     # From this start on the window has left the sink's pages, and one page further every alignment has occurred.
     last = sink + window + 2 * page_size
-    assert max(map(touched, range(last + 1))) == streaming_pages(sink, window, in_flight, page_size)
+    assert max(map(touched, range(last + 1))) == most_streaming_pages(sink, window, in_flight, page_size)
 
 
 @given(

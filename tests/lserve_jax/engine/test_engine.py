@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from lserve_jax import LLM, RequestOutput, SamplingParams
-from lserve_jax.engine.programs import Call, Programs
-from lserve_jax.outputs import TextChunk
-from tests.lserve_jax.tiny_steps import Stepper
+from lserve_jax.engine.outputs import TextChunk
+from lserve_jax.runtime.programs import Call, Programs
+from tests.lserve_jax.runtime.tiny_steps import Stepper
 
 MODEL = str(Path(__file__).parents[2] / "golden" / "tiny" / "llama3")
 VOCABULARY = 128

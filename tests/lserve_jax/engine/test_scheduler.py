@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lserve_jax.engine.allocator import streaming_pages, visible_pages
+from lserve_jax.config.pages import most_streaming_pages, visible_pages
 from lserve_jax.engine.request import Request, Sequence, Status
 from lserve_jax.engine.scheduler import Decode, Prefill, Scheduler, SchedulerConfig
 
@@ -240,8 +240,8 @@ def test_admission_commits_the_pages_of_the_whole_generation():
 
 def test_streaming_pages_of_the_prefill_window_are_uncommitted_when_the_prefill_ends():
     config = replace(CONFIG, max_model_len=1000, num_retrieval_pages=300, prefill_local=200)
-    decode = streaming_pages(config.sink, config.local, config.steps_per_call, config.page_size)
-    prefill = streaming_pages(config.sink, config.prefill_local, config.prefill_chunk, config.page_size)
+    decode = most_streaming_pages(config.sink, config.local, config.steps_per_call, config.page_size)
+    prefill = most_streaming_pages(config.sink, config.prefill_local, config.prefill_chunk, config.page_size)
     assert decode < prefill
     for missing, is_together in ((0, True), (1, False)):
         scheduler = Scheduler(replace(config, num_streaming_pages=decode + prefill - missing))

@@ -11,7 +11,7 @@ import pytest
 from lserve_jax.evaluation.longbench import NAMES, LongBenchTask, load, open_task
 from lserve_jax.evaluation.rendering import chat_render, raw_render
 from lserve_jax.evaluation.sample import Request, Task
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.text.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[2] / "golden" / "tiny" / "llama3"
 ROW = {

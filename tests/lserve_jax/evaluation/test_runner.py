@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lserve_jax import LLM, SamplingParams
-from lserve_jax.engine_setup import Setup, prepare
+from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.evaluation.answers import Answers
 from lserve_jax.evaluation.corpus import Windows, python_reference, read_texts
 from lserve_jax.evaluation.drift import Drift
@@ -24,8 +24,7 @@ from lserve_jax.evaluation.runner import Plan, make_items, make_loads, missing, 
 from lserve_jax.evaluation.sample import Metric, Request, Sample
 from lserve_jax.evaluation.store import Store
 from lserve_jax.evaluation.variants import parse_variants
-from lserve_jax.llm import open_tokenizer
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 
 TINY = str(Path(__file__).parents[2] / "golden" / "tiny" / "llama3")
 TEXT = (Path(__file__).parents[3] / "LICENSE").read_text(encoding="utf-8")
@@ -63,7 +62,7 @@ class Echo:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    found = open_tokenizer(prepare(TINY), None)
+    found = open_tokenizer(prepare(TINY).checkpoint.tokenizer_source)
     assert found is not None
     return found
 

@@ -18,7 +18,7 @@ from lserve_jax.evaluation.haystack import nominal_depth, open_haystack
 from lserve_jax.evaluation.rendering import chat_render, raw_render, word_render
 from lserve_jax.evaluation.sample import Render, Request, Sample
 from lserve_jax.evaluation.tasks import TASKS, get_task
-from lserve_jax.tokenizer import Tokenizer
+from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights.load import open_checkpoint
 
 NIAH = [name for name in TASKS if name.startswith("niah")]

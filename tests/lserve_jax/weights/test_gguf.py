@@ -6,7 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-from lserve_jax.config import RopeConfig
+from lserve_jax.config.hf import read_hf
+from lserve_jax.config.model import RopeConfig
 from lserve_jax.weights import open_checkpoint
 from lserve_jax.weights.gguf import GGUFFile
 from tests.lserve_jax.checkpoints import (
@@ -44,8 +45,8 @@ def test_config_and_tensors_are_those_of_the_hugging_face_checkpoint(name: str, 
     config, tensors = CONFIGS[name], random_tensors(CONFIGS[name])
     write_gguf(path, config, tensors, architecture=ARCHITECTURES[name])
     checkpoint = open_checkpoint(str(path))
-    from_hf = type(checkpoint.config).from_hf(config, source=name)
-    assert checkpoint.config == from_hf
+    expected = read_hf(config, source=name)
+    assert checkpoint.config == expected
     assert_same_tree(checkpoint.load_params("float32"), manual_params(config, tensors))
 
 

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lserve_jax.config import ModelConfig
+from lserve_jax.config.hf import read_hf
+from lserve_jax.config.model import ModelConfig
 from lserve_jax.models import abstract_params
 from lserve_jax.weights.rules import check_heads, expected_tensors, head_index, parameter_shapes
 from tests.lserve_jax.checkpoints import gguf_name, random_tensors, tiny_config
@@ -24,7 +25,7 @@ class Heads:
 
 
 def model(name: str) -> ModelConfig:
-    return ModelConfig.from_hf(CONFIGS[name], source=name)
+    return read_hf(CONFIGS[name], source=name)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

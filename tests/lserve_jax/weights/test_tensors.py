@@ -5,14 +5,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from lserve_jax.config import ModelConfig
+from lserve_jax.config.hf import read_hf
 from lserve_jax.weights.rules import Naming, Tensor
 from lserve_jax.weights.tensors import Inventory, ReadTensor, load_tensors
 from tests.lserve_jax.checkpoints import assert_same_tree, manual_params, random_tensors, tiny_config
 from tests.lserve_jax.weights.test_rules import Heads
 
 CONFIG = tiny_config()
-MODEL = ModelConfig.from_hf(CONFIG, source="test")
+MODEL = read_hf(CONFIG, source="test")
 
 
 class CountingSource:

@@ -1,0 +1,1 @@
+"""What models, sparsity and sizes are: plain Python, hashable, without jax."""

@@ -1,0 +1,202 @@
+"""What a model, a context and a sparsity policy need in memory, known before anything is loaded."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.pages import most_streaming_pages, retrieval_pages
+from lserve_jax.runtime.cache import init_cache
+from lserve_jax.weights.rules import parameter_shapes
+
+_GIB = 2**30
+_HEADROOM = 0.9
+"""Share of the free memory that weights and cache may take; the rest is for a step's temporaries."""
+
+
+def tree_bytes(tree: object) -> int:
+    """Returns the bytes of all arrays of a pytree; `jax.ShapeDtypeStruct` leaves count as arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def page_bytes(config: InferenceConfig) -> tuple[int, int]:
+    """Returns the bytes of one retrieval page and of one streaming page, all layers together, statistics included."""
+    cache = jax.eval_shape(lambda: init_cache(config, slots=1, retrieval_pages=1, streaming_pages=1))
+    return (
+        sum(tree_bytes(layer.kv.retrieval) for layer in cache),
+        sum(tree_bytes(layer.kv.streaming) for layer in cache),
+    )
+
+
+def dense_bf16_bytes(config: InferenceConfig, tokens: int) -> int:
+    """Returns what the keys and values of ``tokens`` tokens take in bfloat16 without any sparsity."""
+    model = config.model
+    return tokens * model.num_layers * model.num_kv_heads * model.head_dim * 2 * jnp.dtype(jnp.bfloat16).itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSizes:
+    """Pages of each layer's pools; at least 1, also of a pool that no layer has."""
+
+    retrieval: int
+    streaming: int
+
+    @classmethod
+    def of(
+        cls, config: InferenceConfig, *, max_model_len: int, slots: int, prefill_chunk: int, steps_per_call: int
+    ) -> "PoolSizes":
+        """Returns the pools with which ``slots`` sequences of ``max_model_len`` tokens can decode together.
+
+        One of them may be in its prefill, which looks back further in the streaming pool.
+        """
+        attention = config.attention
+        every = retrieval_pages(max_model_len, attention.page_size)
+        window = max(attention.prefill_local, attention.local)
+        decode = most_streaming_pages(attention.sink, attention.local, steps_per_call, attention.page_size)
+        prefill = most_streaming_pages(attention.sink, window, prefill_chunk, attention.page_size)
+        streaming = (slots - 1) * min(decode, every) + min(max(prefill, decode), every)
+        # Kernels copy key statistics eight rows at a time: where a page has fewer, the pool holds whole eights.
+        subs = attention.page_size // attention.sub_page_size
+        unit = max(8 // math.gcd(8, heads * subs) for heads in config.num_retrieval)
+        return cls(retrieval=-(-slots * every // unit) * unit, streaming=streaming)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes of weights and cache for some slots and a context; see `plan_memory`."""
+
+    config: InferenceConfig
+    max_model_len: int
+    slots: int
+    pools: PoolSizes
+    weight_bytes: int
+    retrieval_bytes: int
+    streaming_bytes: int
+    available_bytes: int
+    largest_context: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and both pools."""
+        return self.weight_bytes + self.retrieval_bytes + self.streaming_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether weights and cache leave enough of the memory to run in."""
+        return self.total_bytes <= self.available_bytes * _HEADROOM
+
+    def require_fit(self) -> None:
+        """Raises ValueError naming the largest context that fits, if this one does not."""
+        if self.fits:
+            return
+        remedy = (
+            f"the largest context that fits is {self.largest_context} tokens (max_model_len)"
+            if self.largest_context
+            else "not even the weights and one page fit"
+        )
+        raise ValueError(
+            f"max_model_len={self.max_model_len} with {self.slots} sequence(s) needs {_gib(self.total_bytes)} for "
+            f"weights and KV cache, but {_gib(self.available_bytes * _HEADROOM)} can be used: {remedy}"
+        )
+
+    def describe(self) -> str:
+        """Returns the plan as a table for people."""
+        config, dense = self.config, dense_bf16_bytes(self.config, self.slots * self.max_model_len)
+        cache = self.retrieval_bytes + self.streaming_bytes
+        retrieval, streaming = page_bytes(config)
+        heads = config.model.num_layers * config.model.num_kv_heads
+        kept = sum(config.num_retrieval)
+        fits = "fits" if self.fits else "DOES NOT FIT"
+        rows = [
+            ("context", f"{self.max_model_len:,} tokens x {self.slots} sequence(s)"),
+            ("KV heads", f"{kept} retrieval + {heads - kept} streaming of {heads}"),
+            ("weights", f"{self.weight_bytes:,} bytes ({_gib(self.weight_bytes)}, {config.dtype})"),
+            ("retrieval pages", f"{self.pools.retrieval:,} x {retrieval:,} = {self.retrieval_bytes:,} bytes"),
+            ("streaming pages", f"{self.pools.streaming:,} x {streaming:,} = {self.streaming_bytes:,} bytes"),
+            ("KV cache", f"{cache:,} bytes ({_gib(cache)}, {config.kv_dtype}), {cache / dense:.2f}x of dense bfloat16"),
+            ("total", f"{self.total_bytes:,} bytes ({_gib(self.total_bytes)})"),
+            ("memory", f"{_gib(self.available_bytes)} free, {_HEADROOM:.0%} of it usable: {fits}"),
+            ("largest context", f"{self.largest_context:,} tokens x {self.slots} sequence(s)"),
+        ]
+        return "\n".join(f"{name + ':':<17} {value}" for name, value in rows)
+
+
+def plan_memory(
+    config: InferenceConfig,
+    *,
+    max_model_len: int,
+    slots: int,
+    prefill_chunk: int,
+    steps_per_call: int,
+    available_bytes: int | None = None,
+) -> MemoryPlan:
+    """Returns what ``slots`` sequences of ``max_model_len`` tokens need. Allocates and loads nothing.
+
+    Args:
+      config: model, sparsity and number types.
+      max_model_len: tokens of a sequence, prompt and generation together.
+      slots: sequences that decode together.
+      prefill_chunk: prompt tokens a prefill call.
+      steps_per_call: decode steps a call.
+      available_bytes: memory to plan for; None asks the device.
+    """
+    available = free_memory() if available_bytes is None else available_bytes
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(config.model).values())
+    weights = parameters * jnp.dtype(config.dtype).itemsize
+    retrieval, streaming = page_bytes(config)
+
+    def pools(length: int) -> PoolSizes:
+        return PoolSizes.of(
+            config, max_model_len=length, slots=slots, prefill_chunk=prefill_chunk, steps_per_call=steps_per_call
+        )
+
+    def needed(length: int) -> int:
+        return weights + pools(length).retrieval * retrieval + pools(length).streaming * streaming
+
+    page = config.attention.page_size
+    low, high = 0, (2**31 - 1) // page  # lengths are int32; in pages
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = needed(middle * page) <= available * _HEADROOM
+        low, high = (middle, high) if fits else (low, middle - 1)
+    sizes = pools(max_model_len)
+    return MemoryPlan(
+        config=config,
+        max_model_len=max_model_len,
+        slots=slots,
+        pools=sizes,
+        weight_bytes=weights,
+        retrieval_bytes=sizes.retrieval * retrieval,
+        streaming_bytes=sizes.streaming * streaming,
+        available_bytes=available,
+        largest_context=low * page,
+    )
+
+
+def free_memory() -> int:
+    """Returns the bytes that the default device can still give: a GPU's own limit, or the host's free memory."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    return host_memory()
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Returns the host's free bytes, or what a container's limit (cgroup v2) leaves of them; ``root`` is for tests."""
+    meminfo, group = root / "proc/meminfo", root / "sys/fs/cgroup"
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = ((group / name) for name in ("memory.max", "memory.current"))
+    if not limit.exists() or (bound := limit.read_text(encoding="ascii").strip()) == "max":
+        return free
+    return min(free, max(int(bound) - int(used.read_text(encoding="ascii")), 0))
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB"

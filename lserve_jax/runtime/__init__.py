@@ -1,0 +1,1 @@
+"""What is compiled: pure functions of pytrees over the paged KV cache."""

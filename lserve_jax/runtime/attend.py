@@ -1,0 +1,101 @@
+"""The one seam between model and cache: `attend` callables that write to and read from the paged KV cache."""
+
+import jax
+import jax.numpy as jnp
+
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.models.llama import Attend
+from lserve_jax.runtime.cache import LayerCache
+from pallas_kernels import PageTables, decode_attention, kv_write, page_select, prefill_attention, rotate
+
+
+def _window(config: InferenceConfig, tables: PageTables, local: int) -> tuple[int, int]:
+    """Returns sink and window, cut to what the page tables can hold: nothing may grow with a setting past that."""
+    longest = tables.streaming.shape[1] * config.attention.page_size
+    return min(config.attention.sink, longest), min(local, longest)
+
+
+def as_stored(config: InferenceConfig, x: jax.Array) -> jax.Array:
+    """Returns queries, keys or values [..., H] in the basis in which pages hold keys and values; outputs back from it.
+
+    The rotation of 4-bit pages is its own inverse. Page selection stays in the model's own basis, where its bounds are
+    tighter.
+    """
+    return rotate(x) if config.is_rotated else x
+
+
+def prefill_attend(
+    config: InferenceConfig, tables: PageTables, starts: jax.Array, counts: jax.Array, *, has_history: bool = True
+) -> Attend:
+    """Returns the attention of a prompt chunk: tokens ``starts[b] … starts[b] + counts[b] − 1`` of each sequence.
+
+    Without ``has_history`` all ``starts`` must be 0.
+    """
+    sink, local = _window(config, tables, config.attention.prefill_local)
+
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache) -> tuple[jax.Array, LayerCache]:
+        # Written first, read after: the order that lets XLA update the donated pages in place.
+        own = k if config.is_rotated else None
+        q, k, v = (as_stored(config, x) for x in (q, k, v))
+        kv = kv_write(*(k, v, state.kv, tables, starts, counts), k_bounded=own, implementation=config.implementation)
+        out = prefill_attention(
+            *(q, k, v, kv, tables, starts, counts),
+            sink=sink,
+            local=local,
+            has_history=has_history,
+            implementation=config.implementation,
+        )
+        return as_stored(config, out), state._replace(kv=kv)
+
+    return attend
+
+
+def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Array, decode_steps: jax.Array) -> Attend:
+    """Returns the attention of one new token a sequence.
+
+    Args:
+      config: static settings.
+      tables: page tables [B, max_pages].
+      lengths: [B] tokens of each sequence with the new one; 0 for an empty slot.
+      decode_steps: [B] decode steps of each sequence since its prefill: pages are selected at every
+        ``selector_interval``-th, beginning with step 0.
+    """
+    attention = config.attention
+    sink, local = _window(config, tables, attention.local)
+
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache) -> tuple[jax.Array, LayerCache]:
+        is_used = (lengths > 0).astype(lengths.dtype)
+        own = k if config.is_rotated else None
+        k, v = (as_stored(config, x) for x in (k, v))
+        kv = kv_write(
+            *(k, v, state.kv, tables, lengths - is_used, is_used), k_bounded=own, implementation=config.implementation
+        )
+        selected = None
+        num_selected = attention.num_selected
+        if state.selected is not None and num_selected is not None and tables.retrieval.shape[1] > num_selected:
+            assert kv.retrieval is not None
+            group = q.shape[2] // k.shape[2]
+            state = state._replace(
+                selected=page_select(
+                    *(q[:, 0, : kv.num_retrieval * group], kv.retrieval, jnp.asarray(tables.retrieval)),
+                    *(lengths, state.selected),
+                    decode_steps % attention.selector_interval == 0,
+                    num_selected=num_selected,
+                    interval=attention.selector_interval,
+                    sink_pages=attention.sink_pages,
+                    reduction=attention.group_reduction,
+                    spread=attention.selector_spread,
+                    has_lookahead=attention.has_lookahead,
+                    implementation=config.implementation,
+                )
+            )
+            selected = state.selected
+        out = decode_attention(
+            *(as_stored(config, q[:, 0]), kv, tables, lengths, selected),
+            sink=sink,
+            local=local,
+            implementation=config.implementation,
+        )
+        return as_stored(config, out)[:, None], state._replace(kv=kv)
+
+    return attend

@@ -1,0 +1,96 @@
+"""Recall of page selection: the share of the true attention mass that the pages read hold.
+
+A probe beside the real step: it computes dense attention scores, in a program of its own that nothing else pays for.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.models.llama import Params
+from lserve_jax.runtime.attend import as_stored, decode_attend
+from lserve_jax.runtime.cache import KVCache, LayerCache
+from lserve_jax.runtime.steps import run_model
+from pallas_kernels import PagedKV, PageTables, dequantize
+
+
+@jax.jit
+def attention_recall(
+    q: jax.Array, pool: PagedKV, table: jax.Array, lengths: jax.Array, selected: jax.Array
+) -> jax.Array:
+    """Returns, for each sequence and KV head, the attention mass [B, K] float32 in the selected pages, 0 … 1.
+
+    For the query heads n of KV head k and the sequence's last token:
+
+        mass[b, k] = mean_n Σ_{j in selected pages} softmax_{j < lengths[b]}(q[b, n] · k[j] / sqrt(H))[j]
+
+    NaN for an empty slot. One head of one sequence is computed at a time: its scores [G, S] are all that lives at once.
+
+    Args:
+      q: [B, K · G, H] queries of the retrieval heads, after RoPE, in the basis of the pool's keys
+        (`lserve_jax.runtime.attend.as_stored`).
+      pool: the retrieval pool.
+      table: its page table [B, max_pages] int32.
+      lengths: [B] int32 tokens of each sequence with the current one; 0 for an empty slot.
+      selected: [B, K, n] int32 logical pages, padded with -1 (what `pallas_kernels.page_select` returns).
+    """
+    batch, heads = selected.shape[:2]
+    grouped = q.reshape(batch, heads, -1, q.shape[-1])
+    held = table.shape[1]
+
+    def of_head(at: jax.Array) -> jax.Array:
+        b, head = at // heads, at % heads
+        rows = jax.tree.map(lambda x: x[jnp.maximum(table[b], 0), head], pool.k)
+        keys = dequantize(rows, jnp.float32).reshape(-1, q.shape[-1])
+        tokens = jnp.arange(keys.shape[0])
+        is_seen = tokens < lengths[b]
+        scores = jnp.einsum("gh,sh->gs", grouped[b, head].astype(jnp.float32), keys, precision="highest")
+        weights = jax.nn.softmax(jnp.where(is_seen, scores * q.shape[-1] ** -0.5, -jnp.inf), axis=-1)
+        # The entry past the last page takes the padding.
+        is_read = jnp.zeros(held + 1, bool).at[jnp.where(selected[b, head] < 0, held, selected[b, head])].set(True)
+        is_read = jnp.repeat(is_read[:held], pool.page_size)
+        return jnp.mean(jnp.sum(jnp.where(is_seen & is_read, weights, 0.0), axis=-1))
+
+    mass = jax.lax.map(of_head, jnp.arange(batch * heads, dtype=jnp.int32)).reshape(batch, heads)
+    return jnp.where(lengths[:, None] > 0, mass, jnp.nan)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def recall_step(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    decode_steps: jax.Array,
+    tables: PageTables,
+    *,
+    config: InferenceConfig,
+) -> tuple[jax.Array, KVCache]:
+    """Returns the recall [L, B] float32 of a decode step, mean over retrieval heads, and the cache.
+
+    NaN where nothing is selected: in layers without a selection, while all pages fit into it, and in empty slots. The
+    arguments are those of `decode_step`, which may be called with the cache afterwards as if this had not been: what
+    is written here it writes again.
+    """
+    inner = decode_attend(config, tables, lengths, decode_steps)
+
+    def attend(
+        layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
+    ) -> tuple[jax.Array, tuple[LayerCache, jax.Array]]:
+        out, state = inner(layer, q, k, v, state)
+        nothing = jnp.full(lengths.shape, jnp.nan)
+        if state.selected is None or state.kv.retrieval is None:
+            return out, (state, nothing)
+        heads = state.kv.num_retrieval * (q.shape[2] // k.shape[2])
+        table = jnp.asarray(tables.retrieval)
+        mass = attention_recall(as_stored(config, q[:, 0, :heads]), state.kv.retrieval, table, lengths, state.selected)
+        budget = config.attention.num_selected
+        assert budget is not None
+        is_selecting = lengths > budget * config.attention.page_size
+        return out, (state, jnp.where(is_selecting, jnp.mean(mass, axis=1), nothing))
+
+    positions = jnp.maximum(lengths - 1, 0)[:, None]
+    _, states = run_model(params, cache, tokens[:, None], positions, attend, config)
+    return jnp.stack([recall for _, recall in states]), tuple(state for state, _ in states)

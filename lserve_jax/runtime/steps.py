@@ -1,0 +1,261 @@
+"""The compiled programs: a prompt chunk, one decode step, and a loop of decode steps with sampling.
+
+Pure functions of pytrees. ``cache`` is donated: use the one that is returned. Shapes are those of the arguments; the
+lengths of contexts, page tables, sampling settings and numbers of steps are data: nothing recompiles as they change.
+"""
+
+import json
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.models.llama import Attend, Layer, Llama, Params
+from lserve_jax.runtime.attend import decode_attend, prefill_attend
+from lserve_jax.runtime.cache import KVCache, LayerCache
+from lserve_jax.runtime.sampling import SamplingState, sample, token_logprobs
+from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray
+
+
+class DecodeState(NamedTuple):
+    """One row a slot.
+
+    Attributes:
+      tokens: [B] int32 each sequence's newest token, which the cache does not hold yet.
+      lengths: [B] int32 tokens of each sequence, the newest included.
+      decode_steps: [B] int32 decode steps since the sequence's prefill: the phase of its page selection.
+      remaining: [B] int32 tokens that may still be generated; 0 for an empty slot.
+      stop_tokens: [B, S] int32 tokens that end a sequence, padded with -1.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    decode_steps: jax.Array
+    remaining: jax.Array
+    stop_tokens: jax.Array
+
+
+class Generated(NamedTuple):
+    """What decode steps brought, [steps, B].
+
+    Attributes:
+      tokens: int32 the tokens that each sequence took; -1 where it had ended.
+      logprobs: float32 their log-probabilities.
+      choices: int32 the tokens that sampling chose: the same, unless others were forced.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    choices: jax.Array
+
+
+def run_model(
+    params: Params,
+    state: tuple[Any, ...],
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    config: InferenceConfig,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Returns the hidden states [B, T, D] of tokens [B, T], and the new state of each layer (see `Llama`).
+
+    ``attend`` may know a layer by the form of its state only: layers of one form are traced once, which is most of what
+    a start with a filled compilation cache takes.
+    """
+    model, layer = Llama(config.model, jnp.dtype(config.dtype)), Layer(config.model, jnp.dtype(config.dtype))
+    x, rope = cast(Any, model.apply({"params": params}, tokens, positions, method="begin"))
+
+    @jax.jit
+    def run(params: Params, x: jax.Array, rope: Any, state: Any) -> Any:
+        return layer.apply({"params": params}, x, rope, 0, state, attend)
+
+    new_state = []
+    for index, old in enumerate(state):
+        x, new = run(params[f"layers_{index}"], x, rope, old)
+        new_state.append(new)
+    return cast(Any, model.apply({"params": params}, x, method="end")), tuple(new_state)
+
+
+def _unembed(params: Params, hidden: jax.Array, config: InferenceConfig) -> jax.Array:
+    model = Llama(config.model, jnp.dtype(config.dtype))
+    logits: Any = model.apply({"params": params}, hidden, method="unembed")
+    return logits
+
+
+@partial(jax.jit, static_argnames=("config", "has_history", "has_all_logits"), donate_argnames="cache")
+def prefill_step(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    starts: jax.Array,
+    counts: jax.Array,
+    tables: PageTables,
+    *,
+    config: InferenceConfig,
+    has_history: bool = True,
+    has_all_logits: bool = False,
+) -> tuple[jax.Array, KVCache]:
+    """Returns the logits [B, V] float32 of each sequence's last token of a chunk, and the cache with the chunk in it.
+
+    Args:
+      params: the model's parameters, heads permuted as ``config.heads`` says.
+      cache: from `init_cache`; donated.
+      tokens: [B, T] int32; T is the chunk size, a static shape.
+      starts: [B] int32 tokens of each sequence that the cache holds already.
+      counts: [B] int32 valid tokens of each row, 0 … T.
+      tables: page tables [B, max_pages] int32 with the pages of the history that is still visible and of the chunk.
+      config: static settings.
+      has_history: False promises that all ``starts`` are 0: a smaller program for prompts of one chunk.
+      has_all_logits: return the logits of every token, [B, T, V].
+    """
+    positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    attend = prefill_attend(config, tables, starts, counts, has_history=has_history)
+    hidden, cache = run_model(params, cache, tokens, positions, attend, config)
+    if not has_all_logits:
+        last = jnp.maximum(counts - 1, 0)[:, None, None]
+        hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    return _unembed(params, hidden, config), cache
+
+
+def _decode(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    decode_steps: jax.Array,
+    tables: PageTables,
+    config: InferenceConfig,
+) -> tuple[jax.Array, KVCache]:
+    positions = jnp.maximum(lengths - 1, 0)[:, None]
+    attend = decode_attend(config, tables, lengths, decode_steps)
+    hidden, cache = run_model(params, cache, tokens[:, None], positions, attend, config)
+    return _unembed(params, hidden[:, 0], config), cache
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def decode_step(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    decode_steps: jax.Array,
+    tables: PageTables,
+    *,
+    config: InferenceConfig,
+) -> tuple[jax.Array, KVCache]:
+    """Returns the logits [B, V] float32 after one new token a sequence, and the cache with these tokens in it.
+
+    Args:
+      params: the model's parameters, heads permuted as ``config.heads`` says.
+      cache: from `init_cache` with B slots; donated. Row b of every argument belongs to slot b.
+      tokens: [B] int32 the new tokens.
+      lengths: [B] int32 tokens of each sequence, the new one included; 0 for an empty slot.
+      decode_steps: [B] int32 decode steps of each sequence since its prefill.
+      tables: page tables [B, max_pages] int32 with a page for the new token.
+      config: static settings.
+    """
+    return _decode(params, cache, tokens, lengths, decode_steps, tables, config)
+
+
+def _take(
+    logits: jax.Array, positions: jax.Array, sampling: SamplingState, forced: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the next tokens [B], their log-probabilities [B] and what sampling chose [B]: forced tokens go first."""
+    choices, logprobs = sample(logits, positions, sampling)
+    if forced is None:
+        return choices, logprobs, choices
+    tokens = jnp.where(forced >= 0, forced, choices)
+    return tokens, token_logprobs(logits, tokens), choices
+
+
+@partial(jax.jit, static_argnames=("config", "max_steps"), donate_argnames="cache")
+def decode_loop(
+    params: Params,
+    cache: KVCache,
+    state: DecodeState,
+    tables: PageTables,
+    sampling: SamplingState,
+    num_steps: jax.Array,
+    forced: jax.Array | None = None,
+    *,
+    config: InferenceConfig,
+    max_steps: int,
+) -> tuple[Generated, DecodeState, KVCache]:
+    """Returns what up to ``num_steps`` decode steps generate, the state after them, and the cache.
+
+    A sequence ends at a stop token or when nothing remains; the loop ends with its last sequence. The host is asked for
+    nothing in between, so the tables must hold the pages of all steps.
+
+    Args:
+      params: the model's parameters.
+      cache: donated.
+      state: where each slot stands.
+      tables: page tables [B, max_pages] int32.
+      sampling: settings of each slot.
+      num_steps: scalar int32, at most ``max_steps``.
+      forced: [max_steps, B] int32 tokens that are taken whatever sampling chooses; -1 where it is free. None forces
+        nothing.
+      config: static settings.
+      max_steps: rows of the result.
+    """
+    slots = state.tokens.shape[0]
+    no_tokens = jnp.full((max_steps, slots), -1, jnp.int32)
+    nothing = Generated(no_tokens, jnp.zeros((max_steps, slots), jnp.float32), no_tokens)
+
+    def is_running(carry: tuple[jax.Array, Generated, DecodeState, KVCache]) -> jax.Array:
+        return (carry[0] < num_steps) & jnp.any(carry[2].remaining > 0)
+
+    def step(
+        carry: tuple[jax.Array, Generated, DecodeState, KVCache],
+    ) -> tuple[jax.Array, Generated, DecodeState, KVCache]:
+        index, out, state, cache = carry
+        is_active = state.remaining > 0
+        lengths = jnp.where(is_active, state.lengths, 0)
+        logits, cache = _decode(params, cache, state.tokens, lengths, state.decode_steps, tables, config)
+        taken = _take(logits, state.lengths, sampling, None if forced is None else forced[index])
+        new = Generated(
+            *(jnp.where(is_active, x, nothing_of) for x, nothing_of in zip(taken, (-1, 0.0, -1), strict=True))
+        )
+        tokens = new.tokens
+        is_stop = jnp.any(tokens[:, None] == state.stop_tokens, axis=1)
+        one = is_active.astype(jnp.int32)
+        state = DecodeState(
+            tokens=jnp.where(is_active, tokens, state.tokens),
+            lengths=state.lengths + one,
+            decode_steps=state.decode_steps + one,
+            remaining=jnp.where(is_stop, 0, state.remaining - one),
+            stop_tokens=state.stop_tokens,
+        )
+        out = Generated(*(rows.at[index].set(row) for rows, row in zip(out, new, strict=True)))
+        return index + 1, out, state, cache
+
+    _, out, state, cache = jax.lax.while_loop(is_running, step, (jnp.int32(0), nothing, state, cache))
+    return out, state, cache
+
+
+@jax.jit
+def sample_first(
+    logits: jax.Array, positions: jax.Array, sampling: SamplingState, forced: jax.Array | None = None
+) -> Generated:
+    """Returns what prefill logits [B, V] bring, [B] (see `sample`); ``forced`` [B] int32 as in `decode_loop`."""
+    return Generated(*_take(logits, positions, sampling, forced))
+
+
+@jax.jit
+def score_chunk(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns the log-probabilities [..., T] float32 of tokens [..., T] int32 under logits [..., T, V]."""
+    return token_logprobs(logits, tokens)
+
+
+# An exported step (`jax.export`) can be written to a file only if its arguments' types are registered by name.
+for _kind in (LayerCache, LayerKV, PagedKV, PageTables, SamplingState, DecodeState, Generated):
+    export.register_namedtuple_serialization(_kind, serialized_name=f"lserve_jax.{_kind.__name__}")
+export.register_pytree_node_serialization(
+    QuantizedArray,
+    serialized_name="lserve_jax.QuantizedArray",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),
+    deserialize_auxdata=lambda text: tuple(json.loads(text)),
+)

@@ -1,0 +1,106 @@
+"""A checkpoint's own chat template (Jinja), rendered as Hugging Face renders it, in a sandbox with a budget."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, ClassVar
+
+from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+
+from lserve_jax.text.jinja_budget import Budget, BudgetedEnvironment
+
+GROWTH = 8  # the rendered text may have this many times the messages' characters …
+SLACK = 1_000_000  # … and these besides
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+      text: The Jinja source.
+      source: Where it came from, for messages.
+      variables: What the template may read besides the messages: `bos_token`, `eos_token`, ….
+
+    Raises:
+      ValueError: The source is no Jinja template.
+    """
+
+    def __init__(self, text: str, *, source: str, variables: Mapping[str, str]):
+        self._source = source
+        self._variables = dict(variables)
+        environment = BudgetedEnvironment(
+            filters={"tojson": _tojson},
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[LoopControlExtension, _Generation],
+        )
+        environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+        try:
+            self._template = environment.from_string(environment.budgeted(text))
+        except Exception as error:  # whatever a hostile source makes the compiler raise, RecursionError included
+            raise ValueError(f"{source}: the chat template is not valid Jinja: {_one_line(error)}") from error
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """Returns the conversation as text, control tokens included.
+
+        Raises:
+          ValueError: The template refuses these messages, fails, or does more than its budget allows.
+        """
+        budget = Budget(characters=SLACK + GROWTH * _characters(messages))
+        conversation = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            parts = self._template.generate(self._variables | conversation | budget.as_variables())
+            return "".join(budget.bounded(parts))
+        except Exception as error:
+            raise ValueError(f"{self._source}: the chat template failed: {_one_line(error)}") from error
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training; here only its body counts."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Returns JSON as Hugging Face writes it: not escaped for HTML, unlike Jinja's own filter."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _characters(value: Any) -> int:
+    """Returns the number of characters in a message or in any part of one."""
+    if isinstance(value, Mapping):
+        return sum(_characters(key) + _characters(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 1
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"

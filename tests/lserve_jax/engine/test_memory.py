@@ -1,0 +1,246 @@
+"""The memory plan, checked against arithmetic by hand and against what is really allocated."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lserve_jax import (
+    LLM,
+    AttentionConfig,
+    HeadClasses,
+    InferenceConfig,
+    classify,
+    from_preset,
+    init_cache,
+)
+from lserve_jax.config.hf import read_hf
+from lserve_jax.engine.memory import PoolSizes, host_memory, plan_memory, tree_bytes
+from lserve_jax.models.known import known_configs
+from lserve_jax.weights import open_checkpoint
+from tests.lserve_jax.checkpoints import tiny_config
+
+ROOT = Path(__file__).parents[3]
+TINY = ROOT / "tests" / "golden" / "tiny"
+GIB = 2**30
+
+# Llama-3.1-8B: 32 layers of 8 KV heads of 128, width 4096, feed-forward 14336, vocabulary 128256, nothing tied.
+LLAMA_8B_WEIGHTS = (
+    2 * 128256 * 4096  # embedding and output
+    + 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)  # q and o, k and v
+    + 32 * 3 * 4096 * 14336  # gate, up, down
+    + (2 * 32 + 1) * 4096  # norms
+)
+
+
+def llama_8b(streaming: float, **policy: Any) -> InferenceConfig:
+    heads = classify(np.zeros((32, 8)), streaming)
+    model = open_checkpoint("llama-3.1-8b").config
+    return InferenceConfig(model=model, attention=from_preset("lserve", **policy), heads=heads)
+
+
+def plan_of(config: InferenceConfig, length: int, **sizes: Any) -> Any:
+    return plan_memory(
+        config,
+        **{"max_model_len": length, "slots": 1, "prefill_chunk": 512, "steps_per_call": 8, "available_bytes": 80 * GIB}
+        | sizes,
+    )
+
+
+def test_llama_8b_at_a_million_tokens_in_int8_with_half_the_heads_streaming():
+    plan = plan_of(llama_8b(0.5, kv_dtype="int8"), 1_000_000)
+    assert LLAMA_8B_WEIGHTS == 8_030_261_248
+    assert plan.weight_bytes == 16_060_522_496  # bfloat16
+    # A page of one head: 64 keys and 64 values of 128 bytes, each with a scale and a zero point in float32.
+    streaming_head = 2 * 64 * (128 + 4 + 4)
+    # Retrieval heads also have the least and greatest key of 4 sub-pages, 128 channels in bfloat16.
+    retrieval_head = streaming_head + 2 * 4 * 128 * 2
+    assert (streaming_head, retrieval_head) == (17_408, 19_456)
+    # 1,000,000 tokens fill 15,625 pages of 64 exactly; 16 layers' worth of 8 heads are retrieval heads.
+    assert plan.retrieval_bytes == 15_625 * 128 * 19_456 == 38_912_000_000
+    # Streaming heads: 2 pages of 128 sink tokens; 512 queries with a window of 4096 reach over 4607 positions, which
+    # touch 73 pages when the first of them is the last of its page: 1 + 71 whole ones + 1.
+    assert 1 + 71 * 64 < 4607 <= 1 + 72 * 64
+    assert plan.streaming_bytes == 75 * 128 * 17_408 == 167_116_800
+    assert plan.total_bytes == 16_060_522_496 + 38_912_000_000 + 167_116_800
+
+
+def test_the_same_model_dense_in_bfloat16_takes_128_kib_a_token():
+    config = llama_8b(0.0, token_budget=None)
+    plan = plan_of(config, 131_072)
+    # 2 (k and v) · 32 layers · 8 heads · 128 channels · 2 bytes = 131,072 bytes a token, and statistics of
+    # 2 · 4 · 128 · 2 bytes a page and head: 1/16 of it.
+    assert plan.retrieval_bytes == 131_072 * 131_072 * 17 // 16
+    assert plan.streaming_bytes == 0
+
+
+def test_int4_codes_take_half_a_byte_and_those_of_streaming_heads_a_whole_one():
+    plan = plan_of(llama_8b(0.5, kv_dtype="int4"), 1_000_000)
+    assert plan.retrieval_bytes == 15_625 * 128 * 2 * (64 * (64 + 4 + 4) + 4 * 128 * 2)
+    assert plan.streaming_bytes == 75 * 128 * 2 * 64 * (128 + 4 + 4)
+
+
+def test_slots_share_one_prefills_worth_of_streaming_pages():
+    config = llama_8b(0.5)
+    one, four = plan_of(config, 100_000), plan_of(config, 100_000, slots=4)
+    assert four.pools.retrieval == 4 * one.pools.retrieval == 4 * 1563
+    # 8 decode steps with a window of 256 reach over 263 positions: 1 + 4 whole + 1 pages, and the sink's 2.
+    assert (one.pools.streaming, four.pools.streaming) == (75, 75 + 3 * 8)
+    # No more than a sequence has.
+    assert plan_of(config, 130, slots=2).pools == PoolSizes(retrieval=6, streaming=6)
+
+
+SMALL = read_hf(tiny_config(num_hidden_layers=1), source="one layer of 3 KV heads")
+LIMITS = st.integers(2**15, 2**45)
+
+
+@settings(max_examples=50)
+@given(LIMITS, st.integers(1, 6), st.sampled_from([0, 1, 3]), st.sampled_from(["bfloat16", "int8", "int4"]))
+def test_the_largest_context_fits_and_one_page_more_does_not(available: int, slots: int, kept: int, kv_dtype: str):
+    heads = HeadClasses(order=((0, 1, 2),), num_retrieval=(kept,))
+    config = InferenceConfig(model=SMALL, attention=from_preset("lserve", kv_dtype=kv_dtype), heads=heads)
+    plan = plan_of(config, 1000, slots=slots, available_bytes=available)
+    largest = plan.largest_context
+    assert largest % 64 == 0
+    if largest:
+        assert plan_of(config, largest, slots=slots, available_bytes=available).fits
+    if largest < 2**31 - 64:
+        assert not plan_of(config, largest + 1, slots=slots, available_bytes=available).fits
+    assert plan.fits == (largest >= 1000)
+
+
+def test_a_context_has_int32_positions_however_much_memory_there_is():
+    plan = plan_of(llama_8b(1.0), 1000, available_bytes=2**60)
+    assert plan.largest_context == 2**31 - 64
+
+
+def test_a_context_that_does_not_fit_is_refused_with_the_largest_that_does():
+    config = llama_8b(0.0)
+    plan = plan_of(config, 131_072, available_bytes=24 * GIB)
+    assert not plan.fits
+    # 0.9 · 24 GiB − weights = 7,132,653,322 bytes: 800 pages of 64 · 131,072 · 17/16 bytes.
+    assert plan.largest_context == 800 * 64
+    message = (
+        r"max_model_len=131072 with 1 sequence\(s\) needs 31\.96 GiB for weights and KV cache, but 21\.60 GiB can be "
+        r"used: the largest context that fits is 51200 tokens \(max_model_len\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        plan.require_fit()
+    plan_of(config, 51_200, available_bytes=24 * GIB).require_fit()
+    with pytest.raises(ValueError, match="not even the weights and one page fit"):
+        plan_of(config, 1000, available_bytes=GIB).require_fit()
+
+
+PATTERNS = {
+    "all retrieval": HeadClasses.all_retrieval(3, 3),
+    "mixed": HeadClasses(order=((0, 1, 2), (2, 0, 1), (0, 1, 2)), num_retrieval=(2, 1, 0)),
+    "all streaming": HeadClasses(order=((0, 1, 2),) * 3, num_retrieval=(0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float32", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_planned_bytes_are_those_of_the_cache_that_is_made(pattern: str, kv_dtype: str, dtype: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    policy = AttentionConfig(
+        page_size=8, sub_page_size=4, token_budget=64, sink=9, local=20, prefill_local=40, kv_dtype=kv_dtype
+    )
+    model = open_checkpoint(str(tmp_path)).config
+    config = InferenceConfig(model=model, attention=policy, heads=PATTERNS[pattern], dtype=dtype)
+    plan = plan_of(config, 200, slots=3, prefill_chunk=16)
+    cache = init_cache(config, slots=3, retrieval_pages=plan.pools.retrieval, streaming_pages=plan.pools.streaming)
+    assert plan.retrieval_bytes == sum(tree_bytes(layer.kv.retrieval) for layer in cache)
+    assert plan.streaming_bytes == sum(tree_bytes(layer.kv.streaming) for layer in cache)
+    # What the selector remembers is left to the headroom: 4 bytes for each of its pages.
+    rest = tree_bytes(cache) - plan.retrieval_bytes - plan.streaming_bytes
+    assert rest == 4 * 3 * sum(config.num_retrieval) * (8 + 1)
+
+
+def test_an_engine_takes_what_its_plan_says():
+    model = str(TINY / "qwen3")
+    llm = LLM(model, kv_dtype="int8", max_model_len=96, max_num_seqs=2, token_budget=256)
+    plan = llm.setup.plan
+    assert tree_bytes(llm.engine.params) == plan.weight_bytes
+    assert tree_bytes(llm.engine.cache) == plan.retrieval_bytes + plan.streaming_bytes
+
+
+def test_a_budget_beyond_all_pages_costs_nothing():
+    """The lists of chosen pages grow with the budget, and this one would take 2 · 2 · 2 · 15,625,001 · 4 bytes."""
+    llm = LLM(str(TINY / "llama3"), max_model_len=96, max_num_seqs=2, token_budget=10**9)
+    assert all(layer.selected is None for layer in llm.engine.cache)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def dry_run(*arguments: str) -> tuple[dict[str, str], str]:
+    """The rows of the plan that the command prints, and its stderr."""
+    command = [sys.executable, "-m", "lserve_jax.generate", "--dry-run", *arguments]
+    environment = os.environ | {"XDG_CACHE_HOME": str(ROOT / "LICENSE")}  # a plan writes nothing: no folder is needed
+    environment.pop("JAX_COMPILATION_CACHE_DIR")
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = dict(line.split(":", 1) for line in result.stdout.splitlines())
+    return {name: value.strip() for name, value in rows.items()}, result.stderr
+
+
+MILLION = ("--max-model-len", "1000000", "--kv-dtype", "int8", "--static-sparsity", "0.5", "--prefill-chunk", "512")
+
+
+def check_million(rows: dict[str, str], pages: int) -> None:
+    """With a layer that has one retrieval head, of four sub-pages a page, the pool holds an even number of pages."""
+    retrieval = pages * 2_490_368
+    gib = 2**30
+    assert rows["context"] == "1,000,000 tokens x 1 sequence(s)"
+    assert rows["KV heads"] == "128 retrieval + 128 streaming of 256"
+    assert rows["weights"] == "16,060,522,496 bytes (14.96 GiB, bfloat16)"
+    assert rows["retrieval pages"] == f"{pages:,} x 2,490,368 = {retrieval:,} bytes"
+    assert rows["streaming pages"] == "75 x 2,228,224 = 167,116,800 bytes"
+    cache = retrieval + 167_116_800
+    assert rows["KV cache"] == f"{cache:,} bytes (36.40 GiB, int8), 0.30x of dense bfloat16"
+    assert rows["total"] == f"{cache + 16_060_522_496:,} bytes ({(cache + 16_060_522_496) / gib:.2f} GiB)"
+    assert re.fullmatch(r"\d+\.\d\d GiB free, 90% of it usable: (fits|DOES NOT FIT)", rows["memory"])
+    assert re.fullmatch(r"[\d,]+ tokens x 1 sequence\(s\)", rows["largest context"])
+
+
+def test_dry_run_of_a_million_tokens_needs_a_name_alone():
+    rows, errors = dry_run("--model", "llama-3.1-8b", *MILLION)
+    check_million(rows, 15_625)
+    assert errors.splitlines() == [
+        "max_model_len=1000000 is beyond the 131072 tokens that this model was made for: expect nonsense past them"
+    ]
+
+
+def test_dry_run_of_a_million_tokens_needs_a_folder_with_a_configuration_alone(tmp_path: Path, shared_patterns: Path):
+    (tmp_path / "config.json").write_text(json.dumps(known_configs()["llama-3.1-8b"]))
+    pattern = str(shared_patterns / "Meta-Llama-3.1-8B-Instruct")
+    rows, _ = dry_run("--model", str(tmp_path), "--head-pattern", pattern, "--quiet", *MILLION)
+    check_million(rows, 15_626)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+
+
+def test_a_plan_starts_no_memory_of_the_device():
+    before = len(jax.live_arrays())
+    plan_of(llama_8b(0.5), 1_000_000)
+    assert len(jax.live_arrays()) == before
+
+
+@pytest.mark.parametrize(("limit", "free"), [(None, 4096), ("max", 4096), ("5000", 2000), ("900000", 4096), ("100", 0)])
+def test_free_memory_of_a_host_is_what_its_container_leaves(limit: str | None, free: int, tmp_path: Path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:       9 kB\nMemAvailable:   4 kB\n")
+    if limit is not None:
+        (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+        (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit + "\n")
+        (tmp_path / "sys/fs/cgroup/memory.current").write_text("3000\n")
+    assert host_memory(tmp_path) == free
