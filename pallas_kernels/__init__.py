@@ -4,6 +4,7 @@ Each op is one function with a definition in its docstring and several implement
 package knows nothing of models, configurations or devices.
 """
 
+from pallas_kernels.core.dispatch import BACKENDS, Choice, observe_choices
 from pallas_kernels.core.paging import NO_PAGE, LayerKV, PagedKV, PageTables
 from pallas_kernels.core.quantization import QuantizedArray, dequantize, quantize, rotate
 from pallas_kernels.decode_attention import decode_attention
@@ -12,7 +13,9 @@ from pallas_kernels.page_select import page_select, selection_width
 from pallas_kernels.prefill_attention import prefill_attention
 
 __all__ = [
+    "BACKENDS",
     "NO_PAGE",
+    "Choice",
     "LayerKV",
     "PageTables",
     "PagedKV",
@@ -20,6 +23,7 @@ __all__ = [
     "decode_attention",
     "dequantize",
     "kv_write",
+    "observe_choices",
     "page_select",
     "prefill_attention",
     "quantize",

@@ -1,10 +1,14 @@
+import threading
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels.core.dispatch import NAMES, dispatch
+from pallas_kernels import BACKENDS, Choice, observe_choices
+from pallas_kernels.core.dispatch import dispatch
 from pallas_kernels.core.workloads import TINY
 from tests.pallas_kernels.cases import TABLES, empty_cache, random_tokens
 
@@ -57,7 +61,7 @@ def test_an_absent_implementation_is_refused_with_those_that_there_are():
 
 @pytest.mark.parametrize("name", ["cuda", "", "XLA"])
 def test_an_unknown_name_is_the_callers_mistake(name: str):
-    with pytest.raises(ValueError, match=rf"^implementation='{name}' must be None or one of {', '.join(NAMES)}$"):
+    with pytest.raises(ValueError, match=rf"^implementation='{name}' must be None or one of {', '.join(BACKENDS)}$"):
         dispatch("op", {"xla": answers("xla")}, name)
 
 
@@ -67,9 +71,98 @@ def test_mistakes_of_the_caller_are_no_refusals(implementation: str | None):
         dispatch("op", {"mosaic_gpu": breaks, "xla": answers("xla")}, implementation)
 
 
+def test_choices_are_recorded_in_order_with_the_refusals_before_them():
+    table = {"xla": answers("xla"), "triton": refuses("too old"), "mosaic_gpu": refuses("no Hopper")}
+    with observe_choices() as choices:
+        dispatch("first", table, None)
+        dispatch("second", table, "xla")
+        dispatch("third", {**table, "triton": answers("it")}, None)
+    assert choices == [
+        Choice("first", "xla", (("mosaic_gpu", "no Hopper"), ("triton", "too old"))),
+        Choice("second", "xla", ()),
+        Choice("third", "triton", (("mosaic_gpu", "no Hopper"),)),
+    ]
+    dispatch("after", table, None)
+    assert len(choices) == 3
+
+
+@pytest.mark.parametrize("implementation", [None, "mosaic_gpu", "triton", "cuda"])
+def test_a_call_that_raises_is_no_choice(implementation: str | None):
+    with observe_choices() as choices:
+        with pytest.raises((ValueError, NotImplementedError)):
+            dispatch("op", {"mosaic_gpu": breaks, "xla": answers("xla")}, implementation)
+        with pytest.raises(NotImplementedError):
+            dispatch("op", {"mosaic_gpu": refuses("no"), "xla": refuses("no")}, None)
+    assert choices == []
+
+
+def test_observers_nest():
+    table = {"xla": answers("xla")}
+    with observe_choices() as outer:
+        dispatch("before", table, None)
+        with observe_choices() as inner:
+            dispatch("inside", table, None)
+        dispatch("after", table, None)
+    assert [choice.op for choice in outer] == ["before", "inside", "after"]
+    assert [choice.op for choice in inner] == ["inside"]
+
+
+def test_an_observer_closes_when_an_error_leaves_it():
+    seen = []
+
+    def fail() -> None:
+        with observe_choices() as choices:
+            seen.append(choices)
+            dispatch("op", {"xla": breaks}, None)
+
+    with pytest.raises(ValueError, match="a mistake of the caller"):
+        fail()
+    dispatch("after", {"xla": answers("xla")}, None)
+    assert seen == [[]]
+
+
+def test_threads_do_not_see_each_others_choices():
+    """Two threads, open at the same time, beside an observer in the thread that started them."""
+    barrier, found = threading.Barrier(2, timeout=60), {}
+
+    def run(op: str) -> None:
+        with observe_choices() as choices:
+            barrier.wait()
+            for _ in range(100):
+                dispatch(op, {"xla": answers("xla")}, None)
+            barrier.wait()
+        found[op] = choices
+
+    with observe_choices() as choices:
+        threads = [threading.Thread(target=run, args=(op,)) for op in ("left", "right")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert choices == []
+    assert found == {op: [Choice(op, "xla", ())] * 100 for op in ("left", "right")}
+
+
+def test_an_op_of_the_package_says_what_it_ran(rng: np.random.Generator):
+    """Where there is no Hopper GPU: `xla`, and why not the kernel; traced once, however often it is run."""
+    workload = TINY["mixed"]
+    cache = empty_cache(workload, rng)
+    x = jnp.asarray(random_tokens(workload, rng, 1))
+    starts = counts = jnp.asarray(cache.lengths)
+    write = jax.jit(lambda kv: pallas_kernels.kv_write(x, x, kv, cache.tables, starts, counts))
+    with observe_choices() as choices:
+        write(cache.kv)
+        write(cache.kv)
+    if jax.default_backend() != "cpu":
+        pytest.skip("the default device is a GPU")
+    [(op, implementation, [(refused, reason)])] = choices
+    assert (op, implementation, refused) == ("kv_write", "xla", "mosaic_gpu")
+    assert "need a Hopper GPU" in reason
+
+
 @pytest.mark.parametrize("op", TABLES)
 def test_every_op_has_a_reference_and_names_known_to_dispatch(op: str):
-    assert {"reference", "xla"} <= set(TABLES[op]) <= set(NAMES)
+    assert {"reference", "xla"} <= set(TABLES[op]) <= set(BACKENDS)
 
 
 @pytest.mark.parametrize(
