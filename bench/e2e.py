@@ -46,16 +46,18 @@ from lserve_jax.config.hf import read_hf
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.model import ModelConfig
 from lserve_jax.config.pages import visible_pages
-from lserve_jax.engine.memory import PoolSizes, dense_bf16_bytes, free_memory, plan_memory, tree_bytes
+from lserve_jax.config.sizes import PoolSizes, Sizes
+from lserve_jax.engine.memory import dense_bf16_bytes, free_memory, plan_memory, tree_bytes
 from lserve_jax.engine.reads import PageReads
 from lserve_jax.engine.setup import DEFAULT_MODEL, prepare
 from lserve_jax.models.known import known_configs
-from lserve_jax.models.llama import Params, abstract_params
+from lserve_jax.models.llama import Params
 from lserve_jax.runtime.attend import decode_attend, prefill_attend
 from lserve_jax.runtime.cache import KVCache, init_cache
 from lserve_jax.runtime.sampling import SamplingState
 from lserve_jax.runtime.steps import DecodeState, decode_loop, decode_step, prefill_step
 from lserve_jax.text.tokenizer import open_tokenizer
+from lserve_jax.weights import abstract_params
 from lserve_jax.weights.load import open_checkpoint
 from pallas_kernels import NO_PAGE, PagedKV, PageTables, QuantizedArray
 
@@ -217,7 +219,7 @@ def weight_bytes_read(config: InferenceConfig) -> int:
 def cache_bytes_read(config: InferenceConfig, lengths: range) -> float:
     """Returns the bytes of pages and statistics that a decode step of one sequence reads, mean over its ``lengths``."""
     attention, kv_heads = config.attention, config.model.num_kv_heads
-    template = jax.eval_shape(lambda: init_cache(config, slots=1, retrieval_pages=1, streaming_pages=1))
+    template = jax.eval_shape(lambda: init_cache(config, max_num_seqs=1, retrieval_pages=1, streaming_pages=1))
     held = float(np.mean([-(-length // attention.page_size) for length in lengths]))
 
     def bytes_of(pools: list[PagedKV | None], heads: list[tuple[int, int, int | None]]) -> float:
@@ -239,7 +241,7 @@ def cache_bytes_read(config: InferenceConfig, lengths: range) -> float:
 
     subs = attention.page_size // attention.sub_page_size
     head_statistics = 2 * subs * config.model.head_dim * jnp.dtype(config.dtype).itemsize
-    chosen = [config.num_selected(layer) for layer in range(config.model.num_layers)]
+    chosen = [kind.decode.num_selected for kind in config.kinds]
     kept = list(zip(config.num_retrieval, chosen, strict=True))
     retrieval = bytes_of([layer.kv.retrieval for layer in template], [(n, 0, pages) for n, pages in kept])
     streaming = bytes_of([layer.kv.streaming for layer in template], [(0, kv_heads - n, pages) for n, pages in kept])
@@ -278,7 +280,7 @@ def attention_loop(
 
     def step(index: jax.Array, carry: tuple[Any, KVCache]) -> tuple[Any, KVCache]:
         attend = decode_attend(config, tables, lengths + index, jnp.full_like(lengths, index))
-        return _all_layers(attend, carry[1], q, kv)
+        return _all_layers(attend, config, carry[1], q, kv)
 
     return jax.lax.fori_loop(0, steps, step, ((jnp.zeros_like(q),) * len(cache), cache))
 
@@ -295,11 +297,15 @@ def attention_chunk(
     config: InferenceConfig,
 ) -> tuple[Any, KVCache]:
     """Returns the outputs of every layer's write and attention for a chunk, and the cache."""
-    return _all_layers(prefill_attend(config, tables, starts, counts), cache, q, kv)
+    return _all_layers(prefill_attend(config, tables, starts, counts), config, cache, q, kv)
 
 
-def _all_layers(attend: Any, cache: KVCache, q: jax.Array, kv: jax.Array) -> tuple[Any, KVCache]:
-    outs, layers = zip(*(attend(layer, q, kv, kv, state) for layer, state in enumerate(cache)), strict=True)
+def _all_layers(
+    attend: Any, config: InferenceConfig, cache: KVCache, q: jax.Array, kv: jax.Array
+) -> tuple[Any, KVCache]:
+    outs, layers = zip(
+        *(attend(kind, q, kv, kv, state) for kind, state in zip(config.kinds, cache, strict=True)), strict=True
+    )
     return outs, layers
 
 
@@ -378,13 +384,15 @@ class Measured:
     def __init__(self, point: Point, config: InferenceConfig, *, chunk: int, steps: int) -> None:
         self.point, self.config, self.steps = point, config, steps
         self.chunk = min(chunk, point.context)
-        sizes = {"max_model_len": point.context, "slots": point.batch}
-        self.pools = PoolSizes.of(config, **sizes, prefill_chunk=self.chunk, steps_per_call=steps)
-        self.plan = partial(plan_memory, config, **sizes, prefill_chunk=self.chunk, steps_per_call=steps)
+        sizes = Sizes(
+            max_model_len=point.context, max_num_seqs=point.batch, prefill_chunk=self.chunk, steps_per_call=steps
+        )
+        self.pools = PoolSizes.of(config, sizes)
+        self.plan = partial(plan_memory, config, sizes)
         self.template: KVCache = jax.eval_shape(
             lambda: init_cache(
                 config,
-                slots=point.batch,
+                max_num_seqs=point.batch,
                 retrieval_pages=self.pools.retrieval,
                 streaming_pages=self.pools.streaming,
             )
@@ -838,7 +846,7 @@ def _logits(
     pages = -(-context // page)
     with jax.default_device(device):  # and committed there, so that the steps run there
         params = jax.device_put(setup.checkpoint.load_params(dtype, config.heads), device)
-        cache = jax.device_put(init_cache(config, slots=1, retrieval_pages=pages, streaming_pages=pages), device)
+        cache = jax.device_put(init_cache(config, max_num_seqs=1, retrieval_pages=pages, streaming_pages=pages), device)
     rng = np.random.default_rng(0)
     tables = PageTables(*(rng.permutation(pages).astype(np.int32)[None] for _ in range(2)))
     start, count = np.zeros(1, np.int32), np.array([len(prompt)], np.int32)

@@ -133,7 +133,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         found = find(params, bars)
         rows = []
         if held_out:
-            chunk = setup.engine_config.prefill_chunk
+            chunk = setup.sizes.prefill_chunk
             rows = expected_losses(params, setup.config, held_out, found.gates, chunk=chunk, on_progress=bars.report)
     settings = _settings(args, setup) | found.settings | {"expected_loss": [asdict(row) for row in rows]}
     picture = (
@@ -205,7 +205,7 @@ def _scoring(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> Ca
     prompts = make_prompts(tokenizer, count=args.prompts, length=args.length, seed=args.seed)
 
     def find(params: Params, bars: ProgressBars) -> _Found:
-        chunk = setup.engine_config.prefill_chunk
+        chunk = setup.sizes.prefill_chunk
         names = (*MEASURES, *({args.score} & SLOPES.keys()))
         scores = score_heads(params, setup.config, prompts, names=names, chunk=chunk, on_progress=bars.report)
         gates = to_gates(combine(scores, args.score), args.quota)

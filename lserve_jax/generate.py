@@ -17,6 +17,7 @@ from lserve_jax.engine.outputs import RequestOutput
 from lserve_jax.engine.request import require_room
 from lserve_jax.engine.setup import DEFAULT_MODEL, IMPLEMENTATIONS, Setup, default_sampling_params, prepare
 from lserve_jax.llm import LLM
+from lserve_jax.runtime.implementations import describe
 from lserve_jax.runtime.sampling import SamplingParams
 from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 
@@ -101,13 +102,13 @@ def _generate(args: argparse.Namespace) -> None:
     setup = _prepare(args, len(texts))
     if args.dry_run:
         setup.warn()
-        print(setup.plan.describe())
+        print(f"{setup.plan.describe()}\n{'kernels:':<17} {describe(setup.implementations)}")
         return
     # All that can be wrong is found before the weights are loaded.
     tokenizer = open_tokenizer(setup.checkpoint.tokenizer_source, args.tokenizer)
     prompts = [_encode(tokenizer, text, args) for text in texts]
     for prompt in prompts:
-        require_room(len(prompt), setup.engine_config.max_model_len)
+        require_room(len(prompt), setup.sizes.max_model_len)
     params = _sampling_params(args, default_sampling_params(setup.checkpoint))
     use_compilation_cache()
     with ProgressBars(is_shown=not args.quiet) as bars:

@@ -97,15 +97,14 @@ class HarnessMethods:
     @property
     def max_length(self) -> int:
         """Tokens that a sequence may have."""
-        return self.llm.setup.engine_config.max_model_len
+        return self.llm.setup.sizes.max_model_len
 
     @cached_property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        ends = (*self._tokenizer.eos_token_ids, *self.llm.config.model.eos_token_ids)
-        if not ends:
+        if not self.llm.end_token_ids:
             raise ValueError(f"{self.llm.setup.checkpoint.name} names no end token, which the harness needs")
-        return ends[0]
+        return self.llm.end_token_ids[0]
 
     @cached_property
     def prefix_token_id(self) -> int:
@@ -272,7 +271,7 @@ class HarnessMethods:
     def _batches(self, lengths: Sequence[int], title: str, disable_tqdm: bool) -> Iterator[list[int]]:
         """Yields the indices of requests that go into one call, the longest first: what does not fit fails soon."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        size = _ROUNDS * self.llm.setup.engine_config.num_slots
+        size = _ROUNDS * self.llm.setup.sizes.max_num_seqs
         with tqdm(total=len(order), desc=title, disable=disable_tqdm) as bar:
             for start in range(0, len(order), size):
                 indices = order[start : start + size]

@@ -17,7 +17,7 @@ import numpy as np
 import lserve_jax
 import pallas_kernels
 from lserve_jax import InferenceConfig, decode_step, from_preset, init_cache, prefill_step, read_hf
-from lserve_jax.models import abstract_params
+from lserve_jax.weights import abstract_params
 from pallas_kernels import PageTables
 
 TINY = {
@@ -70,7 +70,7 @@ def generate() -> None:
     for budget in (None, 64):
         policy = from_preset("dense", token_budget=budget, page_size=16, sink=16, sub_page_size=4)
         config = InferenceConfig(model=model, attention=policy)
-        cache = init_cache(config, slots=1, retrieval_pages=pages, streaming_pages=pages)
+        cache = init_cache(config, max_num_seqs=1, retrieval_pages=pages, streaming_pages=pages)
         start, count = jnp.zeros(1, jnp.int32), jnp.full(1, prompt.shape[1], jnp.int32)
         logits, cache = prefill_step(params, cache, prompt, start, count, tables, config=config)
         tokens = []

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from lserve_jax.calibration.attention import by_kv_head, by_query_head
-from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.inference import InferenceConfig, LayerKind
 from lserve_jax.models import layerwise
-from lserve_jax.models.llama import Params
+from lserve_jax.models.layers import each_layer
+from lserve_jax.models.llama import Params, RopeTables
 from lserve_jax.runtime.cache import KVCache, LayerCache
 from pallas_kernels import PagedKV, PageTables, kv_write
 from pallas_kernels.core.paging import is_visible
@@ -95,7 +96,7 @@ type Attend[T] = Callable[[int, jax.Array, LayerHeads, jax.Array], tuple[jax.Arr
 def forward[T](
     params: Params, cache: KVCache, chunk: Chunk, gates: jax.Array, attend: Attend[T], config: InferenceConfig
 ) -> tuple[jax.Array, list[T], KVCache]:
-    """Returns the hidden states [1, T, D] after the final norm, what each layer tells, and the cache with the chunk.
+    """Returns the hidden states [1, T, D] after the final norm, each layer's results, and the cache with the chunk.
 
     Args:
       params: the model's parameters in the checkpoint's order of heads.
@@ -105,21 +106,23 @@ def forward[T](
       attend: the attention of a layer.
       config: a dense model.
     """
-    rope = layerwise.rotary(config, chunk.start + jnp.arange(chunk.tokens.size, dtype=jnp.int32))
-    x, told, new_cache = layerwise.embed(params, config, chunk.tokens), [], []
-    for layer, (state, gate) in enumerate(zip(cache, gates, strict=True)):
-        run = jax.checkpoint(partial(_layer, params, config, layer, rope, state, chunk, attend))
-        x, (found, new_state) = run(x, gate)
-        told.append(found)
-        new_cache.append(new_state)
-    return layerwise.final_norm(params, config, x), told, tuple(new_cache)
+    positions = chunk.start + jnp.arange(chunk.tokens.size, dtype=jnp.int32)
+    x, rope = layerwise.begin(params, config, chunk.tokens[None], positions[None])
+
+    def run(layer: int, x: jax.Array, entry: tuple[LayerCache, jax.Array]) -> tuple[jax.Array, tuple[T, LayerCache]]:
+        state, gate = entry
+        return jax.checkpoint(partial(_layer, params, config, layer, rope, state, chunk, attend))(x, gate)
+
+    x, results = each_layer(x, zip(cache, gates, strict=True), run)
+    found, new_cache = zip(*results, strict=True)
+    return layerwise.end(params, config, x), list(found), tuple(new_cache)
 
 
 def _layer(
     params: Params,
     config: InferenceConfig,
     layer: int,
-    rope: layerwise.RopeTables,
+    rope: RopeTables,
     cache: LayerCache,
     chunk: Chunk,
     attend: Attend[Any],
@@ -128,12 +131,14 @@ def _layer(
 ) -> tuple[jax.Array, Any]:
     table = chunk.table[None]
 
-    def through_pages(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache) -> tuple[jax.Array, Any]:
+    def through_pages(
+        kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
+    ) -> tuple[jax.Array, Any]:
         assert state.kv.retrieval is not None
         heads = LayerHeads(by_kv_head(q[0], k.shape[2]), k[0], v[0], state.kv.retrieval)
-        outputs, told = attend(layer, x, heads, gate)
+        outputs, found = attend(layer, x, heads, gate)
         k, v = (jax.lax.stop_gradient(new) for new in (k, v))  # this chunk does not read what it writes
         kv = kv_write(k, v, state.kv, PageTables(table, table), chunk.start[None], chunk.count[None])
-        return by_query_head(outputs)[None].astype(q.dtype), (told, state._replace(kv=kv))
+        return by_query_head(outputs)[None].astype(q.dtype), (found, state._replace(kv=kv))
 
     return layerwise.run_layer(params, config, layer, x, rope, cache, through_pages)

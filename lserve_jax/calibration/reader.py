@@ -55,7 +55,7 @@ class Reader:
         self._chunk = chunk
         pages = -(-max(len(prompt.tokens) for prompt in prompts) // config.attention.page_size)
         self._table = jnp.arange(pages, dtype=jnp.int32)
-        self.cache = init_cache(config, slots=1, retrieval_pages=pages, streaming_pages=1)
+        self.cache = init_cache(config, max_num_seqs=1, retrieval_pages=pages, streaming_pages=1)
 
     def read(self, prompt: Prompt) -> Chunk:
         """Returns the tokens that predict the answer, `cache` then holding, by dense attention, all before them."""

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lserve_jax.calibration.attention import average, by_kv_head, by_query_head, scores, weights
-from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.inference import InferenceConfig, LayerKind
 from lserve_jax.models import layerwise
-from lserve_jax.models.llama import Params
+from lserve_jax.models.layers import each_layer
+from lserve_jax.models.llama import Params, RopeTables
 from pallas_kernels import LayerKV, PagedKV, PageTables, prefill_attention
 from pallas_kernels.core.paging import is_visible
 
@@ -41,19 +42,23 @@ def distillation_loss(params: Params, example: Example, gates: jax.Array, config
       gates: [L, K] float32.
       config: a dense model; its ``attention`` has the ``sink`` and ``local`` of streaming.
     """
-    rope = layerwise.rotary(config, jnp.arange(example.tokens.size, dtype=jnp.int32))
-    full = blended = layerwise.embed(params, config, jnp.asarray(example.tokens))
-    for layer, gate in enumerate(gates):
+    positions = jnp.arange(example.tokens.size, dtype=jnp.int32)
+    x, rope = layerwise.begin(params, config, jnp.asarray(example.tokens)[None], positions[None])
+
+    def run(layer: int, streams: tuple[jax.Array, jax.Array], gate: jax.Array) -> tuple[Any, None]:
+        full, blended = streams
         full, outputs = layerwise.run_layer(params, config, layer, full, rope, config, _full_attention)
-        blended = _blended_layer(params, config, layer, rope)(blended, outputs, gate)
-    ends = (layerwise.final_norm(params, config, x)[0].astype(jnp.float32) for x in (full, blended))
+        return (full, _blended_layer(params, config, layer, rope)(blended, outputs, gate)), None
+
+    streams, _ = each_layer((x, x), gates, run)
+    ends = (layerwise.end(params, config, x)[0].astype(jnp.float32) for x in streams)
     squares = jnp.mean(jnp.square(jnp.subtract(*ends)), axis=-1)
     is_labelled = jnp.asarray(example.is_labelled, jnp.float32)
     return squares @ is_labelled / jnp.maximum(jnp.sum(is_labelled), 1.0)
 
 
 def _full_attention(
-    layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: InferenceConfig
+    kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: InferenceConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Returns causal attention outputs [1, T, N, H], twice: the whole sequence is one prompt chunk."""
     page = jnp.zeros((1, k.shape[2], state.attention.page_size, k.shape[3]), k.dtype)  # no history: never read
@@ -65,13 +70,13 @@ def _full_attention(
 
 
 def _blended_layer(
-    params: Params, config: InferenceConfig, layer: int, rope: layerwise.RopeTables
+    params: Params, config: InferenceConfig, layer: int, rope: RopeTables
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """Returns a layer as a function of hidden states, the full stream's attention outputs, and gates [K]."""
 
     @jax.checkpoint
     def run(x: jax.Array, outputs: jax.Array, gate: jax.Array) -> jax.Array:
-        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: None) -> tuple[jax.Array, None]:
+        def attend(kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: None) -> tuple[jax.Array, None]:
             own = streaming_attention(q[0], k[0], v[0], sink=config.attention.sink, local=config.attention.local)
             share = jnp.repeat(gate, q.shape[2] // k.shape[2])[:, None]
             return (share * outputs.astype(jnp.float32) + (1 - share) * own[None]).astype(q.dtype), state

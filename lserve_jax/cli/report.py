@@ -7,6 +7,7 @@ from typing import Any
 
 from lserve_jax.engine.outputs import RequestOutput
 from lserve_jax.llm import LLM
+from lserve_jax.runtime.implementations import by_op, describe
 
 
 def to_json(llm: LLM, output: RequestOutput) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def to_json(llm: LLM, output: RequestOutput) -> dict[str, Any]:
             "retrieval_heads": list(llm.config.num_retrieval),
             "implementation": llm.config.implementation or "auto",
         },
+        "implementations": by_op(llm.implementations),
         "kv_cache": {
             "dtype": llm.config.kv_dtype,
             "retrieval_bytes": metrics.retrieval_bytes,
@@ -64,6 +66,7 @@ def summary(llm: LLM, outputs: Sequence[RequestOutput]) -> str:
         + (f", {sum(ratios) / len(ratios):.0%} of the pages read" if ratios else "")
         + (f", which held {sum(recalls) / len(recalls):.1%} of the attention" if recalls else ""),
         f"KV cache {llm.config.kv_dtype}: {held / 2**20:.1f} MiB, {held / dense:.2f}x of dense bfloat16",
+        f"kernels {describe(llm.implementations)}",
     ]
     return "\n".join(lines)
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+from lserve_jax.config.checks import require_whole
+
 KV_DTYPES = ("bfloat16", "float32", "int8", "int4")
 _LEAST = {"page_size": 1, "sub_page_size": 1, "selector_interval": 1, "sink": 0, "local": 1, "prefill_local": 1}
 
@@ -52,7 +54,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            object.__setattr__(self, name, _whole(name, getattr(self, name), least))
+            object.__setattr__(self, name, require_whole(name, getattr(self, name), least))
         if self.page_size % self.sub_page_size:
             raise ValueError(f"page_size={self.page_size} must be a multiple of sub_page_size={self.sub_page_size}")
         for name in ("static_sparsity", "selector_spread"):
@@ -66,13 +68,13 @@ class AttentionConfig:
             raise ValueError(f'group_reduction={self.group_reduction!r} must be "max" or "mean"')
         # A tuple, whatever it was: the configuration is a static argument of the compiled steps and must hash.
         layers = (self.dense_layers,) if isinstance(self.dense_layers, Integral) else self.dense_layers
-        object.__setattr__(self, "dense_layers", tuple(_whole("dense_layers", layer, 0) for layer in layers))
+        object.__setattr__(self, "dense_layers", tuple(require_whole("dense_layers", layer, 0) for layer in layers))
         self._check_budget()
 
     def _check_budget(self) -> None:
         if self.token_budget is None:
             return
-        object.__setattr__(self, "token_budget", _whole("token_budget", self.token_budget, 1))
+        object.__setattr__(self, "token_budget", require_whole("token_budget", self.token_budget, 1))
         needed = self.forced_pages * self.page_size
         if self.token_budget < needed:
             raise ValueError(
@@ -94,16 +96,14 @@ class AttentionConfig:
         return self.sink_pages + (self.selector_interval + self.page_size - 2) // self.page_size + 1
 
     @property
+    def prefill_window(self) -> int:
+        """Newest tokens whose pages a prefill keeps: also those that the first decode step looks back on."""
+        return max(self.prefill_local, self.local)
+
+    @property
     def num_selected(self) -> int | None:
         """Pages a selection; None for all."""
         return None if self.token_budget is None else self.token_budget // self.page_size
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    """Returns the value as a plain `int`; ValueError unless it is a whole number from ``least``."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number from {least}")
-    return int(value)
 
 
 _NO_SELECTOR: dict[str, Any] = {"token_budget": None}

@@ -1,12 +1,70 @@
 """Everything static about a compiled step: model, sparsity, head classes, number types and kernels."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.heads import HeadClasses
 from lserve_jax.config.model import ModelConfig
 
 DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How the pages of some KV heads of a layer are kept, whatever is read of them.
+
+    Attributes:
+      num_kv_heads: heads with such pages, at least 1.
+      dtype: element type: "bfloat16", "float32", "int8" or "int4".
+      has_statistics: whether the bounds of each sub-page's keys lie beside them, for page selection.
+    """
+
+    num_kv_heads: int
+    dtype: str
+    has_statistics: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What one query reads of the pages that are kept.
+
+    Attributes:
+      sink: first tokens that streaming heads see.
+      local: newest tokens that streaming heads see, the current one included.
+      num_selected: pages per selection of retrieval heads; None reads all pages.
+    """
+
+    sink: int
+    local: int
+    num_selected: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What a layer keeps and what it reads. Layers of one kind share one trace, and their caches one shape.
+
+    Attributes:
+      retrieval: storage of retrieval heads, which keep every page of a sequence; None where the layer has none.
+      streaming: storage of streaming heads, which keep the pages of sink and window; None where the layer has none.
+      prefill: what a token of a prompt reads.
+      decode: what a generated token reads.
+    """
+
+    retrieval: Storage | None
+    streaming: Storage | None
+    prefill: Reading
+    decode: Reading
+
+    @property
+    def num_retrieval(self) -> int:
+        """Returns how many KV heads of the layer are retrieval heads."""
+        return 0 if self.retrieval is None else self.retrieval.num_kv_heads
+
+    @property
+    def num_streaming(self) -> int:
+        """Returns how many KV heads of the layer are streaming heads."""
+        return 0 if self.streaming is None else self.streaming.num_kv_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +132,24 @@ class InferenceConfig:
         """Whether pages hold keys and values rotated (`pallas_kernels.rotate`): with "int4", those of all heads."""
         return self.kv_dtype == "int4"
 
-    def num_selected(self, layer: int) -> int | None:
-        """Returns how many pages a retrieval head of the layer reads for one token; None for all."""
-        return None if layer in self.attention.dense_layers else self.attention.num_selected
+    @cached_property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Returns the kind of every layer."""
+        return tuple(map(self._kind, range(self.model.num_layers)))
+
+    def kind(self, layer: int) -> LayerKind:
+        """Returns what a layer keeps and reads."""
+        return self.kinds[layer]
+
+    def _kind(self, layer: int) -> LayerKind:
+        attention, retrieval = self.attention, self.num_retrieval[layer]
+        streaming = self.model.num_kv_heads - retrieval
+        num_selected = None if layer in attention.dense_layers or not retrieval else attention.num_selected
+        return LayerKind(
+            retrieval=Storage(num_kv_heads=retrieval, dtype=self.kv_dtype, has_statistics=True) if retrieval else None,
+            streaming=Storage(num_kv_heads=streaming, dtype=self.streaming_dtype, has_statistics=False)
+            if streaming
+            else None,
+            prefill=Reading(sink=attention.sink, local=attention.prefill_local, num_selected=None),
+            decode=Reading(sink=attention.sink, local=attention.local, num_selected=num_selected),
+        )

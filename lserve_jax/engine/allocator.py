@@ -9,17 +9,22 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from lserve_jax.config.checks import require_whole
 from lserve_jax.config.pages import NO_PAGE, visible_pages
 from lserve_jax.engine.request import Sequence
 
 
 class PagePool:
-    """The free list of one pool's pages, ids `0 … num_pages - 1`; the page given back last is taken first."""
+    """The free list of one pool's pages, ids `0 … num_pages - 1`; the page given back last is taken first.
 
-    def __init__(self, num_pages: int) -> None:
-        if num_pages < 1:
-            raise ValueError(f"a page pool must have at least 1 page, got {num_pages}")
-        self.num_pages = num_pages
+    Attributes:
+      num_pages: pages of the pool.
+      keeps_all: whether the pool keeps every page of a sequence; else only those that its sink and window touch.
+    """
+
+    def __init__(self, num_pages: int, *, keeps_all: bool) -> None:
+        self.num_pages = require_whole("num_pages", num_pages)
+        self.keeps_all = keeps_all
         self._free = list(range(num_pages - 1, -1, -1))
         self._is_free = [True] * num_pages
 
@@ -63,8 +68,6 @@ class PageAllocator:
     """
 
     def __init__(self, *, retrieval: PagePool | None, streaming: PagePool | None, sink: int, page_size: int) -> None:
-        if page_size < 1 or sink < 0:
-            raise ValueError(f"page_size must be at least 1 and sink at least 0, got {page_size=}, {sink=}")
         self.retrieval = retrieval
         self.streaming = streaming
         self.sink = sink
@@ -117,8 +120,8 @@ class PageAllocator:
     ) -> Iterator[tuple[PagePool, NDArray[np.int32], NDArray[np.bool_]]]:
         """Yields each pool with the sequence's table and the logical pages that the queries need in it."""
         for pool, table in self._tables(sequence):
-            # A window as long as the context is the causal mask of retrieval heads.
-            reach = window if pool is self.streaming else start + count
+            # A window as long as the context keeps everything.
+            reach = start + count if pool.keeps_all else window
             yield (
                 pool,
                 table,
@@ -134,14 +137,14 @@ def _give_back(pool: PagePool, table: NDArray[np.int32], logical: NDArray[np.int
 
 
 def stack_tables(
-    sequences: Iterable[Sequence], num_slots: int, num_pages: int
+    sequences: Iterable[Sequence], max_num_seqs: int, num_pages: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Returns fresh retrieval and streaming page tables `[num_slots, num_pages]` of a batch, one row a slot.
+    """Returns fresh retrieval and streaming page tables `[max_num_seqs, num_pages]` of a batch, one row per slot.
 
     Rows of other slots and columns past a sequence's own table are -1. The arrays are copies, so that a device call in
     flight never sees a later change.
     """
-    retrieval, streaming = np.full((2, num_slots, num_pages), NO_PAGE, np.int32)
+    retrieval, streaming = np.full((2, max_num_seqs, num_pages), NO_PAGE, np.int32)
     for sequence in sequences:
         assert sequence.slot is not None
         retrieval[sequence.slot, : sequence.retrieval_table.size] = sequence.retrieval_table

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.pages import retrieval_pages
+from lserve_jax.config.sizes import PoolSizes, Sizes
 from lserve_jax.engine.allocator import stack_tables
-from lserve_jax.engine.memory import PoolSizes
 from lserve_jax.engine.request import Request, Sequence
-from lserve_jax.engine.scheduler import Decode, Prefill, Scheduler, SchedulerConfig
+from lserve_jax.engine.scheduler import Decode, Prefill, Scheduler
 from lserve_jax.models.llama import Params
 from lserve_jax.runtime.cache import KVCache, init_cache
 from lserve_jax.runtime.programs import Call, Programs
@@ -24,27 +25,6 @@ from pallas_kernels import PageTables
 
 SHORT_CHUNK = 64
 """Chunk size for prompts that fit into it: a program of its own, so that a short prompt does not cost a long chunk."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Sizes of the engine: everything that fixes a shape.
-
-    Attributes:
-      max_model_len: tokens of a sequence, prompt and generation together.
-      num_slots: sequences that decode together.
-      prefill_chunk: prompt tokens a prefill call.
-      steps_per_call: decode steps between two looks of the host.
-      max_stop_tokens: stop tokens of one request.
-      has_recall: measure the recall of page selection at the first decode step of every call.
-    """
-
-    max_model_len: int
-    num_slots: int
-    prefill_chunk: int
-    steps_per_call: int
-    max_stop_tokens: int = 8
-    has_recall: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,60 +63,59 @@ class Engine:
         self,
         params: Params,
         config: InferenceConfig,
-        engine_config: EngineConfig,
+        sizes: Sizes,
         pools: PoolSizes,
+        *,
+        has_recall: bool = False,
         on_compile: Callable[[str], None] | None = None,
     ) -> None:
-        attention = config.attention
-        kinds = config.num_retrieval, [config.model.num_kv_heads - count for count in config.num_retrieval]
-        has_retrieval, has_streaming = (any(counts) for counts in kinds)
+        """Makes an engine that can compile; `load` lets it run.
+
+        Args:
+          params: the weights as `jax.ShapeDtypeStruct`.
+          config: model, attention and number types.
+          sizes: sequences, context and calls.
+          pools: pages of the cache.
+          has_recall: measure the recall of page selection at the first decode step of every call.
+          on_compile: is told the names of programs when their compilation begins.
+        """
         self.params = params
         self.config = config
-        self.engine_config = engine_config
+        self.sizes = sizes
         self.programs = Programs(on_compile)
-        self.scheduler = Scheduler(
-            SchedulerConfig(
-                max_model_len=engine_config.max_model_len,
-                num_slots=engine_config.num_slots,
-                prefill_chunk=engine_config.prefill_chunk,
-                steps_per_call=engine_config.steps_per_call,
-                page_size=attention.page_size,
-                sink=attention.sink,
-                local=attention.local,
-                prefill_local=attention.prefill_local,
-                num_retrieval_pages=pools.retrieval if has_retrieval else None,
-                num_streaming_pages=pools.streaming if has_streaming else None,
-            )
-        )
+        self.scheduler = Scheduler(sizes, config.attention, pools)
         self._pools = pools
-        self.cache: KVCache = jax.eval_shape(self._new_cache)
-        self._max_pages = -(-engine_config.max_model_len // attention.page_size)
+        self._has_recall = has_recall
+        self.cache: KVCache = self._abstract_cache()
+        self._max_pages = retrieval_pages(sizes.max_model_len, config.attention.page_size)
 
     def expect(self, request: Request) -> None:
         """Begins to compile what a request will need, also before `load`: its weights may be read meanwhile."""
         sequence = Sequence.from_request(
-            request, max_model_len=self.engine_config.max_model_len, page_size=self.config.attention.page_size
+            request, max_model_len=self.sizes.max_model_len, page_size=self.config.attention.page_size
         )
         sequence.slot = 0
-        count = min(sequence.prompt_length, self.engine_config.prefill_chunk)
+        count = min(sequence.prompt_length, self.sizes.prefill_chunk)
         self._start_first(Prefill(sequence, 0, count))
 
     def load(self, params: Params) -> None:
         """Takes the weights in place of the abstract ones, and makes the cache."""
-        self.params, self.cache = params, jax.jit(self._new_cache)()
+        self.params = params
+        self._restore_cache()
 
     def add(self, request: Request) -> Sequence:
         """Returns the waiting sequence of a request; ValueError if it can never run."""
-        if len(request.sampling.stop_token_ids) > self.engine_config.max_stop_tokens:
-            raise ValueError(f"a request may have {self.engine_config.max_stop_tokens} stop tokens at most")
+        if len(request.sampling.stop_token_ids) > self.sizes.max_stop_tokens:
+            raise ValueError(f"a request may have {self.sizes.max_stop_tokens} stop tokens at most")
         return self.scheduler.add(request)
 
     def step(self, accept: Accept) -> list[Progress]:
         """Returns what the next call brought, for every sequence in it; an empty list when nothing is left to do."""
+        self._restore_cache()
         plan = self.scheduler.schedule()
         if plan is None:
             return []
-        with self._surviving_failure():
+        with self._ending_all_on_failure():
             return [self._prefill(plan, accept)] if isinstance(plan, Prefill) else self._decode(plan, accept)
 
     def prompt_logits(self, prompt: tuple[int, ...]) -> np.ndarray:
@@ -157,8 +136,9 @@ class Engine:
     def _prompt_chunks(self, prompt: tuple[int, ...]) -> Iterator[tuple[Prefill, jax.Array]]:
         """Yields a prompt's chunks with the logits [1, chunk, V] of all their tokens."""
         assert self.scheduler.is_idle, "logits are computed between generations"
+        self._restore_cache()
         sequence = self.scheduler.add(Request(id=-1, prompt=prompt, sampling=SamplingParams(max_tokens=1)))
-        with self._surviving_failure():
+        with self._ending_all_on_failure():
             while isinstance(plan := self.scheduler.schedule(), Prefill):
                 logits, _ = self._run_prefill(plan, has_all_logits=True)
                 yield plan, logits
@@ -166,16 +146,28 @@ class Engine:
                 self.scheduler.record_prefill(plan, token, reason)
         assert sequence.finish_reason == "length"
 
-    def _new_cache(self) -> KVCache:
+    def new_cache(self) -> KVCache:
+        """Returns an empty cache."""
         return init_cache(
             self.config,
-            slots=self.engine_config.num_slots,
+            max_num_seqs=self.sizes.max_num_seqs,
             retrieval_pages=self._pools.retrieval,
             streaming_pages=self._pools.streaming,
         )
 
+    def _abstract_cache(self) -> KVCache:
+        return jax.eval_shape(self.new_cache)
+
+    def _restore_cache(self) -> None:
+        """Makes a new cache where a failed call took the old one with it. If memory lacks now, the next call tries."""
+        leaves = jax.tree.leaves(self.cache)
+        if all(isinstance(leaf, jax.Array) and not leaf.is_deleted() for leaf in leaves):
+            return
+        self.cache = self._abstract_cache()  # what is left of the old one goes before the new one comes
+        self.cache = jax.jit(self.new_cache)()
+
     @contextmanager
-    def _surviving_failure(self) -> Iterator[None]:
+    def _ending_all_on_failure(self) -> Iterator[None]:
         """Around a device call and its record: what fails in it, or interrupts it, leaves the engine usable.
 
         Sequences may then have advanced on the device and not here, and the donated cache may be gone, so all end.
@@ -184,8 +176,6 @@ class Engine:
             yield
         except BaseException:
             self.scheduler.abort_all()
-            if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(self.cache)):
-                self.cache = jax.jit(self._new_cache)()
             raise
 
     def _prefill(self, plan: Prefill, accept: Accept) -> Progress:
@@ -240,7 +230,7 @@ class Engine:
         return logits, seconds
 
     def _prefill_call(self, plan: Prefill, *, has_all_logits: bool = False) -> Call:
-        sequence, chunk = plan.sequence, self.engine_config.prefill_chunk
+        sequence, chunk = plan.sequence, self.sizes.prefill_chunk
         is_short = sequence.prompt_length <= SHORT_CHUNK <= chunk
         size = SHORT_CHUNK if is_short else chunk
         assert not (is_short and plan.start)
@@ -263,7 +253,7 @@ class Engine:
         return Call("sample", sample_first, (logits, positions, sampling, _forced([sequence], 1)[0]), {})
 
     def _decode(self, plan: Decode, accept: Accept) -> list[Progress]:
-        recall = self._recall(plan) if self.engine_config.has_recall else None
+        recall = self._recall(plan) if self._has_recall else None
         (generated, _, self.cache), seconds = self._timed(self._decode_call(plan))
         tokens, logprobs, choices = (np.asarray(x) for x in generated)
         results = []
@@ -299,7 +289,7 @@ class Engine:
     def _decode_call(self, plan: Decode) -> Call:
         sequences = self._by_slot(plan.sequences)
         sampling = SamplingState.from_params([None if one is None else _sampling(one) for one in sequences])
-        max_steps = self.engine_config.steps_per_call
+        max_steps = self.sizes.steps_per_call
         steps = np.int32(plan.num_steps), _forced(sequences, max_steps)
         return Call(
             "decode",
@@ -309,9 +299,9 @@ class Engine:
         )
 
     def _decode_state(self, plan: Decode) -> DecodeState:
-        slots = self.engine_config.num_slots
+        slots = self.sizes.max_num_seqs
         tokens, lengths, steps, remaining = np.zeros((4, slots), np.int32)
-        stops = np.full((slots, self.engine_config.max_stop_tokens), -1, np.int32)
+        stops = np.full((slots, self.sizes.max_stop_tokens), -1, np.int32)
         for sequence, limit in zip(plan.sequences, plan.limits, strict=True):
             slot, sampling = sequence.slot, sequence.request.sampling
             tokens[slot], lengths[slot] = sequence.tokens[-1], len(sequence.tokens)
@@ -321,11 +311,11 @@ class Engine:
         return DecodeState(*columns)
 
     def _tables(self, sequences: Iterable[Sequence]) -> PageTables:
-        tables = stack_tables(sequences, self.engine_config.num_slots, self._max_pages)
+        tables = stack_tables(sequences, self.sizes.max_num_seqs, self._max_pages)
         return PageTables(*tables)
 
     def _by_slot(self, sequences: Iterable[Sequence]) -> list[Sequence | None]:
-        rows: list[Sequence | None] = [None] * self.engine_config.num_slots
+        rows: list[Sequence | None] = [None] * self.sizes.max_num_seqs
         for sequence in sequences:
             assert sequence.slot is not None
             rows[sequence.slot] = sequence

@@ -1,17 +1,16 @@
 """What a model, a context and a sparsity policy need in memory, known before anything is loaded."""
 
-import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from lserve_jax.config.inference import InferenceConfig
-from lserve_jax.config.pages import most_streaming_pages, retrieval_pages
+from lserve_jax.config.sizes import PoolSizes, Sizes
 from lserve_jax.runtime.cache import init_cache
-from lserve_jax.weights.rules import parameter_shapes
+from lserve_jax.weights.tensors import abstract_params
 
 _GIB = 2**30
 _HEADROOM = 0.9
@@ -25,7 +24,7 @@ def tree_bytes(tree: object) -> int:
 
 def page_bytes(config: InferenceConfig) -> tuple[int, int]:
     """Returns the bytes of one retrieval page and of one streaming page, all layers together, statistics included."""
-    cache = jax.eval_shape(lambda: init_cache(config, slots=1, retrieval_pages=1, streaming_pages=1))
+    cache = jax.eval_shape(lambda: init_cache(config, max_num_seqs=1, retrieval_pages=1, streaming_pages=1))
     return (
         sum(tree_bytes(layer.kv.retrieval) for layer in cache),
         sum(tree_bytes(layer.kv.streaming) for layer in cache),
@@ -39,39 +38,11 @@ def dense_bf16_bytes(config: InferenceConfig, tokens: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoolSizes:
-    """Pages of each layer's pools; at least 1, also of a pool that no layer has."""
-
-    retrieval: int
-    streaming: int
-
-    @classmethod
-    def of(
-        cls, config: InferenceConfig, *, max_model_len: int, slots: int, prefill_chunk: int, steps_per_call: int
-    ) -> "PoolSizes":
-        """Returns the pools with which ``slots`` sequences of ``max_model_len`` tokens can decode together.
-
-        One of them may be in its prefill, which looks back further in the streaming pool.
-        """
-        attention = config.attention
-        every = retrieval_pages(max_model_len, attention.page_size)
-        window = max(attention.prefill_local, attention.local)
-        decode = most_streaming_pages(attention.sink, attention.local, steps_per_call, attention.page_size)
-        prefill = most_streaming_pages(attention.sink, window, prefill_chunk, attention.page_size)
-        streaming = (slots - 1) * min(decode, every) + min(max(prefill, decode), every)
-        # Kernels copy key statistics eight rows at a time: where a page has fewer, the pool holds whole eights.
-        subs = attention.page_size // attention.sub_page_size
-        unit = max(8 // math.gcd(8, heads * subs) for heads in config.num_retrieval)
-        return cls(retrieval=-(-slots * every // unit) * unit, streaming=streaming)
-
-
-@dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of weights and cache for some slots and a context; see `plan_memory`."""
+    """Bytes of weights and cache; see `plan_memory`."""
 
     config: InferenceConfig
-    max_model_len: int
-    slots: int
+    sizes: Sizes
     pools: PoolSizes
     weight_bytes: int
     retrieval_bytes: int
@@ -99,20 +70,22 @@ class MemoryPlan:
             else "not even the weights and one page fit"
         )
         raise ValueError(
-            f"max_model_len={self.max_model_len} with {self.slots} sequence(s) needs {_gib(self.total_bytes)} for "
-            f"weights and KV cache, but {_gib(self.available_bytes * _HEADROOM)} can be used: {remedy}"
+            f"max_model_len={self.sizes.max_model_len} with {self.sizes.max_num_seqs} sequence(s) needs "
+            f"{_gib(self.total_bytes)} for weights and KV cache, but "
+            f"{_gib(self.available_bytes * _HEADROOM)} can be used: {remedy}"
         )
 
     def describe(self) -> str:
         """Returns the plan as a table for people."""
-        config, dense = self.config, dense_bf16_bytes(self.config, self.slots * self.max_model_len)
+        config, length, sequences = self.config, self.sizes.max_model_len, self.sizes.max_num_seqs
+        dense = dense_bf16_bytes(config, sequences * length)
         cache = self.retrieval_bytes + self.streaming_bytes
         retrieval, streaming = page_bytes(config)
         heads = config.model.num_layers * config.model.num_kv_heads
         kept = sum(config.num_retrieval)
         fits = "fits" if self.fits else "DOES NOT FIT"
         rows = [
-            ("context", f"{self.max_model_len:,} tokens x {self.slots} sequence(s)"),
+            ("context", f"{length:,} tokens x {sequences} sequence(s)"),
             ("KV heads", f"{kept} retrieval + {heads - kept} streaming of {heads}"),
             ("weights", f"{self.weight_bytes:,} bytes ({_gib(self.weight_bytes)}, {config.dtype})"),
             ("retrieval pages", f"{self.pools.retrieval:,} x {retrieval:,} = {self.retrieval_bytes:,} bytes"),
@@ -120,42 +93,26 @@ class MemoryPlan:
             ("KV cache", f"{cache:,} bytes ({_gib(cache)}, {config.kv_dtype}), {cache / dense:.2f}x of dense bfloat16"),
             ("total", f"{self.total_bytes:,} bytes ({_gib(self.total_bytes)})"),
             ("memory", f"{_gib(self.available_bytes)} free, {_HEADROOM:.0%} of it usable: {fits}"),
-            ("largest context", f"{self.largest_context:,} tokens x {self.slots} sequence(s)"),
+            ("largest context", f"{self.largest_context:,} tokens x {sequences} sequence(s)"),
         ]
         return "\n".join(f"{name + ':':<17} {value}" for name, value in rows)
 
 
-def plan_memory(
-    config: InferenceConfig,
-    *,
-    max_model_len: int,
-    slots: int,
-    prefill_chunk: int,
-    steps_per_call: int,
-    available_bytes: int | None = None,
-) -> MemoryPlan:
-    """Returns what ``slots`` sequences of ``max_model_len`` tokens need. Allocates and loads nothing.
+def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int | None = None) -> MemoryPlan:
+    """Returns what ``sizes.max_num_seqs`` sequences of ``sizes.max_model_len`` tokens need. Loads nothing.
 
     Args:
       config: model, sparsity and number types.
-      max_model_len: tokens of a sequence, prompt and generation together.
-      slots: sequences that decode together.
-      prefill_chunk: prompt tokens a prefill call.
-      steps_per_call: decode steps a call.
+      sizes: sequences, context and calls.
       available_bytes: memory to plan for; None asks the device.
     """
     available = free_memory() if available_bytes is None else available_bytes
-    parameters = sum(math.prod(shape) for shape in parameter_shapes(config.model).values())
-    weights = parameters * jnp.dtype(config.dtype).itemsize
+    weights = tree_bytes(abstract_params(config.model, config.dtype))
     retrieval, streaming = page_bytes(config)
 
-    def pools(length: int) -> PoolSizes:
-        return PoolSizes.of(
-            config, max_model_len=length, slots=slots, prefill_chunk=prefill_chunk, steps_per_call=steps_per_call
-        )
-
     def needed(length: int) -> int:
-        return weights + pools(length).retrieval * retrieval + pools(length).streaming * streaming
+        pools = PoolSizes.of(config, replace(sizes, max_model_len=length))
+        return weights + pools.retrieval * retrieval + pools.streaming * streaming
 
     page = config.attention.page_size
     low, high = 0, (2**31 - 1) // page  # lengths are int32; in pages
@@ -163,15 +120,14 @@ def plan_memory(
         middle = (low + high + 1) // 2
         fits = needed(middle * page) <= available * _HEADROOM
         low, high = (middle, high) if fits else (low, middle - 1)
-    sizes = pools(max_model_len)
+    pools = PoolSizes.of(config, sizes)
     return MemoryPlan(
         config=config,
-        max_model_len=max_model_len,
-        slots=slots,
-        pools=sizes,
+        sizes=sizes,
+        pools=pools,
         weight_bytes=weights,
-        retrieval_bytes=sizes.retrieval * retrieval,
-        streaming_bytes=sizes.streaming * streaming,
+        retrieval_bytes=pools.retrieval * retrieval,
+        streaming_bytes=pools.streaming * streaming,
         available_bytes=available,
         largest_context=low * page,
     )

@@ -9,64 +9,10 @@ Nobody overtakes a request that waits for pages, so none starves.
 from collections import deque
 from dataclasses import dataclass
 
-from lserve_jax.config.pages import most_streaming_pages, retrieval_pages
+from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.config.sizes import PoolSizes, Sizes, most_pages
 from lserve_jax.engine.allocator import PageAllocator, PagePool
 from lserve_jax.engine.request import Request, Sequence, Status, require_room
-
-POSITIVE = ("max_model_len", "num_slots", "prefill_chunk", "steps_per_call", "page_size", "local", "prefill_local")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """What scheduling needs to know of model, cache and device.
-
-    Attributes:
-        max_model_len: most tokens of a sequence, prompt and generation together.
-        num_slots: rows of the device's batch.
-        prefill_chunk: most prompt tokens a call.
-        steps_per_call: most decode steps a call.
-        page_size: tokens a page.
-        sink, local, prefill_local: what streaming heads see, in tokens (the window while decoding and prefilling).
-        num_retrieval_pages, num_streaming_pages: size of the pools; None where the model has no such heads.
-    """
-
-    max_model_len: int
-    num_slots: int
-    prefill_chunk: int
-    steps_per_call: int
-    page_size: int
-    sink: int
-    local: int
-    prefill_local: int
-    num_retrieval_pages: int | None
-    num_streaming_pages: int | None
-
-    def __post_init__(self) -> None:
-        least = dict.fromkeys(POSITIVE, 1) | {"sink": 0}
-        values = {name: (getattr(self, name), minimum) for name, minimum in least.items()}
-        wrong = [f"{name} must be at least {low}, got {value}" for name, (value, low) in values.items() if value < low]
-        if wrong:
-            raise ValueError("; ".join(wrong))
-
-    @property
-    def prefill_window(self) -> int:
-        """Returns the window whose pages a prefill keeps: also what the first decode step will look back on."""
-        return max(self.prefill_local, self.local)
-
-    def retrieval_need(self, sequence: Sequence) -> int:
-        """Returns the most retrieval pages that `sequence` will ever hold; its last token is never cached."""
-        return 0 if self.num_retrieval_pages is None else retrieval_pages(sequence.max_length - 1, self.page_size)
-
-    def streaming_need(self, sequence: Sequence) -> int:
-        """Returns the most streaming pages that `sequence` will hold from its present status on."""
-        if self.num_streaming_pages is None:
-            return 0
-        decode = most_streaming_pages(self.sink, self.local, self.steps_per_call, self.page_size)
-        need = min(decode, retrieval_pages(sequence.max_length - 1, self.page_size))
-        if sequence.status is Status.DECODING:
-            return need
-        prefill = most_streaming_pages(self.sink, self.prefill_window, self.prefill_chunk, self.page_size)
-        return max(need, min(prefill, retrieval_pages(sequence.prompt_length, self.page_size)))
 
 
 @dataclass(frozen=True)
@@ -99,18 +45,19 @@ class Decode:
 class Scheduler:
     """Orders requests and keeps their pages; `schedule`, run the plan, then `record_…`, until it is idle."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        self.config = config
+    def __init__(self, sizes: Sizes, attention: AttentionConfig, pools: PoolSizes) -> None:
+        self.sizes = sizes
+        self.attention = attention
         self.allocator = PageAllocator(
-            retrieval=_pool(config.num_retrieval_pages),
-            streaming=_pool(config.num_streaming_pages),
-            sink=config.sink,
-            page_size=config.page_size,
+            retrieval=PagePool(pools.retrieval, keeps_all=True) if pools.retrieval else None,
+            streaming=PagePool(pools.streaming, keeps_all=False) if pools.streaming else None,
+            sink=attention.sink,
+            page_size=attention.page_size,
         )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._live: dict[int, Sequence] = {}
-        self._free_slots = list(range(config.num_slots - 1, -1, -1))
+        self._free_slots = list(range(sizes.max_num_seqs - 1, -1, -1))
 
     @property
     def is_idle(self) -> bool:
@@ -125,9 +72,9 @@ class Scheduler:
         """
         if request.id in self._live:
             raise ValueError(f"request {request.id}: this id is in use by an unfinished request")
-        limit = self.config.max_model_len
+        limit = self.sizes.max_model_len
         require_room(len(request.prompt), limit)
-        sequence = Sequence.from_request(request, max_model_len=limit, page_size=self.config.page_size)
+        sequence = Sequence.from_request(request, max_model_len=limit, page_size=self.attention.page_size)
         self._refuse_what_never_fits(sequence)
         self.waiting.append(sequence)
         self._live[request.id] = sequence
@@ -141,15 +88,15 @@ class Scheduler:
         """
         sequence = self._prefilling() or self._admit()
         if sequence is not None:
-            count = min(self.config.prefill_chunk, sequence.prompt_length - sequence.num_cached)
-            self._reserve(sequence, count, self.config.prefill_window)
+            count = min(self.sizes.prefill_chunk, sequence.prompt_length - sequence.num_cached)
+            self._reserve(sequence, count, self.attention.prefill_window)
             return Prefill(sequence, sequence.num_cached, count)
         if not self.running:
             assert not self.waiting, "a request that fits alone must be admitted when nothing runs"
             return None
-        limits = tuple(min(self.config.steps_per_call, sequence.remaining) for sequence in self.running)
+        limits = tuple(min(self.sizes.steps_per_call, sequence.remaining) for sequence in self.running)
         for sequence, limit in zip(self.running, limits, strict=True):
-            self._reserve(sequence, limit, self.config.local)
+            self._reserve(sequence, limit, self.attention.local)
         return Decode(tuple(self.running), limits)
 
     def record_prefill(self, plan: Prefill, token: int | None = None, finish_reason: str | None = None) -> None:
@@ -161,10 +108,10 @@ class Scheduler:
         assert sequence.status is Status.PREFILLING and sequence.num_cached == plan.start
         assert plan.is_last == (token is not None), "the last chunk of a prompt, and no other, yields a token"
         if token is None:
-            self._advance(sequence, plan.count, [], self.config.prefill_window)
+            self._advance(sequence, plan.count, [], self.attention.prefill_window)
         else:
             sequence.status = Status.DECODING
-            self._advance(sequence, plan.count, [token], self.config.local)
+            self._advance(sequence, plan.count, [token], self.attention.local)
             self._finish_if(sequence, finish_reason)
 
     def record_decode(self, sequence: Sequence, tokens: list[int], finish_reason: str | None = None) -> None:
@@ -174,7 +121,7 @@ class Scheduler:
         """
         assert sequence.status is Status.DECODING and 1 <= len(tokens) <= sequence.remaining
         sequence.decode_steps += len(tokens)
-        self._advance(sequence, len(tokens), tokens, self.config.local)
+        self._advance(sequence, len(tokens), tokens, self.attention.local)
         self._finish_if(sequence, finish_reason)
 
     def finish(self, sequence: Sequence, reason: str) -> None:
@@ -211,12 +158,11 @@ class Scheduler:
         """Returns the head of the queue, moved to a free slot, if all that it may ever need is uncommitted."""
         if not self.waiting or not self._free_slots:
             return None
-        config, sequence = self.config, self.waiting[0]
+        sequence = self.waiting[0]
         committed = [*self.running, sequence]
-        if sum(map(config.retrieval_need, committed)) > (config.num_retrieval_pages or 0):
-            return None
-        if sum(map(config.streaming_need, committed)) > (config.num_streaming_pages or 0):
-            return None
+        for _, pool in self._pools():
+            if sum(self._need(pool, one) for one in committed) > pool.num_pages:
+                return None
         self.waiting.popleft()
         self.running.append(sequence)
         sequence.slot = self._free_slots.pop()
@@ -237,19 +183,21 @@ class Scheduler:
             self.finish(sequence, reason or "length")
 
     def _refuse_what_never_fits(self, sequence: Sequence) -> None:
-        config = self.config
-        needs = (
-            ("retrieval", config.retrieval_need(sequence), config.num_retrieval_pages or 0),
-            ("streaming", config.streaming_need(sequence), config.num_streaming_pages or 0),
-        )
-        for kind, need, pages in needs:
-            if need > pages:
+        for name, pool in self._pools():
+            need = self._need(pool, sequence)
+            if need > pool.num_pages:
                 raise ValueError(
                     f"prompt has {sequence.prompt_length} tokens and may grow to {sequence.max_length}, which takes "
-                    f"{need} {kind} pages of {config.page_size} tokens, but the {kind} pool has {pages}: shorten the "
-                    "prompt, lower max_tokens or use more pages"
+                    f"{need} {name} pages of {self.attention.page_size} tokens, but the {name} pool has "
+                    f"{pool.num_pages}: shorten the prompt, lower max_tokens or use more pages"
                 )
 
+    def _pools(self) -> list[tuple[str, PagePool]]:
+        pools = ("retrieval", self.allocator.retrieval), ("streaming", self.allocator.streaming)
+        return [(name, pool) for name, pool in pools if pool is not None]
 
-def _pool(num_pages: int | None) -> PagePool | None:
-    return None if num_pages is None else PagePool(num_pages)
+    def _need(self, pool: PagePool, sequence: Sequence) -> int:
+        """Returns the most pages of a pool that a sequence will hold from now on; its last token is never cached."""
+        prompt = 0 if sequence.status is Status.DECODING else sequence.prompt_length
+        length = sequence.max_length - 1
+        return most_pages(self.attention, self.sizes, length, prompt, keeps_all=pool.keeps_all)

@@ -1,11 +1,11 @@
 """From what a user names — a model, a preset, sizes — to everything that an engine needs, with nothing loaded yet."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,18 @@ import numpy as np
 from lserve_jax.config.attention import AttentionConfig, from_preset
 from lserve_jax.config.heads import CONFIG_FILE, GATES_FILE, HeadClasses, classify, load_gates, load_settings
 from lserve_jax.config.inference import InferenceConfig
-from lserve_jax.engine.engine import EngineConfig
+from lserve_jax.config.sizes import Sizes, check_sizes
 from lserve_jax.engine.memory import MemoryPlan, plan_memory
-from lserve_jax.models.llama import Attend
-from lserve_jax.runtime.attend import decode_attend, prefill_attend
-from lserve_jax.runtime.cache import init_cache
+from lserve_jax.runtime.implementations import describe, implementations
 from lserve_jax.runtime.sampling import SamplingParams
 from lserve_jax.weights import embedded
 from lserve_jax.weights.load import Checkpoint, open_checkpoint
-from pallas_kernels import PageTables
+from pallas_kernels import BACKENDS, Choice
 
 logger = logging.getLogger("lserve_jax")
 
 DEFAULT_MODEL = embedded.MODEL_NAME
-IMPLEMENTATIONS = ("auto", "xla", "mosaic_gpu", "triton")
+IMPLEMENTATIONS = ("auto", *(name for name in BACKENDS if name != "reference"))
 _PREFILL_CHUNK = {"cpu": 512}
 _GPU_PREFILL_CHUNK = 2048
 
@@ -42,9 +40,19 @@ class Setup:
 
     checkpoint: Checkpoint
     config: InferenceConfig
-    engine_config: EngineConfig
     plan: MemoryPlan
+    has_recall: bool = False
     warnings: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sequences, context and calls of the engine."""
+        return self.plan.sizes
+
+    @cached_property
+    def implementations(self) -> tuple[Choice, ...]:
+        """What the ops take, and why others refused (see `lserve_jax.runtime.implementations`)."""
+        return implementations(self.config, self.sizes, self.plan.pools)
 
     def warn(self) -> None:
         """Logs the warnings."""
@@ -89,18 +97,11 @@ def prepare(
     Raises:
       ValueError: for anything that cannot be, in one line.
     """
-    sizes = {"max_num_seqs": max_num_seqs, "steps_per_call": steps_per_call}
-    may_be_none = {"max_model_len": max_model_len, "prefill_chunk": prefill_chunk, "recall_interval": recall_interval}
-    sizes |= {name: value for name, value in may_be_none.items() if value is not None}
-    wrong = [
-        f"{name} must be a whole number from 1, got {value!r}"
-        for name, value in sizes.items()
-        if not isinstance(value, Integral) or value < 1
-    ]
+    named = {"max_model_len": max_model_len, "prefill_chunk": prefill_chunk, "recall_interval": recall_interval}
+    named = {name: value for name, value in named.items() if value is not None}
+    check_sizes(max_num_seqs=max_num_seqs, steps_per_call=steps_per_call, **named)
     if implementation not in (None, *IMPLEMENTATIONS):
-        wrong.append(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
-    if wrong:
-        raise ValueError("; ".join(wrong))
+        raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
     from_preset(attention, **options)  # what is wrong with them is found before a checkpoint is opened
     checkpoint = open_checkpoint(model)
     policy = from_preset(attention, of_model=model_settings(checkpoint, head_pattern), **options)
@@ -113,19 +114,12 @@ def prepare(
         implementation=None if implementation == "auto" else implementation,
     )
     length = max_model_len or checkpoint.config.max_context
-    if config.implementation is not None:
-        _try_kernels(config, length)
-    chunk = min(prefill_chunk or _PREFILL_CHUNK.get(jax.default_backend(), _GPU_PREFILL_CHUNK), length)
-    steps_per_call = recall_interval or steps_per_call
-    engine_config = EngineConfig(
+    chunk = prefill_chunk or _PREFILL_CHUNK.get(jax.default_backend(), _GPU_PREFILL_CHUNK)
+    sizes = Sizes(
         max_model_len=length,
-        num_slots=max_num_seqs,
-        prefill_chunk=chunk,
-        steps_per_call=steps_per_call,
-        has_recall=recall_interval is not None,
-    )
-    plan = plan_memory(
-        config, max_model_len=length, slots=max_num_seqs, prefill_chunk=chunk, steps_per_call=steps_per_call
+        max_num_seqs=max_num_seqs,
+        prefill_chunk=min(chunk, length),
+        steps_per_call=recall_interval or steps_per_call,
     )
     warnings = []
     if policy.static_sparsity > 0 and heads is None:
@@ -138,39 +132,14 @@ def prepare(
             f"max_model_len={length} is beyond the {checkpoint.config.max_context} tokens that this model was made "
             "for: expect nonsense past them"
         )
-    return Setup(checkpoint=checkpoint, config=config, engine_config=engine_config, plan=plan, warnings=tuple(warnings))
-
-
-def _try_kernels(config: InferenceConfig, max_model_len: int) -> None:
-    """Traces the attention of one layer of each kind: what an implementation refuses, it refuses before anything loads.
-
-    There are so many pages that some must be selected, if ``max_model_len`` tokens have so many.
-
-    Raises:
-      NotImplementedError: with the reason.
-    """
-    page_size = config.attention.page_size
-    pages = min(-(-max_model_len // page_size), (config.attention.num_selected or 0) + 1)
-    kinds = {(count, config.num_selected(layer)): layer for layer, count in enumerate(config.num_retrieval)}
-    for layer in kinds.values():
-        _trace_attention(config, layer, prefill_attend, page_size, pages)
-        _trace_attention(config, layer, decode_attend, 1, pages)
-
-
-def _trace_attention(
-    config: InferenceConfig, layer: int, attend_with: Callable[..., Attend], tokens: int, pages: int
-) -> None:
-    cache = jax.eval_shape(lambda: init_cache(config, slots=1, retrieval_pages=pages, streaming_pages=pages))
-
-    def attend(q: jax.Array, k: jax.Array, state: Any, table: jax.Array, ones: jax.Array) -> Any:
-        return attend_with(config, PageTables(table, table), ones, ones)(layer, q, k, k, state)
-
-    q, k = (
-        jax.ShapeDtypeStruct((1, tokens, heads, config.model.head_dim), config.dtype)
-        for heads in (config.model.num_heads, config.model.num_kv_heads)
+    setup = Setup(
+        checkpoint=checkpoint, config=config, plan=plan_memory(config, sizes), has_recall=recall_interval is not None
     )
-    table, ones = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((1, pages), (1,)))
-    jax.eval_shape(attend, q, k, cache[layer], table, ones)
+    if config.implementation is not None or jax.default_backend() == "gpu":
+        # What the named implementation refuses, it refuses before anything is loaded.
+        slow = [choice for choice in setup.implementations if choice.implementation == "xla" and choice.refusals]
+        warnings += [f"{one.op} runs as xla on this GPU, which is slow: {describe([one])}" for one in slow]
+    return replace(setup, warnings=tuple(warnings))
 
 
 def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:

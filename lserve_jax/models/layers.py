@@ -1,7 +1,7 @@
 """The parts of a Llama-family layer that are neither attention nor weights: projections, norms and rotary positions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -91,3 +91,20 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return normed.astype(self.dtype) * scale
+
+
+def each_layer[X, S, R](x: X, states: Iterable[S], run: Callable[[int, X, S], tuple[X, R]]) -> tuple[X, tuple[R, ...]]:
+    """Returns what the last layer makes of ``x``, and what each layer gives beside it: the one loop over layers.
+
+    Unrolled when traced: each layer has weights and a cache of its own, which a scan would copy.
+
+    Args:
+      x: what enters the first layer.
+      states: one entry per layer.
+      run: number of the layer, what enters it, and its entry → what leaves it, and its result.
+    """
+    results = []
+    for layer, state in enumerate(states):
+        x, result = run(layer, x, state)
+        results.append(result)
+    return x, tuple(results)

@@ -1,41 +1,82 @@
-"""A model layer by layer, so that gradients hold the activations of one layer and not of all (rematerialisation)."""
+"""The model as functions of its parameters: begin, one layer, end; and all of it with one trace per kind of layer."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
-from lserve_jax.config.inference import InferenceConfig
-from lserve_jax.models.llama import Attend, Llama, Params, RopeTables
-from lserve_jax.models.rope import rope_tables
+from lserve_jax.config.inference import InferenceConfig, LayerKind
+from lserve_jax.models.layers import each_layer
+from lserve_jax.models.llama import Attend, Layer, Llama, Params, RopeTables
 
 
-def embed(params: Params, config: InferenceConfig, tokens: jax.Array) -> jax.Array:
-    """Returns hidden states [1, T, D] before the first layer, for tokens [T]."""
-    return _apply(params, config, lambda model: model.embed(tokens[None]))
+def run_model(
+    params: Params,
+    state: tuple[Any, ...],
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    config: InferenceConfig,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Returns the hidden states [B, T, D] of tokens [B, T] after the final norm, and the new state of each layer.
+
+    Layers of one `LayerKind` are traced once: tracing is most of a start whose programs lie in the compilation cache.
+
+    Args:
+      params: the model's parameters, heads permuted as ``config.heads`` says.
+      state: one entry per layer, what ``attend`` keeps.
+      tokens: [B, T] int32.
+      positions: [B, T] int32 absolute positions.
+      attend: the attention; it gets the layer's `LayerKind`.
+      config: static settings.
+    """
+    x, rope = begin(params, config, tokens, positions)
+
+    def layer(kind: LayerKind, params: Params, x: jax.Array, rope: RopeTables, state: Any) -> tuple[jax.Array, Any]:
+        return _layer(params, config, kind, x, rope, state, attend)
+
+    traced_once = jax.jit(layer, static_argnums=0)
+    x, new_state = each_layer(
+        x, state, lambda index, x, old: traced_once(config.kinds[index], params[f"layers_{index}"], x, rope, old)
+    )
+    return end(params, config, x), new_state
 
 
-def rotary(config: InferenceConfig, positions: jax.Array) -> RopeTables:
-    """Returns the rotary tables of positions [T]."""
-    return rope_tables(config.model.rope, config.model.head_dim, positions[None])
+def begin(
+    params: Params, config: InferenceConfig, tokens: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, RopeTables]:
+    """Returns embeddings [B, T, D] and rotary tables of tokens and positions [B, T] int32."""
+    return _apply(params, config, "begin", tokens, positions)
 
 
 def run_layer(
     params: Params, config: InferenceConfig, layer: int, x: jax.Array, rope: RopeTables, state: Any, attend: Attend
 ) -> tuple[jax.Array, Any]:
-    """Returns the hidden states [1, T, D] after a layer, and what ``attend`` makes of ``state``."""
-    return _apply(params, config, lambda model: model.layers[layer](x, rope, layer, state, attend))
+    """Returns the hidden states [B, T, D] after one layer, and what ``attend`` makes of ``state``."""
+    return _layer(params[f"layers_{layer}"], config, config.kind(layer), x, rope, state, attend)
 
 
-def final_norm(params: Params, config: InferenceConfig, x: jax.Array) -> jax.Array:
-    """Returns hidden states [1, T, D] after the final norm."""
-    return _apply(params, config, lambda model: model.final_norm(x))
+def end(params: Params, config: InferenceConfig, x: jax.Array) -> jax.Array:
+    """Returns hidden states [..., D] after the final norm."""
+    return _apply(params, config, "end", x)
+
+
+def unembed(params: Params, config: InferenceConfig, hidden: jax.Array) -> jax.Array:
+    """Returns logits [..., V] float32 of hidden states [..., D] after the final norm."""
+    return _apply(params, config, "unembed", hidden)
 
 
 def log_probabilities(params: Params, config: InferenceConfig, hidden: jax.Array) -> jax.Array:
-    """Returns log-probabilities [1, T, V] float32 of the next token, for hidden states [1, T, D] after the norm."""
-    return jax.nn.log_softmax(_apply(params, config, lambda model: model.unembed(hidden)), axis=-1)
+    """Returns log-probabilities [..., V] float32 of the next token, for hidden states [..., D] after the final norm."""
+    return jax.nn.log_softmax(unembed(params, config, hidden), axis=-1)
 
 
-def _apply(params: Params, config: InferenceConfig, method: Any) -> Any:
-    return Llama(config.model, jnp.dtype(config.dtype)).apply({"params": params}, method=method)
+def _layer(
+    params: Params, config: InferenceConfig, kind: LayerKind, x: jax.Array, rope: RopeTables, state: Any, attend: Attend
+) -> tuple[jax.Array, Any]:
+    layer = Layer(config.model, jnp.dtype(config.dtype))
+    return cast(Any, layer.apply({"params": params}, x, rope, kind, state, attend))
+
+
+def _apply(params: Params, config: InferenceConfig, method: str, *args: jax.Array) -> Any:
+    return Llama(config.model, jnp.dtype(config.dtype)).apply({"params": params}, *args, method=method)

@@ -3,6 +3,7 @@
 Letters: B sequences, T tokens, D model width, F feed-forward width, N query heads, K KV heads, H head size, V words.
 """
 
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lserve_jax.config.model import ModelConfig
-from lserve_jax.models.layers import Linear, RMSNorm, project
+from lserve_jax.models.layers import Linear, RMSNorm, each_layer, project
 from lserve_jax.models.rope import apply_rope, rope_tables
 
 type Params = dict[str, Any]
@@ -20,10 +21,10 @@ type RopeTables = tuple[jax.Array, jax.Array]
 class Attend(Protocol):
     """What the model knows of attention: queries, keys and values in; outputs and the layer's next state out."""
 
-    def __call__(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, kind: Any, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """Returns outputs [B, T, N, H] and the new state, for q [B, T, N, H] and k, v [B, T, K, H] after RoPE.
 
-        ``layer`` is the layer's index; `run_model` passes 0 for all, and tells them apart by state.
+        ``kind`` is what the caller of the model says of the layer: a `LayerKind` in every compiled step.
         """
         ...
 
@@ -35,7 +36,9 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: RopeTables, layer: int, state: Any, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, rope: RopeTables, kind: Hashable, state: Any, attend: Attend
+    ) -> tuple[jax.Array, Any]:
         """Returns outputs [B, T, D] and the layer's new state, for ``x`` [B, T, D]."""
         c = self.config
         q = Linear((c.num_heads, c.head_dim), c.qkv_bias, self.dtype, name="q_proj")(x)
@@ -44,7 +47,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
-        out, state = attend(layer, apply_rope(q, rope), apply_rope(k, rope), v, state)
+        out, state = attend(kind, apply_rope(q, rope), apply_rope(k, rope), v, state)
         return Linear((c.hidden_size,), c.o_bias, self.dtype, in_axes=2, name="o_proj")(out), state
 
 
@@ -74,11 +77,13 @@ class Layer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: RopeTables, layer: int, state: Any, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, rope: RopeTables, kind: Hashable, state: Any, attend: Attend
+    ) -> tuple[jax.Array, Any]:
         """Returns hidden states [B, T, D] and the layer's new state, for ``x`` [B, T, D]."""
         epsilon = self.config.rms_norm_eps
         normed = RMSNorm(epsilon, self.dtype, name="input_norm")(x)
-        out, state = Attention(self.config, self.dtype, name="attention")(normed, rope, layer, state, attend)
+        out, state = Attention(self.config, self.dtype, name="attention")(normed, rope, kind, state, attend)
         x = x + out
         normed = RMSNorm(epsilon, self.dtype, name="post_attention_norm")(x)
         return x + MLP(self.config, self.dtype, name="mlp")(normed), state
@@ -101,7 +106,12 @@ class Llama(nn.Module):
             self.lm_head = Linear((c.vocab_size,), False, self.dtype, **wide)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, state: tuple[Any, ...], attend: Attend
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        state: tuple[Any, ...],
+        attend: Attend,
+        kinds: Sequence[Hashable] | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """Returns hidden states [B, T, D] after the final norm, and the new state, one entry a layer.
 
@@ -110,13 +120,14 @@ class Llama(nn.Module):
           positions: [B, T] int32 absolute positions.
           state: what ``attend`` keeps for each layer.
           attend: the attention, see `Attend`.
+          kinds: what ``attend`` is to know of each layer; None gives it the layer's number.
         """
         x, rope = self.begin(tokens, positions)
-        new_state = []
-        for index, layer in enumerate(self.layers):
-            x, layer_state = layer(x, rope, index, state[index], attend)
-            new_state.append(layer_state)
-        return self.end(x), tuple(new_state)
+        kinds = range(len(self.layers)) if kinds is None else kinds
+        x, new_state = each_layer(
+            x, state, lambda index, x, old: self.layers[index](x, rope, kinds[index], old, attend)
+        )
+        return self.end(x), new_state
 
     def begin(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, RopeTables]:
         """Returns what the layers take: embeddings [B, T, D] and rotary tables."""
@@ -133,17 +144,3 @@ class Llama(nn.Module):
         if self.config.tie_embeddings:
             return project(hidden, self.embed.embedding, jnp.dtype("float32"), is_stored_wide=True)
         return self.lm_head(hidden)
-
-
-def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
-    """Returns the parameter tree as `jax.ShapeDtypeStruct`, the template of every checkpoint. Allocates nothing."""
-    model = Llama(config, dtype)
-
-    def initialise() -> Any:
-        def everything(model: Llama, tokens: jax.Array) -> jax.Array:
-            hidden, _ = model(tokens, tokens, (None,) * config.num_layers, lambda layer, q, k, v, state: (q, state))
-            return model.unembed(hidden)
-
-        return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), method=everything)
-
-    return jax.eval_shape(initialise)["params"]

@@ -3,16 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.inference import InferenceConfig, LayerKind, Reading
 from lserve_jax.models.llama import Attend
 from lserve_jax.runtime.cache import LayerCache
 from pallas_kernels import PageTables, decode_attention, kv_write, page_select, prefill_attention, rotate
 
 
-def _window(config: InferenceConfig, tables: PageTables, local: int) -> tuple[int, int]:
+def _window(reading: Reading, tables: PageTables, page_size: int) -> dict[str, int]:
     """Returns sink and window, cut to what the page tables can hold: nothing may grow with a setting past that."""
-    longest = tables.streaming.shape[1] * config.attention.page_size
-    return min(config.attention.sink, longest), min(local, longest)
+    longest = tables.streaming.shape[1] * page_size
+    return {"sink": min(reading.sink, longest), "local": min(reading.local, longest)}
 
 
 def as_stored(config: InferenceConfig, x: jax.Array) -> jax.Array:
@@ -31,17 +31,17 @@ def prefill_attend(
 
     Without ``has_history`` all ``starts`` must be 0.
     """
-    sink, local = _window(config, tables, config.attention.prefill_local)
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache) -> tuple[jax.Array, LayerCache]:
+    def attend(
+        kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
         # Written first, read after: the order that lets XLA update the donated pages in place.
         own = k if config.is_rotated else None
         q, k, v = (as_stored(config, x) for x in (q, k, v))
         kv = kv_write(*(k, v, state.kv, tables, starts, counts), k_bounded=own, implementation=config.implementation)
         out = prefill_attention(
             *(q, k, v, kv, tables, starts, counts),
-            sink=sink,
-            local=local,
+            **_window(kind.prefill, tables, config.attention.page_size),
             has_history=has_history,
             implementation=config.implementation,
         )
@@ -61,18 +61,20 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
         ``selector_interval``-th, beginning with step 0.
     """
     attention = config.attention
-    sink, local = _window(config, tables, attention.local)
 
-    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache) -> tuple[jax.Array, LayerCache]:
+    def attend(
+        kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
         is_used = (lengths > 0).astype(lengths.dtype)
         own = k if config.is_rotated else None
         k, v = (as_stored(config, x) for x in (k, v))
         kv = kv_write(
             *(k, v, state.kv, tables, lengths - is_used, is_used), k_bounded=own, implementation=config.implementation
         )
-        selected = None
-        num_selected = attention.num_selected
-        if state.selected is not None and num_selected is not None and tables.retrieval.shape[1] > num_selected:
+        selected, num_selected = None, kind.decode.num_selected
+        # Where a selection has room for every page of a sequence, or of the pool, all are read.
+        held = tables.retrieval.shape[1]
+        if state.selected is not None and num_selected is not None and held > num_selected:
             assert kv.retrieval is not None
             group = q.shape[2] // k.shape[2]
             state = state._replace(
@@ -92,8 +94,7 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
             selected = state.selected
         out = decode_attention(
             *(as_stored(config, q[:, 0]), kv, tables, lengths, selected),
-            sink=sink,
-            local=local,
+            **_window(kind.decode, tables, attention.page_size),
             implementation=config.implementation,
         )
         return as_stored(config, out)[:, None], state._replace(kv=kv)

@@ -1,11 +1,14 @@
 """The KV cache: a pytree of page pools, one entry a layer, taken donated and returned by every step."""
 
+import warnings
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.checks import require_whole
+from lserve_jax.config.inference import InferenceConfig, LayerKind, Storage
+from lserve_jax.config.sizes import check_sizes
 from pallas_kernels import NO_PAGE, LayerKV, PagedKV, QuantizedArray, selection_width
 
 _BITS = {"int8": 8, "int4": 4}
@@ -14,8 +17,8 @@ _BITS = {"int8": 8, "int4": 4}
 class LayerCache(NamedTuple):
     """One layer: its pools, and the pages that each slot's retrieval heads chose last.
 
-    ``selected`` is [slots, K_retrieval, width] int32 (see `pallas_kernels.page_select`), or None where all are read:
-    also where the whole pool has no more pages than a selection.
+    ``selected`` is [max_num_seqs, K_retrieval, width] int32 (see `pallas_kernels.page_select`), or None where the layer
+    reads every page, and where a selection has room for the whole pool.
     """
 
     kv: LayerKV
@@ -25,7 +28,14 @@ class LayerCache(NamedTuple):
 type KVCache = tuple[LayerCache, ...]
 
 
-def init_cache(config: InferenceConfig, *, slots: int, retrieval_pages: int, streaming_pages: int) -> KVCache:
+def init_cache(
+    config: InferenceConfig,
+    *,
+    max_num_seqs: int | None = None,
+    retrieval_pages: int,
+    streaming_pages: int,
+    slots: int | None = None,
+) -> KVCache:
     """Returns an empty cache, one `LayerCache` a layer. Usable under `jax.eval_shape`.
 
     Pages are shared by all sequences; who holds which is the host's business (`lserve_jax.engine.allocator`). Nothing
@@ -33,46 +43,52 @@ def init_cache(config: InferenceConfig, *, slots: int, retrieval_pages: int, str
 
     Args:
       config: model, head classes and element type of the pages.
-      slots: sequences of a decode batch.
-      retrieval_pages: pages of each layer's retrieval pool.
-      streaming_pages: pages of each layer's streaming pool.
+      max_num_seqs: sequences of a decode batch, each with a slot.
+      retrieval_pages: pages of each layer's retrieval pool; 0 where no layer has one.
+      streaming_pages: pages of each layer's streaming pool; 0 where no layer has one.
+      slots: deprecated name of ``max_num_seqs``.
+
+    Raises:
+      ValueError: if a size is below 1, or a pool that some layer has gets no page.
     """
-    for name, value in (("slots", slots), ("retrieval_pages", retrieval_pages), ("streaming_pages", streaming_pages)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    return tuple(
-        _layer(config, layer, slots, retrieval_pages, streaming_pages) for layer in range(config.model.num_layers)
-    )
+    if slots is not None:
+        warnings.warn("init_cache(slots=) is deprecated: say max_num_seqs=", FutureWarning, stacklevel=2)
+        max_num_seqs = slots
+    check_sizes(max_num_seqs=max_num_seqs)
+    assert max_num_seqs is not None
+    return tuple(_layer(config, kind, max_num_seqs, retrieval_pages, streaming_pages) for kind in config.kinds)
 
 
-def _layer(config: InferenceConfig, layer: int, slots: int, retrieval_pages: int, streaming_pages: int) -> LayerCache:
-    retrieval = config.num_retrieval[layer]
-    streaming = config.model.num_kv_heads - retrieval
+def _layer(
+    config: InferenceConfig, kind: LayerKind, max_num_seqs: int, retrieval_pages: int, streaming_pages: int
+) -> LayerCache:
     kv = LayerKV(
-        retrieval=_pool(config, config.kv_dtype, retrieval_pages, retrieval, has_statistics=True)
-        if retrieval
-        else None,
-        streaming=_pool(config, config.streaming_dtype, streaming_pages, streaming) if streaming else None,
+        retrieval=_pool(config, kind.retrieval, "retrieval_pages", retrieval_pages),
+        streaming=_pool(config, kind.streaming, "streaming_pages", streaming_pages),
     )
-    num_selected = config.num_selected(layer)
-    if num_selected is None or num_selected >= retrieval_pages or not retrieval:
+    num_selected = kind.decode.num_selected
+    if num_selected is None or num_selected >= retrieval_pages:  # a list as long as the pool would choose nothing
         return LayerCache(kv, None)
-    width = selection_width(num_selected, config.attention.selector_interval, config.attention.page_size)
-    return LayerCache(kv, jnp.full((slots, retrieval, width), NO_PAGE, jnp.int32))
+    attention = config.attention
+    width = selection_width(num_selected, attention.selector_interval, attention.page_size)
+    return LayerCache(kv, jnp.full((max_num_seqs, kind.num_retrieval, width), NO_PAGE, jnp.int32))
 
 
-def _pool(config: InferenceConfig, dtype: str, pages: int, heads: int, *, has_statistics: bool = False) -> PagedKV:
-    attention, head_dim = config.attention, config.model.head_dim
+def _pool(config: InferenceConfig, storage: Storage | None, name: str, pages: int) -> PagedKV | None:
+    if storage is None:
+        return None
+    require_whole(name, pages)
+    attention, heads, head_dim = config.attention, storage.num_kv_heads, config.model.head_dim
 
     def elements() -> jax.Array | QuantizedArray:
         shape = (pages, heads, attention.page_size, head_dim)
-        if dtype not in _BITS:
-            return jnp.zeros(shape, dtype)
-        bits = _BITS[dtype]
+        if storage.dtype not in _BITS:
+            return jnp.zeros(shape, storage.dtype)
+        bits = _BITS[storage.dtype]
         codes = jnp.zeros((*shape[:-1], head_dim * bits // 8), jnp.uint8)
         return QuantizedArray(codes=codes, scale=jnp.zeros(shape[:-1]), zero=jnp.zeros(shape[:-1]), bits=bits)
 
-    if not has_statistics:
+    if not storage.has_statistics:
         return PagedKV(elements(), elements())
     subs = attention.page_size // attention.sub_page_size
     k_min, k_max = (jnp.zeros((pages, heads, subs, head_dim), config.dtype) for _ in range(2))

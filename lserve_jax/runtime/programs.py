@@ -6,11 +6,13 @@ is needed later begins when what is needed first has been compiled or, if it mus
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
+
+from pallas_kernels import Choice, observe_choices
 
 _PATIENCE_S = 3.0
 """How long a program waits for the compilation of the one that is needed before it. One that lies in the persistent
@@ -19,6 +21,10 @@ cache is loaded by then; what must really be compiled had better begin beside it
 _HEAD_START_S = 0.5
 """How long a program that is needed later leaves the interpreter to the run of the one before it. If that has not run
 by then, it waits for something else, such as weights."""
+
+
+_CHOICES: dict[Hashable, tuple[Choice, ...]] = {}
+"""What each trace chose. JAX keeps traces for the whole process, and so does this, which is read when one is reused."""
 
 
 class Call(NamedTuple):
@@ -55,6 +61,12 @@ class Programs:
     def names(self) -> tuple[str, ...]:
         """The programs that have been asked for so far."""
         return tuple(self._programs)
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """Which implementation each op took in the programs that have been compiled so far."""
+        done = [one.compiled for one in self._programs.values() if one.compiled.done() and not one.compiled.exception()]
+        return tuple(dict.fromkeys(choice for compiled in done for choice in compiled.result()[1]))
 
     def start(self, calls: Sequence[Call], *, later: Collection[str] = ()) -> None:
         """Begins to compile the programs of calls that are new, in the order in which they are needed.
@@ -99,7 +111,7 @@ class Programs:
         self.compile([call])
         program = self._programs[call.name]
         try:
-            return jax.block_until_ready(program.compiled.result()(*call.args))
+            return jax.block_until_ready(program.compiled.result()[0](*call.args))
         finally:
             program.next_is_due.set()
 
@@ -111,7 +123,15 @@ def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _compile(
     step: Any, args: tuple[Any, ...], static: dict[str, Any], before: Future[Any] | None, is_due: threading.Event | None
-) -> Any:
+) -> tuple[Any, tuple[Choice, ...]]:
+    """Returns the compiled program, and which implementation each op took in it."""
     if before is not None and wait([before], timeout=_PATIENCE_S).done and is_due is not None:
         is_due.wait(_HEAD_START_S)
-    return step.lower(*args, **static).compile()
+    leaves, structure = jax.tree.flatten(args)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    trace = (step, structure, shapes, tuple(sorted(static.items())))
+    with observe_choices() as choices:
+        lowered = step.lower(*args, **static)
+    if choices:  # none where JAX had this trace already
+        _CHOICES[trace] = tuple(dict.fromkeys(choices))
+    return lowered.compile(), _CHOICES.get(trace, ())

@@ -8,11 +8,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.inference import InferenceConfig, LayerKind
+from lserve_jax.models.layerwise import run_model
 from lserve_jax.models.llama import Params
 from lserve_jax.runtime.attend import as_stored, decode_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
-from lserve_jax.runtime.steps import run_model
 from pallas_kernels import PagedKV, PageTables, dequantize
 
 
@@ -77,18 +77,17 @@ def recall_step(
     inner = decode_attend(config, tables, lengths, decode_steps)
 
     def attend(
-        layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
+        kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
     ) -> tuple[jax.Array, tuple[LayerCache, jax.Array]]:
-        out, state = inner(layer, q, k, v, state)
+        out, state = inner(kind, q, k, v, state)
         nothing = jnp.full(lengths.shape, jnp.nan)
-        if state.selected is None or state.kv.retrieval is None:
+        num_selected = kind.decode.num_selected
+        if num_selected is None or state.selected is None or state.kv.retrieval is None:
             return out, (state, nothing)
-        heads = state.kv.num_retrieval * (q.shape[2] // k.shape[2])
+        heads = kind.num_retrieval * (q.shape[2] // k.shape[2])
         table = jnp.asarray(tables.retrieval)
         mass = attention_recall(as_stored(config, q[:, 0, :heads]), state.kv.retrieval, table, lengths, state.selected)
-        budget = config.attention.num_selected
-        assert budget is not None
-        is_selecting = lengths > budget * config.attention.page_size
+        is_selecting = lengths > num_selected * config.attention.page_size
         return out, (state, jnp.where(is_selecting, jnp.mean(mass, axis=1), nothing))
 
     positions = jnp.maximum(lengths - 1, 0)[:, None]

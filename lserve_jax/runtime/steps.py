@@ -6,14 +6,15 @@ lengths of contexts, page tables, sampling settings and numbers of steps are dat
 
 import json
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import export
 
 from lserve_jax.config.inference import InferenceConfig
-from lserve_jax.models.llama import Attend, Layer, Llama, Params
+from lserve_jax.models.layerwise import run_model, unembed
+from lserve_jax.models.llama import Params
 from lserve_jax.runtime.attend import decode_attend, prefill_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
 from lserve_jax.runtime.sampling import SamplingState, sample, token_logprobs
@@ -52,39 +53,6 @@ class Generated(NamedTuple):
     choices: jax.Array
 
 
-def run_model(
-    params: Params,
-    state: tuple[Any, ...],
-    tokens: jax.Array,
-    positions: jax.Array,
-    attend: Attend,
-    config: InferenceConfig,
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Returns the hidden states [B, T, D] of tokens [B, T], and the new state of each layer (see `Llama`).
-
-    ``attend`` may know a layer by the form of its state only: layers of one form are traced once, which is most of what
-    a start with a filled compilation cache takes.
-    """
-    model, layer = Llama(config.model, jnp.dtype(config.dtype)), Layer(config.model, jnp.dtype(config.dtype))
-    x, rope = cast(Any, model.apply({"params": params}, tokens, positions, method="begin"))
-
-    @jax.jit
-    def run(params: Params, x: jax.Array, rope: Any, state: Any) -> Any:
-        return layer.apply({"params": params}, x, rope, 0, state, attend)
-
-    new_state = []
-    for index, old in enumerate(state):
-        x, new = run(params[f"layers_{index}"], x, rope, old)
-        new_state.append(new)
-    return cast(Any, model.apply({"params": params}, x, method="end")), tuple(new_state)
-
-
-def _unembed(params: Params, hidden: jax.Array, config: InferenceConfig) -> jax.Array:
-    model = Llama(config.model, jnp.dtype(config.dtype))
-    logits: Any = model.apply({"params": params}, hidden, method="unembed")
-    return logits
-
-
 @partial(jax.jit, static_argnames=("config", "has_history", "has_all_logits"), donate_argnames="cache")
 def prefill_step(
     params: Params,
@@ -117,7 +85,7 @@ def prefill_step(
     if not has_all_logits:
         last = jnp.maximum(counts - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-    return _unembed(params, hidden, config), cache
+    return unembed(params, config, hidden), cache
 
 
 def _decode(
@@ -132,7 +100,7 @@ def _decode(
     positions = jnp.maximum(lengths - 1, 0)[:, None]
     attend = decode_attend(config, tables, lengths, decode_steps)
     hidden, cache = run_model(params, cache, tokens[:, None], positions, attend, config)
-    return _unembed(params, hidden[:, 0], config), cache
+    return unembed(params, config, hidden[:, 0]), cache
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")

@@ -14,6 +14,8 @@ import tokenizers
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from lserve_jax.weights.gguf import END_TOKENS
+
 # The special tokens by the names that Hugging Face files and chat templates use.
 SPECIAL_TOKEN_KEYS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
@@ -21,8 +23,6 @@ SPECIAL_TOKEN_KEYS = {
     "unk_token": "tokenizer.ggml.unknown_token_id",
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
-# Metadata that names a token at which generation ends: of the text, of the turn, of a message.
-END_TOKEN_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 # Many files carry no `eot_token_id`; a control token of one of these names ends a turn in every family that has it.
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
@@ -117,7 +117,7 @@ def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
 def end_token_ids(metadata: Mapping[str, Any]) -> list[int]:
     """Returns the ids at which generation ends: of text, turn or message, and control tokens named in `END_OF_TURN`."""
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    named = [int(metadata[key]) for key in END_TOKEN_KEYS if metadata.get(key) is not None]
+    named = [int(metadata[key]) for key in END_TOKENS if metadata.get(key) is not None]
     turns = [i for i, token in enumerate(tokens) if types[i] == TokenType.CONTROL and token in END_OF_TURN]
     return list(dict.fromkeys(named + turns))
 
@@ -180,7 +180,7 @@ def _merges(metadata: Mapping[str, Any], problems: list[str]) -> list[tuple[str,
 
 
 def _special_ids(metadata: Mapping[str, Any], count: int, problems: list[str]) -> dict[str, int]:
-    keys = (*SPECIAL_TOKEN_KEYS.values(), *END_TOKEN_KEYS)
+    keys = (*SPECIAL_TOKEN_KEYS.values(), *END_TOKENS)
     named = {key: metadata[key] for key in keys if metadata.get(key) is not None}
     for key, value in named.items():
         if not isinstance(value, int) or not 0 <= value < count:

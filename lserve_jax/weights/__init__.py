@@ -1,5 +1,6 @@
 """Checkpoints: opening them, checking them, loading their tensors into the parameter tree."""
 
 from lserve_jax.weights.load import Checkpoint, open_checkpoint
+from lserve_jax.weights.tensors import abstract_params
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "abstract_params", "open_checkpoint"]

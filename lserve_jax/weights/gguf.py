@@ -54,6 +54,7 @@ NEUTRAL_VALUES = {
     "rope.scaling.yarn_log_multiplier": 0.0,
     "rope.scale_linear": 1.0,
 }
+# Metadata that names a token at which generation ends: of the text, of the turn, of a message.
 END_TOKENS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 # The converter stores Llama 3.1's frequency scaling as one factor a frequency; published models use these parameters.

@@ -19,7 +19,7 @@ from lserve_jax.weights import embedded, orbax
 from lserve_jax.weights.gguf import GGUFFile
 from lserve_jax.weights.rules import HeadOrder
 from lserve_jax.weights.safetensors import SafetensorsFolder
-from lserve_jax.weights.tensors import Progress, load_tensors, promised_params
+from lserve_jax.weights.tensors import Progress, abstract_params, load_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What a hub repository is asked for: no pickles, no code, no second copies of the weights in other formats.
@@ -65,9 +65,9 @@ class Checkpoint:
         """
         return self.loader(self.config, jnp.dtype(dtype), heads, progress)
 
-    def promised_params(self, dtype: Any) -> Params:
+    def abstract_params(self, dtype: Any) -> Params:
         """The tree that `load_params` will give, as `jax.ShapeDtypeStruct`: enough to compile programs."""
-        return promised_params(self.config, jnp.dtype(dtype))
+        return abstract_params(self.config, dtype)
 
 
 def open_checkpoint(model: str) -> Checkpoint:

@@ -106,6 +106,11 @@ class Tensor:
     layer: int | None
     is_rotary: bool
 
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
 
 def expected_tensors(config: ModelConfig, naming: Naming = "hf") -> list[Tensor]:
     """Every parameter of the model that `config` describes, in the order in which the model uses them."""
@@ -115,11 +120,6 @@ def expected_tensors(config: ModelConfig, naming: Naming = "hf") -> list[Tensor]
     if naming == "ours":
         return [replace(tensor, file_shape=tensor.shape) for tensor in tensors]
     return tensors
-
-
-def parameter_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """The shape of every parameter by its path in the tree, for example `("final_norm", "scale")`."""
-    return {tensor.path: tensor.shape for tensor in expected_tensors(config)}
 
 
 def _fill_in(rule: Rule, layer: int | None, config: ModelConfig) -> Tensor:

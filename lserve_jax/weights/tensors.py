@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lserve_jax.config.model import ModelConfig
@@ -21,7 +22,6 @@ from lserve_jax.weights.rules import (
     check_heads,
     expected_tensors,
     head_index,
-    parameter_shapes,
 )
 
 type Progress = Callable[[int, int], None]
@@ -102,12 +102,22 @@ def load_tensors(
     return params
 
 
-def promised_params(config: ModelConfig, dtype: np.dtype) -> Params:
-    """The tree that `load_tensors` will give, as `jax.ShapeDtypeStruct`; reads and allocates nothing."""
+def parameter_tree(config: ModelConfig, leaf: Callable[[Tensor], Any]) -> Params:
+    """Returns the model's parameter tree with ``leaf`` of every parameter: shapes, storage types, partition specs.
+
+    Args:
+      config: the model.
+      leaf: makes an entry of a parameter's path, shape and axes, whose letters are those of `lserve_jax.weights.rules`.
+    """
     params: Params = {}
-    for path, shape in parameter_shapes(config).items():
-        set_leaf(params, path, jax.ShapeDtypeStruct(shape, dtype))
+    for tensor in expected_tensors(config):
+        set_leaf(params, tensor.path, leaf(tensor))
     return params
+
+
+def abstract_params(config: ModelConfig, dtype: jax.typing.DTypeLike) -> Params:
+    """Returns the tree that `load_tensors` will give, as `jax.ShapeDtypeStruct`; reads and allocates nothing."""
+    return parameter_tree(config, lambda tensor: jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(dtype)))
 
 
 def _load_tensor(read: ReadTensor, tensor: Tensor, dtype: np.dtype, index: tuple[int, np.ndarray] | None) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bench import e2e
-from lserve_jax.engine.memory import PoolSizes
+from lserve_jax.config.sizes import PoolSizes
 from pallas_kernels import dequantize
 
 TINY_CHECKPOINT = str(Path(__file__).parents[1] / "golden" / "tiny" / "llama3")

@@ -86,13 +86,13 @@ def test_warnings_come_once_the_model_is_loaded(caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number from 1, got 0"),
-        ({"max_model_len": 12.5}, "max_model_len must be a whole number from 1, got 12.5"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0 must be a whole number from 1"),
+        ({"max_model_len": 12.5}, "max_model_len=12.5 must be a whole number from 1"),
         (
             {"prefill_chunk": 0, "steps_per_call": -1},
-            "steps_per_call must be a whole number from 1, got -1; prefill_chunk",
+            "steps_per_call=-1 must be a whole number from 1; prefill_chunk",
         ),
-        ({"implementation": "cuda"}, "implementation must be one of auto, xla, mosaic_gpu, triton, got 'cuda'"),
+        ({"implementation": "cuda"}, "implementation='cuda' must be one of auto, mosaic_gpu, triton, xla"),
         ({"attention": "sparse"}, "attention='sparse' must be one of lserve, dense"),
         ({"window": 5}, "unknown attention option window; known are"),
         ({"preset": "dense"}, "unknown attention option preset"),
@@ -138,7 +138,7 @@ def test_what_the_page_selector_is_not_made_for_is_refused_where_pages_would_be_
     with hopper.on_h200():
         with pytest.raises(NotImplementedError, match="lookahead with reduction='mean'"):
             prepare("llama-3.1-8b", max_model_len=4097, **settings)
-        assert prepare("llama-3.1-8b", max_model_len=4096, **settings).plan.slots
+        assert prepare("llama-3.1-8b", max_model_len=4096, **settings).plan.sizes.max_num_seqs
 
 
 def test_memory_that_does_not_suffice_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch):

@@ -171,7 +171,7 @@ def check_refusal(result: Result, message: str) -> None:
         ("--local 0", "local=0 must be a whole number from 1"),
         ("--dense-layers 1,x", "--dense-layers '1,x' must be layer numbers with commas between"),
         ("--dense-layers 2", "dense_layers=[2] do not exist: the model has layers 0 … 1"),
-        ("--chunk 0", "prefill_chunk must be a whole number from 1, got 0"),
+        ("--chunk 0", "prefill_chunk=0 must be a whole number from 1"),
         ("--score luck", "invalid choice: 'luck'"),
         ("--method guess", "invalid choice: 'guess'"),
         ("--quota head", "invalid choice: 'head'"),

@@ -13,7 +13,8 @@ from lserve_jax.calibration.pages import Chunk
 from lserve_jax.calibration.probe import probe, slopes
 from lserve_jax.calibration.prompts import Prompt
 from lserve_jax.calibration.scores import BEST_PLACE, MEASURES, SCORES, Scores, combine, score_heads, to_gates
-from lserve_jax.models.llama import Llama, abstract_params
+from lserve_jax.models.llama import Llama
+from lserve_jax.weights import abstract_params
 from tests.lserve_jax.calibration import planted
 from tests.lserve_jax.runtime.tiny_steps import TINY
 
@@ -232,7 +233,7 @@ def temporaries(program: str, layers: int, length: int, answer: int = 32) -> int
     chunk: Any = (tokens, tokens, tokens, scalar, scalar, table, sources)
     arguments: list[Any] = [
         abstract_params(config.model, jnp.dtype("float32")),
-        jax.eval_shape(lambda: init_cache(config, slots=1, retrieval_pages=pages, streaming_pages=1)),
+        jax.eval_shape(lambda: init_cache(config, max_num_seqs=1, retrieval_pages=pages, streaming_pages=1)),
         Chunk(*chunk),
     ]
     if program == "slopes":

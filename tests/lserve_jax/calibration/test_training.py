@@ -11,7 +11,8 @@ import pytest
 
 from lserve_jax.calibration.training import Checkpoint, TrainingConfig, TrainingState, train, train_step
 from lserve_jax.calibration.two_streams import BLOCK, Example, distillation_loss, streaming_attention
-from lserve_jax.models.llama import Llama, abstract_params
+from lserve_jax.models.llama import Llama
+from lserve_jax.weights import abstract_params
 from tests.lserve_jax.calibration import planted
 
 SHORT = TrainingConfig(steps=6, learning_rate=0.1)

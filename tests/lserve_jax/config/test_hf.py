@@ -1,5 +1,4 @@
 import dataclasses
-import math
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 from lserve_jax.config.hf import ARCHITECTURES, read_hf
 from lserve_jax.config.model import ModelConfig, RopeConfig
 from lserve_jax.models.known import known_configs
-from lserve_jax.weights.rules import parameter_shapes
+from lserve_jax.weights.rules import expected_tensors
 from tests.lserve_jax.checkpoints import tiny_config
 
 ROPE_KEYS = [
@@ -328,7 +327,7 @@ def test_model_config_checks_itself_and_names_every_problem():
 )
 def test_known_models_have_their_published_number_of_parameters(name: str, parameters: int):
     config = read_hf(known_configs()[name], source=name)
-    assert sum(math.prod(shape) for shape in parameter_shapes(config).values()) == parameters
+    assert sum(tensor.size for tensor in expected_tensors(config)) == parameters
 
 
 def test_every_known_model_is_tested():

@@ -23,7 +23,7 @@ def test_streaming_heads_store_as_others_but_never_4_bits(kv_dtype: str, streami
 
 def test_dense_layers_read_all_pages_and_others_the_budget():
     config = InferenceConfig(model=MODEL, attention=AttentionConfig(dense_layers=(1,)))
-    assert [config.num_selected(layer) for layer in range(2)] == [64, None]
+    assert [kind.decode.num_selected for kind in config.kinds] == [64, None]
 
 
 def test_equal_configurations_are_one_static_argument():

@@ -45,7 +45,10 @@ def make_sequence(prompt: int, max_tokens: int, page_size: int, request_id: int 
 
 def make_allocator(windows: Windows, *, retrieval: int = 500, streaming: int = 500) -> PageAllocator:
     return PageAllocator(
-        retrieval=PagePool(retrieval), streaming=PagePool(streaming), sink=windows.sink, page_size=windows.page_size
+        retrieval=PagePool(retrieval, keeps_all=True),
+        streaming=PagePool(streaming, keeps_all=False),
+        sink=windows.sink,
+        page_size=windows.page_size,
     )
 
 
@@ -248,12 +251,12 @@ def test_pages_reserved_for_steps_that_were_not_run_go_back():
 
 def test_a_model_without_heads_of_a_kind_holds_no_pages_of_that_kind():
     sequence = make_sequence(200, 10, 64)
-    allocator = PageAllocator(retrieval=PagePool(10), streaming=None, sink=128, page_size=64)
+    allocator = PageAllocator(retrieval=PagePool(10, keeps_all=True), streaming=None, sink=128, page_size=64)
     assert allocator.reserve(sequence, 0, 200, 256)
     assert held(sequence.retrieval_table) == {0, 1, 2, 3}
     assert not held(sequence.streaming_table)
     allocator.free(sequence)
-    allocator = PageAllocator(retrieval=None, streaming=PagePool(10), sink=128, page_size=64)
+    allocator = PageAllocator(retrieval=None, streaming=PagePool(10, keeps_all=False), sink=128, page_size=64)
     assert allocator.reserve(sequence, 0, 200, 256)
     assert held(sequence.streaming_table) == {0, 1, 2, 3}
     assert not held(sequence.retrieval_table)
@@ -264,7 +267,7 @@ def test_stacked_tables_have_a_row_a_slot_and_are_copies():
     sequence = make_sequence(100, 10, 64)
     sequence.slot = 2
     assert allocator.reserve(sequence, 0, 100, 256)
-    retrieval, streaming = stack_tables([sequence], num_slots=4, num_pages=6)
+    retrieval, streaming = stack_tables([sequence], max_num_seqs=4, num_pages=6)
     assert retrieval.shape == streaming.shape == (4, 6)
     assert retrieval.dtype == streaming.dtype == np.int32
     expected = np.full((4, 6), -1)
@@ -275,7 +278,7 @@ def test_stacked_tables_have_a_row_a_slot_and_are_copies():
 
 
 def test_a_page_pool_refuses_double_and_foreign_returns_and_changes_nothing():
-    pool = PagePool(4)
+    pool = PagePool(4, keeps_all=True)
     pages = pool.take(3)
     with pytest.raises(ValueError, match=r"page 4 is not of this pool, whose ids are 0 to 3"):
         pool.give_back([pages[0], 4])
@@ -290,8 +293,8 @@ def test_a_page_pool_refuses_double_and_foreign_returns_and_changes_nothing():
     assert pool.num_free == 2
     with pytest.raises(ValueError, match=r"cannot take 3 pages: 2 of 4 are free"):
         pool.take(3)
-    with pytest.raises(ValueError, match=r"at least 1 page, got 0"):
-        PagePool(0)
+    with pytest.raises(ValueError, match=r"num_pages=0 must be a whole number from 1"):
+        PagePool(0, keeps_all=True)
 
 
 class AllocatorMachine(RuleBasedStateMachine):

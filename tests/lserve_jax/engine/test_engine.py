@@ -75,8 +75,8 @@ def assert_idle(llm: LLM) -> None:
     assert scheduler.is_idle
     for pool in (scheduler.allocator.retrieval, scheduler.allocator.streaming):
         assert pool is None or pool.num_free == pool.num_pages
-    assert sorted(scheduler._free_slots) == list(range(llm.engine.engine_config.num_slots))
-    assert not llm._works
+    assert sorted(scheduler._free_slots) == list(range(llm.setup.sizes.max_num_seqs))
+    assert llm.session.is_idle
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -498,13 +498,13 @@ def test_pages_read_ratio_equals_a_count_of_the_pages_that_each_head_read(
     for length in (1, 30, 55, 56, 57, 150):
         read = in_all = 0
         params = SamplingParams(max_tokens=30, ignore_eos=True)
-        outputs = []
-        for _, output in llm.stream_output(prompt(length), params):
+        outputs, tokens = [], 0
+        for chunk, output in llm.stream_output(prompt(length), params):
             outputs.append(output)
             # A yield after the prefill's calls, with nothing decoded, and then after each decode step.
-            tokens = llm._works[max(llm._works)].token_ids
-            if len(tokens) > 1:
-                one, dense = pages_read(llm, length + len(tokens) - 1)
+            tokens += len(chunk.token_ids)
+            if tokens > 1:
+                one, dense = pages_read(llm, length + tokens - 1)
                 read, in_all = read + one, in_all + dense
         result = outputs[-1]
         assert result is not None

@@ -24,7 +24,8 @@ from lserve_jax import (
     init_cache,
 )
 from lserve_jax.config.hf import read_hf
-from lserve_jax.engine.memory import PoolSizes, host_memory, plan_memory, tree_bytes
+from lserve_jax.config.sizes import PoolSizes, Sizes
+from lserve_jax.engine.memory import host_memory, plan_memory, tree_bytes
 from lserve_jax.models.known import known_configs
 from lserve_jax.weights import open_checkpoint
 from tests.lserve_jax.checkpoints import tiny_config
@@ -49,11 +50,8 @@ def llama_8b(streaming: float, **policy: Any) -> InferenceConfig:
 
 
 def plan_of(config: InferenceConfig, length: int, **sizes: Any) -> Any:
-    return plan_memory(
-        config,
-        **{"max_model_len": length, "slots": 1, "prefill_chunk": 512, "steps_per_call": 8, "available_bytes": 80 * GIB}
-        | sizes,
-    )
+    available = sizes.pop("available_bytes", 80 * GIB)
+    return plan_memory(config, Sizes(**{"max_model_len": length, "max_num_seqs": 1} | sizes), available_bytes=available)
 
 
 def test_llama_8b_at_a_million_tokens_in_int8_with_half_the_heads_streaming():
@@ -91,12 +89,12 @@ def test_int4_codes_take_half_a_byte_and_those_of_streaming_heads_a_whole_one():
 
 def test_slots_share_one_prefills_worth_of_streaming_pages():
     config = llama_8b(0.5)
-    one, four = plan_of(config, 100_000), plan_of(config, 100_000, slots=4)
+    one, four = plan_of(config, 100_000), plan_of(config, 100_000, max_num_seqs=4)
     assert four.pools.retrieval == 4 * one.pools.retrieval == 4 * 1563
     # 8 decode steps with a window of 256 reach over 263 positions: 1 + 4 whole + 1 pages, and the sink's 2.
     assert (one.pools.streaming, four.pools.streaming) == (75, 75 + 3 * 8)
     # No more than a sequence has.
-    assert plan_of(config, 130, slots=2).pools == PoolSizes(retrieval=6, streaming=6)
+    assert plan_of(config, 130, max_num_seqs=2).pools == PoolSizes(retrieval=6, streaming=6)
 
 
 SMALL = read_hf(tiny_config(num_hidden_layers=1), source="one layer of 3 KV heads")
@@ -108,13 +106,13 @@ LIMITS = st.integers(2**15, 2**45)
 def test_the_largest_context_fits_and_one_page_more_does_not(available: int, slots: int, kept: int, kv_dtype: str):
     heads = HeadClasses(order=((0, 1, 2),), num_retrieval=(kept,))
     config = InferenceConfig(model=SMALL, attention=from_preset("lserve", kv_dtype=kv_dtype), heads=heads)
-    plan = plan_of(config, 1000, slots=slots, available_bytes=available)
+    plan = plan_of(config, 1000, max_num_seqs=slots, available_bytes=available)
     largest = plan.largest_context
     assert largest % 64 == 0
     if largest:
-        assert plan_of(config, largest, slots=slots, available_bytes=available).fits
+        assert plan_of(config, largest, max_num_seqs=slots, available_bytes=available).fits
     if largest < 2**31 - 64:
-        assert not plan_of(config, largest + 1, slots=slots, available_bytes=available).fits
+        assert not plan_of(config, largest + 1, max_num_seqs=slots, available_bytes=available).fits
     assert plan.fits == (largest >= 1000)
 
 
@@ -157,8 +155,10 @@ def test_planned_bytes_are_those_of_the_cache_that_is_made(pattern: str, kv_dtyp
     )
     model = open_checkpoint(str(tmp_path)).config
     config = InferenceConfig(model=model, attention=policy, heads=PATTERNS[pattern], dtype=dtype)
-    plan = plan_of(config, 200, slots=3, prefill_chunk=16)
-    cache = init_cache(config, slots=3, retrieval_pages=plan.pools.retrieval, streaming_pages=plan.pools.streaming)
+    plan = plan_of(config, 200, max_num_seqs=3, prefill_chunk=16)
+    cache = init_cache(
+        config, max_num_seqs=3, retrieval_pages=plan.pools.retrieval, streaming_pages=plan.pools.streaming
+    )
     assert plan.retrieval_bytes == sum(tree_bytes(layer.kv.retrieval) for layer in cache)
     assert plan.streaming_bytes == sum(tree_bytes(layer.kv.streaming) for layer in cache)
     # What the selector remembers is left to the headroom: 4 bytes for each of its pages.

@@ -130,7 +130,7 @@ def test_the_harness_runs_all_kinds_of_tasks(lm: Any, llm: LLM, tasks: Path):
 def test_a_text_is_scored_in_windows_each_token_once(lm: Any, llm: LLM):
     text = DOCS[2]["text"]
     ids = lm.tok_encode(text)
-    assert len(ids) > 2 * llm.setup.engine_config.max_model_len
+    assert len(ids) > 2 * llm.setup.sizes.max_model_len
     (got,) = lm.loglikelihood_rolling(instances("loglikelihood_rolling", (text,)), disable_tqdm=True)
     # Windows of 64 tokens, the first of which is context; the last window is as long, and scores what is left.
     whole = [lm.prefix_token_id, *ids]
@@ -145,7 +145,7 @@ def test_a_text_is_scored_in_windows_each_token_once(lm: Any, llm: LLM):
 
 def test_answers_keep_their_order_whatever_order_they_are_computed_in(lm: Any, llm: LLM):
     pairs = [("x" * length, "y" * (1 + length % 3)) for length in (3, 40, 1, 20, 11, 33, 2, 9, 5)] * 4
-    assert len(pairs) > harness._ROUNDS * llm.setup.engine_config.num_slots
+    assert len(pairs) > harness._ROUNDS * llm.setup.sizes.max_num_seqs
     got = lm.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
     expected = [by_logits(llm, lm.tok_encode(a), lm.tok_encode(b)) for a, b in pairs]
     np.testing.assert_allclose([value for value, _ in got], [value for value, _ in expected], rtol=1e-4)
@@ -332,7 +332,7 @@ def test_model_arguments_make_the_model():
     lm = make(
         {"model": MODEL, **settings, "attention": "lserve", "kv_dtype": "int8"}, {"batch_size": 3, "device": "cuda"}
     )
-    assert lm.llm.setup.engine_config.num_slots == 3
+    assert lm.llm.setup.sizes.max_num_seqs == 3
     assert lm.get_model_info()["kv_dtype"] == "int8"
     assert lm.tokenizer_name.endswith("__llama3")
     with pytest.raises(ValueError, match=r"unknown attention option pretrained; known are"):

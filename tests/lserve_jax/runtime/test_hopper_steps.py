@@ -12,8 +12,8 @@ from lserve_jax import HeadClasses, InferenceConfig, from_preset, init_cache
 from lserve_jax.config.heads import classify
 from lserve_jax.config.hf import read_hf
 from lserve_jax.models.known import known_configs
-from lserve_jax.models.llama import abstract_params
 from lserve_jax.runtime.steps import decode_step, prefill_step
+from lserve_jax.weights import abstract_params
 from pallas_kernels import PageTables
 from tests.pallas_kernels import hopper
 from tests.pallas_kernels.cases import abstract
@@ -34,7 +34,7 @@ def _config(kv_dtype: str, layers: int | None = None) -> InferenceConfig:
 
 def _state(config: InferenceConfig, context: int = CONTEXT) -> tuple[Any, Any, PageTables]:
     pages = context // config.attention.page_size
-    cache = jax.eval_shape(partial(init_cache, config, slots=1, retrieval_pages=pages, streaming_pages=64))
+    cache = jax.eval_shape(partial(init_cache, config, max_num_seqs=1, retrieval_pages=pages, streaming_pages=64))
     table: Any = abstract(1, pages)
     return abstract_params(config.model, jnp.dtype(config.dtype)), cache, PageTables(table, table)
 
@@ -126,7 +126,7 @@ def _logits(implementation: str, tokens: list[int], prompt: int, chunk: int, kv_
         abstract_params(model, jnp.dtype("bfloat16")),
     )
     pages = 16
-    cache = init_cache(config, slots=1, retrieval_pages=pages, streaming_pages=pages)
+    cache = init_cache(config, max_num_seqs=1, retrieval_pages=pages, streaming_pages=pages)
     tables = PageTables(*(jnp.asarray(rng.permutation(pages)[None], jnp.int32) for _ in range(2)))
     found = []
     for start in range(0, prompt, chunk):

@@ -10,9 +10,9 @@ import pytest
 from jax import export
 
 from lserve_jax import HeadClasses, InferenceConfig, init_cache
-from lserve_jax.models.llama import abstract_params
 from lserve_jax.runtime.sampling import SamplingParams, SamplingState
 from lserve_jax.runtime.steps import DecodeState, decode_loop, decode_step, prefill_step
+from lserve_jax.weights import abstract_params
 from pallas_kernels import PageTables
 from tests.lserve_jax.runtime.tiny_steps import Stepper, classes, tiny_config
 
@@ -178,7 +178,7 @@ def abstract(config: InferenceConfig, max_pages: int, slots: int = 2) -> tuple[A
     """Parameters, cache and tables as shapes."""
     pages = slots * max_pages
     params = abstract_params(config.model, jnp.dtype("float32"))
-    empty = jax.eval_shape(lambda: init_cache(config, slots=slots, retrieval_pages=pages, streaming_pages=pages))
+    empty = jax.eval_shape(lambda: init_cache(config, max_num_seqs=slots, retrieval_pages=pages, streaming_pages=pages))
     table = jax.ShapeDtypeStruct((slots, max_pages), jnp.int32)
     return params, empty, PageTables(table, table)  # type: ignore[arg-type]
 

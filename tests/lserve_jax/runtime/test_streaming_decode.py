@@ -90,7 +90,10 @@ class Cache:
 
     def __init__(self, tokens: tuple[NDArray[np.float32], ...], window: Window) -> None:
         self.tokens, self.window = tokens, window
-        retrieval, streaming = PagePool(len(PROMPTS) * TABLE_PAGES), PagePool(13 * len(PROMPTS))
+        retrieval, streaming = (
+            PagePool(len(PROMPTS) * TABLE_PAGES, keeps_all=True),
+            PagePool(13 * len(PROMPTS), keeps_all=False),
+        )
         self.allocator = PageAllocator(retrieval=retrieval, streaming=streaming, sink=window.sink, page_size=PAGE)
         self.sequences = [
             Sequence.from_request(

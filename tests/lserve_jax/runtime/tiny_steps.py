@@ -59,7 +59,7 @@ class Stepper:
     def cache(self) -> KVCache:
         """An empty cache: floating-point memory is NaN, codes are random."""
         pages = self.slots * self.max_pages
-        cache = init_cache(self.config, slots=self.slots, retrieval_pages=pages, streaming_pages=pages)
+        cache = init_cache(self.config, max_num_seqs=self.slots, retrieval_pages=pages, streaming_pages=pages)
         rng = np.random.default_rng(8)
 
         def dirty(leaf: jax.Array) -> jax.Array:

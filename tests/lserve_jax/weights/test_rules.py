@@ -5,8 +5,9 @@ import pytest
 
 from lserve_jax.config.hf import read_hf
 from lserve_jax.config.model import ModelConfig
-from lserve_jax.models import abstract_params
-from lserve_jax.weights.rules import check_heads, expected_tensors, head_index, parameter_shapes
+from lserve_jax.models.llama import Llama
+from lserve_jax.weights import abstract_params
+from lserve_jax.weights.rules import check_heads, expected_tensors, head_index
 from tests.lserve_jax.checkpoints import gguf_name, random_tensors, tiny_config
 
 CONFIGS = {
@@ -31,9 +32,15 @@ def model(name: str) -> ModelConfig:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tables_describe_the_tree_that_the_flax_model_has(name: str):
     config = model(name)
-    tree = abstract_params(config, jnp.dtype("float32"))
-    shapes = {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    assert parameter_shapes(config) == shapes
+    model_of_flax, nothing = Llama(config, jnp.dtype("float32")), (None,) * config.num_layers
+
+    def everything(model: Llama, tokens: jax.Array) -> jax.Array:
+        hidden, _ = model(tokens, tokens, nothing, lambda kind, q, k, v, state: (q, state))
+        return model.unembed(hidden)
+
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    tree = jax.eval_shape(lambda: model_of_flax.init(jax.random.key(0), tokens, method=everything))["params"]
+    assert abstract_params(config, "float32") == tree
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,0 +1,91 @@
+"""How large an engine is: sequences, chunks and steps, and the pages that they need."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.config.checks import require_whole
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.pages import most_streaming_pages, retrieval_pages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Everything that fixes the shapes of compiled steps besides model and attention.
+
+    Attributes:
+      max_model_len: tokens per sequence, prompt and generation together.
+      max_num_seqs: sequences that decode together; each has a slot, a row of the batch.
+      prefill_chunk: prompt tokens per prefill call.
+      steps_per_call: decode steps per call, between two looks of the host.
+      max_stop_tokens: stop tokens per request.
+
+    Raises:
+      ValueError: if a size is no whole number from 1; every problem in one line.
+    """
+
+    max_model_len: int
+    max_num_seqs: int = 4
+    prefill_chunk: int = 512
+    steps_per_call: int = 8
+    max_stop_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        check_sizes(**vars(self))
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Raises ValueError unless every size is a whole number from 1; the message names all that are not."""
+    problems = []
+    for name, value in sizes.items():
+        try:
+            require_whole(name, value, 1)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def most_pages(attention: AttentionConfig, sizes: Sizes, length: int, prompt: int, *, keeps_all: bool) -> int:
+    """Returns the most pages of one pool that a sequence holds at once until it has ``length`` tokens.
+
+    Args:
+      attention: page size and windows.
+      sizes: how many tokens one call adds.
+      length: tokens of the sequence at its end.
+      prompt: tokens of its prompt while that is being read, which looks back further; 0 afterwards.
+      keeps_all: whether the pool keeps every page of a sequence, or those of sink and window.
+    """
+    page, every = attention.page_size, retrieval_pages(length, attention.page_size)
+    if keeps_all:
+        return every
+    decode = most_streaming_pages(attention.sink, attention.local, sizes.steps_per_call, page)
+    prefill = most_streaming_pages(attention.sink, attention.prefill_window, sizes.prefill_chunk, page)
+    return max(min(decode, every), min(prefill, retrieval_pages(prompt, page)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSizes:
+    """Pages of each layer's pools; 0 of a pool that no layer has."""
+
+    retrieval: int
+    streaming: int
+
+    @classmethod
+    def of(cls, config: InferenceConfig, sizes: Sizes) -> Self:
+        """Returns the pools with which ``sizes.max_num_seqs`` sequences of full length can decode together.
+
+        One of them may be in its prefill, which looks back further in the streaming pool.
+        """
+        attention, length = config.attention, sizes.max_model_len
+        retrieval = sizes.max_num_seqs * most_pages(attention, sizes, length, 0, keeps_all=True)
+        decode, prefill = (most_pages(attention, sizes, length, prompt, keeps_all=False) for prompt in (0, length))
+        # Kernels copy key statistics eight rows at a time: where a page has fewer, the pool holds whole eights.
+        subs = attention.page_size // attention.sub_page_size
+        unit = max(8 // math.gcd(8, heads * subs) for heads in config.num_retrieval)
+        has_retrieval, has_streaming = any(config.num_retrieval), any(kind.streaming for kind in config.kinds)
+        return cls(
+            retrieval=-(-retrieval // unit) * unit if has_retrieval else 0,
+            streaming=(sizes.max_num_seqs - 1) * decode + prefill if has_streaming else 0,
+        )

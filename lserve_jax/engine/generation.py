@@ -1,0 +1,271 @@
+"""Generation: one request's host side, and the loop that lets several share the engine."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from time import perf_counter
+
+import numpy as np
+
+from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.engine.engine import Engine, Progress
+from lserve_jax.engine.memory import dense_bf16_bytes, page_bytes
+from lserve_jax.engine.outputs import RequestMetrics, RequestOutput, ScoreOutput, TextChunk
+from lserve_jax.engine.reads import PageReads
+from lserve_jax.engine.request import Request
+from lserve_jax.engine.request import Sequence as EngineSequence
+from lserve_jax.runtime.sampling import SamplingParams
+from lserve_jax.text.stream import TextStream
+from lserve_jax.text.tokenizer import Tokenizer
+
+
+class Session:
+    """The loop over an engine: every device call advances all requests there are.
+
+    One thread at a time may be inside; a second one that enters gets one clear error, and what the first does goes on.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._generations: dict[int, Generation] = {}
+        self._ended: list[int] = []
+        self._is_entered = threading.Lock()
+
+    @property
+    def is_idle(self) -> bool:
+        """Returns whether no request is open."""
+        return not self._generations and self.engine.scheduler.is_idle
+
+    def run(self, generations: Sequence["Generation"]) -> Iterator[list[Progress]]:
+        """Runs requests to their end and yields what each device call brought, for other runs' requests too.
+
+        When closed or failing, ends what is left of its own requests.
+
+        Raises:
+          Exception: what the host's work of one of these requests raised; requests of other runs go on.
+          RuntimeError: if another thread is inside, or a call for several requests failed in another run.
+        """
+        sequences: list[EngineSequence] = []
+        try:
+            with self.entered() as engine:
+                for generation in generations:
+                    sequences.append(engine.add(generation.request))
+                    self._generations[generation.request.id] = generation
+            is_done = not generations
+            while not is_done:
+                if any(sequence.finish_reason == "abort" for sequence in sequences):
+                    raise RuntimeError("a call for several requests failed, and this one was ended with the others")
+                # Another run may have advanced these requests to their end.
+                brought = self._step() if any(one.finish_reason is None for one in generations) else []
+                for generation in generations:
+                    if generation.error is not None:
+                        raise generation.error
+                is_done = all(generation.finish_reason is not None for generation in generations)
+                yield brought
+        finally:
+            self._ended += [sequence.request.id for sequence in sequences]
+            self._abort_ended()
+
+    @contextmanager
+    def entered(self) -> Iterator[Engine]:
+        """Gives the engine to the one thread that is inside.
+
+        Raises:
+          RuntimeError: if there is one already.
+        """
+        if not self._is_entered.acquire(blocking=False):
+            raise RuntimeError(
+                "this model is at work in another thread: an LLM serves one thread at a time; "
+                "pass several prompts to one call, or give each thread its turn"
+            )
+        try:
+            yield self.engine
+        finally:
+            self._is_entered.release()
+            self._abort_ended()
+
+    def _step(self) -> list[Progress]:
+        """Makes one device call and hands each request what it brought."""
+
+        def accept(sequence: EngineSequence, tokens: list[int]) -> tuple[int, str | None]:
+            return self._generations[sequence.request.id].accept(tokens)
+
+        with self.entered():
+            brought = self.engine.step(accept)
+            for one in brought:
+                self._generations[one.sequence.request.id].note(one, self.engine.programs.compile_seconds)
+        return brought
+
+    def _abort_ended(self) -> None:
+        """Takes requests whose run has ended out of the engine, or leaves that to the thread that is inside."""
+        while self._ended and self._is_entered.acquire(blocking=False):
+            try:
+                for request_id in list(self._ended):
+                    self.engine.scheduler.abort(request_id)
+                    self._generations.pop(request_id, None)
+                    self._ended.remove(request_id)
+            finally:
+                self._is_entered.release()
+
+
+class Generation:
+    """One request on its way: its text, its log-probabilities, its times.
+
+    Attributes:
+      request: what was asked for.
+      finish_reason: why it finished; None while it runs.
+      error: what its host work (text, stop strings) raised; it then finished with "error".
+      token_ids: tokens so far.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, compile_seconds: float = 0.0) -> None:
+        """Begins a request.
+
+        Args:
+          request: what is asked for.
+          tokenizer: makes text of tokens; None where none is wanted.
+          compile_seconds: all that were spent compiling before.
+        """
+        assert isinstance(request.sampling, SamplingParams)
+        self.request = request
+        self.params = request.sampling
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self.token_ids: list[int] = []
+        self._compiled_before = compile_seconds
+        self._stream = None if tokenizer is None else TextStream(tokenizer, stop=self.params.stop)
+        self._new_text: list[str] = []
+        self._num_streamed = 0
+        self._logprobs: list[float] = []
+        self._choices: list[int] = []
+        self._recalls: list[np.ndarray] = []
+        self._first_token_at: float | None = None
+        self._prefill_s = self._decode_s = 0.0
+        self._pages_held = (0, 0)
+
+    def accept(self, tokens: list[int]) -> tuple[int, str | None]:
+        """Returns how many of the new tokens count, and why the request is finished, if it is.
+
+        An error of this request's text ends this request alone.
+        """
+        for kept, token in enumerate(tokens, start=1):
+            self.token_ids.append(token)
+            if self._is_end(token):
+                return kept, self.finish_reason
+        return len(tokens), None
+
+    def _is_end(self, token: int) -> bool:
+        """Takes in one token; returns whether it finishes the request."""
+        if token in self.params.stop_token_ids:
+            self.finish_reason = "stop"
+        elif self._stream is not None:
+            try:
+                self._new_text.append(self._stream.push(token))
+            except Exception as error:  # noqa: BLE001 - whatever it is, it must not end other requests
+                self.error, self.finish_reason = error, "error"
+                return True
+            if self._stream.stopped:
+                self.finish_reason = "stop"
+        return self.finish_reason is not None
+
+    def note(self, progress: Progress, compile_seconds: float) -> None:
+        """Takes in log-probabilities and times of a call, and what the sequence held when it finished.
+
+        ``compile_seconds`` are all that were spent compiling so far.
+        """
+        sequence = progress.sequence
+        self._logprobs += progress.logprobs
+        self._choices += progress.choices
+        if progress.recall is not None:
+            self._recalls.append(progress.recall)
+        if progress.is_prefill:
+            self._prefill_s += progress.seconds
+        else:
+            self._decode_s += progress.seconds
+        if progress.tokens and self._first_token_at is None:
+            self._first_token_at = perf_counter() - (compile_seconds - self._compiled_before)
+        if sequence.finish_reason is not None:
+            self.finish_reason = sequence.finish_reason
+            self._pages_held = progress.pages_held
+            if self._stream is not None and not self._stream.stopped and self.error is None:
+                try:
+                    self._new_text.append(self._stream.finish())
+                except Exception as error:  # noqa: BLE001 - as above
+                    self.error = error
+
+    def take_chunk(self) -> TextChunk:
+        """Returns the text and tokens since the last call."""
+        chunk = TextChunk.of("".join(self._new_text), tuple(self.token_ids[self._num_streamed :]))
+        self._new_text, self._num_streamed = [], len(self.token_ids)
+        return chunk
+
+    def output(self, costs: "Costs") -> RequestOutput:
+        """Returns the finished request."""
+        assert self.finish_reason is not None
+        return RequestOutput(
+            prompt_token_ids=self.request.prompt,
+            token_ids=tuple(self.token_ids),
+            text="" if self._stream is None else self._stream.text,
+            finish_reason=self.finish_reason,
+            logprobs=tuple(self._logprobs) if self.params.logprobs else None,
+            metrics=self._metrics(costs),
+        )
+
+    def score(self, costs: "Costs") -> ScoreOutput:
+        """Returns the finished request, whose continuation was forced."""
+        return ScoreOutput(
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self._logprobs),
+            greedy_token_ids=tuple(self._choices),
+            metrics=self._metrics(costs),
+        )
+
+    def _metrics(self, costs: "Costs") -> RequestMetrics:
+        assert self._first_token_at is not None
+        prompt, decoded = len(self.request.prompt), len(self.token_ids) - 1
+        by_layer = _mean_of_measured(self._recalls)
+        retrieval, streaming = (count * size for count, size in zip(self._pages_held, costs.page_bytes, strict=True))
+        return RequestMetrics(
+            ttft_s=self._first_token_at - self.request.arrival,
+            prefill_s=self._prefill_s,
+            decode_s=self._decode_s,
+            decoded_tokens=decoded,
+            pages_read_ratio=costs.page_reads.ratio(prompt, decoded),
+            attention_recall=None if np.isnan(by_layer).all() else float(np.nanmean(by_layer)),
+            attention_recall_by_layer=tuple(by_layer.tolist()) or None,
+            retrieval_bytes=retrieval,
+            streaming_bytes=streaming,
+            dense_bf16_bytes=dense_bf16_bytes(costs.config, prompt + decoded),
+        )
+
+
+class Costs:
+    """What pages of a model take and what decoding reads of them, for the statistics of requests."""
+
+    def __init__(self, config: InferenceConfig) -> None:
+        self.config = config
+        self.page_bytes = page_bytes(config)
+
+    @cached_property
+    def page_reads(self) -> PageReads:
+        """Page reads of one decoded token."""
+        attention = self.config.attention
+        return PageReads(
+            page_size=attention.page_size,
+            sink=attention.sink,
+            local=attention.local,
+            selector_interval=attention.selector_interval,
+            heads=tuple(
+                (kind.num_retrieval, kind.num_streaming, kind.decode.num_selected) for kind in self.config.kinds
+            ),
+        )
+
+
+def _mean_of_measured(rows: list[np.ndarray]) -> np.ndarray:
+    """Returns the mean of rows [n], element by element and without NaN; NaN where nothing is left, empty of no rows."""
+    if not rows:
+        return np.empty(0)
+    table = np.stack(rows)
+    count = (~np.isnan(table)).sum(axis=0)
+    return np.where(count > 0, np.nansum(table, axis=0) / np.maximum(count, 1), np.nan)

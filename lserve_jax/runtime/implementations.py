@@ -1,0 +1,81 @@
+"""Which implementation each attention op takes in the compiled steps, and why others refused: traced, not guessed."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lserve_jax.config.inference import InferenceConfig, LayerKind
+from lserve_jax.config.pages import retrieval_pages
+from lserve_jax.config.sizes import PoolSizes, Sizes
+from lserve_jax.models.llama import Attend
+from lserve_jax.runtime.attend import decode_attend, prefill_attend
+from lserve_jax.runtime.cache import LayerCache, init_cache
+from pallas_kernels import Choice, PageTables, observe_choices
+
+
+def implementations(config: InferenceConfig, sizes: Sizes, pools: PoolSizes) -> tuple[Choice, ...]:
+    """Returns what was chosen for each op in a prefill and in a decode step, each choice once.
+
+    Traces the attention of one layer of each kind with the shapes of the engine; compiles and runs nothing.
+
+    Raises:
+      NotImplementedError: if the implementation that ``config`` names refuses, with its reason.
+    """
+    with observe_choices() as choices:
+        cache = jax.eval_shape(
+            lambda: init_cache(
+                config,
+                max_num_seqs=sizes.max_num_seqs,
+                retrieval_pages=pools.retrieval,
+                streaming_pages=pools.streaming,
+            )
+        )
+        for kind, layer in dict(zip(config.kinds, cache, strict=True)).items():
+            _trace(config, sizes, kind, layer, prefill_attend, batch=1, tokens=sizes.prefill_chunk)
+            _trace(config, sizes, kind, layer, decode_attend, batch=sizes.max_num_seqs, tokens=1)
+    return tuple(dict.fromkeys(choices))
+
+
+def by_op(choices: Sequence[Choice]) -> dict[str, str]:
+    """Returns the implementation of each op; names are joined by "+" where layers of different kinds differ."""
+    found: dict[str, list[str]] = {}
+    for choice in choices:
+        names = found.setdefault(choice.op, [])
+        if choice.implementation not in names:
+            names.append(choice.implementation)
+    return {op: "+".join(names) for op, names in found.items()}
+
+
+def describe(choices: Sequence[Choice]) -> str:
+    """Returns one line for people: which ops each implementation computes, and why others refused."""
+    ops: dict[str, list[str]] = {}
+    for op, names in by_op(choices).items():
+        ops.setdefault(names, []).append(op)
+    refusals = dict.fromkeys(f"{name} refused: {reason}" for choice in choices for name, reason in choice.refusals)
+    taken = ", ".join(f"{names} for {', '.join(members)}" for names, members in ops.items())
+    if len(ops) == 1:
+        taken = next(iter(ops))
+    return "; ".join([taken, *refusals])
+
+
+def _trace(
+    config: InferenceConfig,
+    sizes: Sizes,
+    kind: LayerKind,
+    cache: LayerCache,
+    attend_with: Callable[..., Attend],
+    *,
+    batch: int,
+    tokens: int,
+) -> None:
+    def attend(q: jax.Array, k: jax.Array, state: Any, table: jax.Array, ones: jax.Array) -> Any:
+        return attend_with(config, PageTables(table, table), ones, ones)(kind, q, k, k, state)
+
+    q, k = (
+        jax.ShapeDtypeStruct((batch, tokens, heads, config.model.head_dim), config.dtype)
+        for heads in (config.model.num_heads, config.model.num_kv_heads)
+    )
+    pages = retrieval_pages(sizes.max_model_len, config.attention.page_size)
+    table, ones = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((batch, pages), (batch,)))
+    jax.eval_shape(attend, q, k, cache, table, ones)
