@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -257,6 +258,116 @@ def test_the_picture_of_the_readme_shows_dense_and_lserve():
     found = {(curve.system, curve.part): dict(curve.points) for curve in context_picture.curves()}
     assert {"dense", "lserve"} <= {system for system, _ in found}
     assert all(len(points) > 1 for points in found.values())
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+RESULTS = ROOT / "bench" / "results"
+SYSTEMS = {
+    "`lserve`": "lserve",
+    "`lserve`, int8 pages": "lserve_int8",
+    "`lserve`, budget 1024": "lserve",
+    "`lserve`, budget 4096": "lserve:token_budget=4096",
+    "our `dense`": "dense",
+    "`dense`": "dense",
+    "transformers": "transformers bf16",
+    "transformers, bfloat16, SDPA": "transformers bf16",
+    "llama.cpp F16": "llama.cpp F16",
+    "llama.cpp Q4_1 (weights of a third of the bytes)": "llama.cpp Q4_1",
+}
+FIELDS = {
+    "prefill, tokens/s": ("prefill_tok_per_s", 1.0, 0),
+    "decode, ms per token": ("ms_per_token", 1.0, 1),
+    "peak memory, GiB": ("peak_bytes", 2.0**30, 2),
+}
+SETTINGS = {
+    "dense": "dense",
+    "lserve, int8": "lserve:token_budget=25%+kv_dtype=int8",
+    "lserve, int4": "lserve:token_budget=25%+kv_dtype=int4",
+    "lserve, int8, 75% streaming": "lserve:token_budget=25%+kv_dtype=int8+static_sparsity=0.75",
+    "lserve, int8, windows of 512": "lserve:token_budget=25%+kv_dtype=int8+local=512+prefill_local=512",
+    "lserve, int8, 75% streaming, windows of 512": "lserve:token_budget=25%+kv_dtype=int8+static_sparsity=0.75"
+    "+local=512+prefill_local=512",
+}
+
+
+def rows_after(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading, its own heads first."""
+    section = PAGES[page].split(f"\n{heading}\n")[1]
+    table = re.search(r"(?:^\|.*\|\n)+", section, re.M)
+    assert table is not None
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in table.group().splitlines()]
+    return [rows[0], *rows[2:]]
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "folder", "part"),
+    [
+        ("README.md", "## Speed on a CPU", "cpu", "single"),
+        ("docs/performance.md", "## One sequence on a CPU", "cpu", "single"),
+        ("docs/performance.md", "## Long contexts", "cpu_long", "long"),
+    ],
+)
+def test_speeds_are_those_of_the_committed_results(page: str, heading: str, folder: str, part: str):
+    lines = (RESULTS / folder / "medians.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["part"] == part]
+    found = {(row["system"], row["length"], row["field"]): row["median"] for row in rows}
+    heads, *shown = rows_after(page, heading)
+    name = ""
+    columns = []
+    for head in heads[1:]:
+        *named, length = head.rsplit(": ", 1)
+        name = named[0] if named else name
+        columns.append((FIELDS[name], int(length.removesuffix("K")) * (1024 if "K" in length else 1)))
+    for label, *numbers in shown:
+        for ((field, unit, digits), length), number in zip(columns, numbers, strict=True):
+            value = found.get((SYSTEMS[label], length, field))
+            assert number == ("–" if value is None else f"{value / unit:.{digits}f}"), (label, field, length)
+
+
+def score(cell: dict[str, Any]) -> dict[str, Any]:
+    """What a table shows of a cell as right."""
+    return cell["token_accuracy" if cell["task"] == "copy" else "score"]
+
+
+def interval(one: dict[str, Any] | None, unit: float, digits: int) -> str:
+    """A difference with its interval, as tables show it."""
+    if one is None:
+        return "–"
+    mean, low, high = (f"{unit * one[name]:+.{digits}f}".replace("-", "−") for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def accuracies() -> dict[tuple[str, int, str], dict[str, Any]]:
+    """The committed results by task, length and variant."""
+    found = json.loads((RESULTS / "accuracy" / "summary.json").read_text(encoding="utf-8"))["cells"]
+    return {(cell["task"], cell["length"], cell["variant"]): cell for cell in found}
+
+
+def test_accuracies_are_those_of_the_committed_results():
+    found = accuracies()
+    _, *shown = rows_after("docs/accuracy.md", "## Sparse against dense")
+    assert len(shown) == sum("score" in cell for cell in found.values())
+    for task, length, setting, *numbers in shown:
+        cell = found[task.split()[0], int(length.replace(",", "")), SETTINGS[setting]]
+        assert numbers == [
+            str(cell["n"]),
+            f"{100 * score(cell)['mean']:.1f}%",
+            interval(score(cell)["difference"], 100, 1),
+            f"{cell['nll']['mean']:.3f}",
+            interval(cell["nll"]["difference"], 1, 3),
+            f"{cell['pages_read_ratio']:.0%}",
+        ], (task, length, setting)
+
+
+def test_the_accuracies_of_the_readme_are_those_of_the_committed_results():
+    found = accuracies()
+    _, *shown = rows_after("README.md", "## Accuracy")
+    for task, *numbers in shown:
+        (name,) = re.findall(r"`(\w+)`", task)
+        dense, sparse = (found[name, 2048, SETTINGS[setting]] for setting in ("dense", "lserve, int8"))
+        shares = [f"{100 * score(cell)['mean']:.1f}%" for cell in (dense, sparse)]
+        assert numbers == [*shares, interval(score(sparse)["difference"], 100, 1)]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
