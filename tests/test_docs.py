@@ -226,6 +226,7 @@ def test_the_pages_with_code_are_those_that_run():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a busy machine compiles slowly
 @pytest.mark.parametrize("page", ["README.md", "docs/usage.md", "docs/research.md"])
 def test_the_code_of_a_page_runs(page: str, embedded_gguf: Path, tmp_path: Path):
     script = tmp_path / "page.py"
