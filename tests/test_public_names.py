@@ -91,5 +91,5 @@ def test_the_old_name_of_a_batchs_size_warns_and_works():
     new = init_cache(config, max_num_seqs=2, retrieval_pages=300, streaming_pages=60)
     with pytest.warns(FutureWarning, match=r"init_cache\(slots=\) is deprecated: say max_num_seqs="):
         old = init_cache(config, slots=2, retrieval_pages=300, streaming_pages=60)
-    assert old[0].selected is not None
+    assert old[0].selected is not None and new[0].selected is not None
     assert old[0].selected.shape == new[0].selected.shape
