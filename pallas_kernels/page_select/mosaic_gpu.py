@@ -7,7 +7,7 @@ Copies begin and end at multiples of eight rows, around those of a page that are
 
 Choosing. The pages that nobody may leave out frame the list: only those between are ranked. Scores are stored as
 integers that compare alike. Bisection finds the last one that is chosen, and running counts of chosen pages tell which
-page each entry of the list is. Lists are updated in place (see `kv_write`): where no selection is due, nothing is done.
+page each entry of the list is. Lists are updated in place (see `kv_write`); those of sequences that do not select stay.
 """
 
 import math
@@ -30,7 +30,7 @@ _ROWS = 64
 """Rows of a tile: those of one wgmma."""
 
 _CHUNKS, _CHUNK = 128, 16
-"""Ranked pages are counted in blocks of chunks, a chunk a thread."""
+"""Ranked pages are counted in blocks of chunks, one chunk per thread."""
 
 _BLOCK = _CHUNKS * _CHUNK
 
@@ -122,7 +122,7 @@ def _aligned(first: jax.Array, count: int) -> tuple[jax.Array, jax.Array | int]:
 
 
 def heuristic(batch: int, shape: _Shape, device: Device) -> Config:
-    """Returns 64 KB in flight a program, so that three share a multiprocessor, and programs for all multiprocessors.
+    """Returns 64 KB in flight per program, so that three share a multiprocessor, and programs for all multiprocessors.
 
     Of a batch only some sequences select at a step: each gets no fewer than 32 programs, where it has tiles for them.
     """

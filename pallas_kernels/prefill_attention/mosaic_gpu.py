@@ -38,14 +38,14 @@ from pallas_kernels.prefill_attention.blocks import (
 )
 
 QUERIES = 128
-"""Queries of a program: 64, wgmma's rows, for each compute warpgroup."""
+"""Queries per program: 64, wgmma's rows, for each compute warpgroup."""
 KEYS = 128
-"""Keys of a block."""
+"""Keys per block."""
 _ROWS = QUERIES // 2
 _EVERYTHING = 2**30
 """The local window of retrieval heads."""
 _COMPUTE_REGISTERS, _FEED_REGISTERS = 216, 72
-"""Registers of a thread: two computing warpgroups and one that feeds them share 504."""
+"""Registers per thread: two computing warpgroups and one that feeds them share 504."""
 _WGMMA = plgpu.Layout.WGMMA
 _BY_QUERY = _WGMMA.reduce(1)
 
@@ -89,13 +89,13 @@ def prefill_attention(
       NotImplementedError: on any device but a Hopper GPU, and for what the kernel is not made for.
     """
     device = require_hopper()
-    apart = parts_stored_alike(kv, q.shape[2])
-    if len(apart) > 1:
-        own = [heads for _, heads in parts_stored_alike(kv, k.shape[2])]
+    alike = parts_stored_alike(kv, q.shape[2])
+    if len(alike) > 1:
+        kv_heads = [heads for _, heads in parts_stored_alike(kv, k.shape[2])]
         call = partial(prefill_attention, sink=sink, local=local, has_history=has_history, walk=walk)
         each = [
             call(q[:, :, heads], k[:, :, new], v[:, :, new], part, tables, starts, counts)
-            for (part, heads), new in zip(apart, own, strict=True)
+            for (part, heads), new in zip(alike, kv_heads, strict=True)
         ]
         return jnp.concatenate(each, axis=2)
     found = pools(kv, tables)
@@ -302,7 +302,7 @@ def _attend(
     *,
     scratch: dict[str, Any],
 ) -> None:
-    """Runs one program: the walk of one block of queries of one head."""
+    """Runs one program: one block of queries of one head over its key blocks."""
     batch, tokens, num_heads, head_dim = q_gmem.shape
     group = num_heads // k_gmem.shape[2]
     place = _place(jax.lax.axis_index("program"), classes, batch, tokens // QUERIES)
@@ -358,7 +358,7 @@ def _store(values: jax.Array, staging_smem: Any, out_gmem: Any) -> None:
 
 
 def _rows_layout(columns: int, width: int) -> Any:
-    """Returns the layout in which a warpgroup moves rows through registers, 8 neighbours of a row a thread.
+    """Returns the layout in which a warpgroup moves rows through registers, 8 neighbours of a row per thread.
 
     A warp takes rows of one swizzled tile, ``width`` columns wide, so that stores have no bank conflicts.
     """
@@ -370,12 +370,12 @@ def _rows_layout(columns: int, width: int) -> Any:
 
 
 def _tile_width(pool: PagedKV, head_dim: int) -> int:
-    """Returns the columns of a swizzled tile: the halves of a row of 4-bit codes are written apart."""
+    """Returns the columns of a swizzled tile: the halves of a row of 4-bit codes are written separately."""
     return min(head_dim // 2, 64) if 4 in (bits_of(pool.k), bits_of(pool.v)) else 64
 
 
 class _Feed(NamedTuple):
-    """What the copying warpgroup works with: a pool, a head of it, a sequence's pages and length, and the walk.
+    """What the copying warpgroup works with: a pool, a head of it, a sequence's pages and length, and the steps.
 
     Key blocks enter the ring exact: rows of tokens that do not exist are zeros, whatever memory holds there. (Hidden
     keys have weight zero, but zero times NaN is NaN.) The copy engine fills with zeros what lies past the end of an
@@ -393,7 +393,7 @@ class _Feed(NamedTuple):
     scratch: dict[str, Any]
 
     def run(self) -> None:
-        """Copies the blocks of the walk in the order in which they are read: values a step behind keys."""
+        """Copies the blocks in the order in which they are read: values one step after keys."""
         for name in "kv":
             if self._is_quantized(name):
                 pl.when(self.steps.history.count > 0)(partial(self._request, name, jnp.int32(0)))

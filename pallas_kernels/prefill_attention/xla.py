@@ -60,8 +60,8 @@ class HeadClass(NamedTuple):
     count: int
     window: Window
     block: int
-    history: tuple[PagedKV, jax.Array] | None = None
-    walk: BlockRanges | BlockList | None = None
+    history: tuple[PagedKV, jax.Array] | None
+    walk: BlockRanges | BlockList | None
 
 
 @partial(jax.jit, static_argnames=("sink", "local", "has_history", "block"))  # traced once for all layers alike
@@ -113,16 +113,14 @@ def _head_classes(
     assert window.local is not None
     if not has_history and tokens <= window.local:
         heads = sum(pool.num_kv_heads for _, pool, _, _ in found)
-        return [HeadClass(0, heads, Window(None, None), min(block, tokens))]
+        return [HeadClass(0, heads, Window(None, None), min(block, tokens), None, None)]
     classes = []
     for name, pool, table, heads in found:
         seen = window if name == "streaming" else Window(None, None)
-        own = HeadClass(heads.start, pool.num_kv_heads, seen, min(block, tokens))
-        if has_history:
-            visited = getattr(walk, name)
-            own = own._replace(history=(pool, table), walk=visited)
-            own = own if visited is None else own._replace(block=min(visited.queries, tokens))
-        classes.append(own)
+        visited = getattr(walk, name) if has_history else None
+        queries = block if visited is None else visited.queries
+        history = (pool, table) if has_history else None
+        classes.append(HeadClass(heads.start, pool.num_kv_heads, seen, min(queries, tokens), history, visited))
     return classes
 
 
@@ -226,14 +224,14 @@ def _chunk(
     """Returns the chunk's own tokens of one sequence's head."""
     b, head = at
     block = heads.block
-    own = KeyRange(start, start + count, block)
+    positions = KeyRange(start, start + count, block)
 
     def visits(index: jax.Array) -> Ranges:
-        return visible_blocks(start + index * block, block, own, heads.window)
+        return visible_blocks(start + index * block, block, positions, heads.window)
 
     def fetch(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         corner, shape = (b, index * block, head, 0), (1, block, 1, k.shape[-1])
         keys, values = (jax.lax.dynamic_slice(x, corner, shape).reshape(block, -1) for x in (k, v))
         return keys, values, index * block + jnp.arange(block) < count
 
-    return KeySource(own, visits, fetch, is_all_visible=False)
+    return KeySource(positions, visits, fetch, is_all_visible=False)
