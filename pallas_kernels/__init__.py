@@ -10,16 +10,19 @@ from pallas_kernels.core.quantization import QuantizedArray, dequantize, quantiz
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.page_select import page_select, selection_width
-from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefill_attention import BlockList, BlockRanges, Walk, prefill_attention, visible_walk
 
 __all__ = [
     "BACKENDS",
     "NO_PAGE",
+    "BlockList",
+    "BlockRanges",
     "Choice",
     "LayerKV",
     "PageTables",
     "PagedKV",
     "QuantizedArray",
+    "Walk",
     "decode_attention",
     "dequantize",
     "kv_write",
@@ -29,4 +32,5 @@ __all__ = [
     "quantize",
     "rotate",
     "selection_width",
+    "visible_walk",
 ]

@@ -30,7 +30,7 @@ def tile(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling((8, swizzle // size)), swizzling(swizzle)))
 
 
-def channel_a_thread(channels: int) -> Any:
+def channel_per_thread(channels: int) -> Any:
     """Returns the layout of rows [..., 64 or 128] whose reduction over rows stays within a thread."""
     repeats = () if channels == 128 else (plgpu.Replicated(128 // channels),)
     return plgpu.Layout.TILED(

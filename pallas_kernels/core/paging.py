@@ -33,7 +33,7 @@ class PagedKV(NamedTuple):
 
     @property
     def page_size(self) -> int:
-        """Tokens a page."""
+        """Tokens per page."""
         return self.k.shape[2]
 
 
@@ -50,7 +50,7 @@ class LayerKV(NamedTuple):
 
 
 class PageTables(NamedTuple):
-    """Page tables [B, max_pages] int32 of the two pools, indexed by logical page; `NO_PAGE` where none is held."""
+    """Page tables [B, max_pages] int32 of the two pools, indexed by logical page; `NO_PAGE` where there is none."""
 
     retrieval: jax.Array | np.ndarray
     streaming: jax.Array | np.ndarray

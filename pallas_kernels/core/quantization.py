@@ -1,4 +1,4 @@
-"""Arrays quantised along their last axis to 8 or 4 bits, asymmetric, a scale and a zero a row (LServe 3.3; QServe)."""
+"""Arrays quantised along their last axis to 8 or 4 bits, asymmetric: scale and zero per row (LServe 3.3, QServe)."""
 
 from dataclasses import dataclass, field
 
@@ -35,7 +35,7 @@ class QuantizedArray:
 
 
 def bits_of(array: jax.Array | QuantizedArray) -> int:
-    """Returns the bits of an element: 8 or 4 of codes, or those of the dtype."""
+    """Returns the bits per element: 8 or 4 of codes, or those of the dtype."""
     return array.bits if isinstance(array, QuantizedArray) else array.dtype.itemsize * 8
 
 
@@ -68,7 +68,7 @@ def rotate(x: jax.Array) -> jax.Array:
     """Returns ``x`` [..., H] in another orthonormal basis, which spreads large channels over all; its own inverse.
 
     A Hadamard matrix of the largest power of two that divides H, block by block: ``rotate(q) · rotate(k) = q · k``.
-    Four bits a channel, and one scale for all, then lose less (QuaRot, Ashkboos et al. 2024).
+    Four bits per channel with one scale per row then lose less (QuaRot, Ashkboos et al. 2024).
     """
     head_dim = x.shape[-1]
     size = head_dim & -head_dim

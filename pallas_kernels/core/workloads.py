@@ -15,13 +15,13 @@ class Workload:
       context: tokens of each sequence, the newest included.
       chunk: tokens of a prefill call.
       retrieval, streaming: KV heads of each class.
-      group: query heads of a KV head.
+      group: query heads per KV head.
       head_dim, page_size, sub_page_size: sizes.
       dtype: of queries, and of pages that are not quantised.
       bits: 8 or 4 for quantised keys and values (in this order); None stores ``dtype``.
       streaming_bits: the same of streaming heads; None stores them as the others.
       sink, local, prefill_local: tokens that streaming heads see.
-      num_selected: pages of a selection.
+      num_selected: pages per selection.
       interval: decode steps from one selection to the next.
     """
 

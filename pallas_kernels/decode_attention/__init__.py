@@ -1,4 +1,4 @@
-"""Attention of one new token a sequence: selected pages (retrieval heads), sink and window pages (streaming heads)."""
+"""Attention of one new token per sequence: selected pages (retrieval heads), sink and window (streaming heads)."""
 
 from pallas_kernels.decode_attention.api import decode_attention
 

@@ -27,13 +27,13 @@ def decode_attention(
 ) -> jax.Array:
     """Returns attention outputs [B, N, H], in the dtype of ``q``, of each sequence's last token (LServe section 3.5).
 
-    The token's own key and value are already in the pages. For query head n of KV head n // G at position
+    The token's key and value are already in the pages. For query head n of KV head n // G at position
     ``p = lengths[b] − 1``, with S the tokens of the selected pages (retrieval) or of all pages (streaming):
 
         visible = {j in S : j <= p and (retrieval or j > p − local or j < sink)}
         out[b, n] = Σ_visible softmax(q[b, n] · k[j] / sqrt(H)) v[j]
 
-    Every sequence's result depends on nothing but its own arguments. Pages that no visible token lies in are not read.
+    The result of a sequence depends only on that sequence's arguments. Pages without a visible token are not read.
 
     Args:
       q: [B, N, H], query heads of retrieval KV heads first.

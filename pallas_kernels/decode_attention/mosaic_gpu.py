@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.core.hopper import SHARED_MEMORY, Device, refuse_pools, refuse_unless, require_hopper
 from pallas_kernels.core.launch import configure
-from pallas_kernels.core.mosaic import channel_a_thread, tile
+from pallas_kernels.core.mosaic import channel_per_thread, tile
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, parts_stored_alike, pools, streaming_page_count
 from pallas_kernels.core.quantization import QuantizedArray, bits_of
 from pallas_kernels.decode_attention.program import Heads, attend
@@ -54,11 +54,11 @@ def decode_attention(
       NotImplementedError: on any device but a Hopper GPU, and for what the kernel is not made for.
     """
     device = require_hopper()
-    apart = parts_stored_alike(kv, q.shape[1])
-    if len(apart) > 1:
+    alike = parts_stored_alike(kv, q.shape[1])
+    if len(alike) > 1:
         each = [
             decode_attention(q[:, heads], part, tables, lengths, selected, sink=sink, local=local, config=config)
-            for part, heads in apart
+            for part, heads in alike
         ]
         return jnp.concatenate(each, axis=1)
     found = pools(kv, tables)
@@ -94,7 +94,7 @@ def heuristic(
     bits: tuple[int, int],
     pages: int,
 ) -> Config:
-    """Returns the launch for a shape: one program a multiprocessor, with nearly all of its shared memory.
+    """Returns the launch for a shape: one program per multiprocessor, with nearly all of its shared memory.
 
     Splits depend on nothing that varies with load: as many as make one wave of programs, but one turn for each
     warpgroup, and few enough to join.
@@ -233,7 +233,7 @@ def _padded(group: int) -> int:
 def _merge(whole: jax.Array, parts: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns outputs [B, K, G, H] with the split heads' parts joined, a softmax over their scales, in place.
 
-    A kernel of its own, with a program for each query head: XLA would make three of it.
+    A separate kernel with one program per query head: XLA would make three kernels of it.
     """
     batch, num_heads, splits, group, head_dim = parts.shape
     out = jax.new_ref(whole)
@@ -241,7 +241,7 @@ def _merge(whole: jax.Array, parts: jax.Array, scale: jax.Array) -> jax.Array:
     def decode_attention_merge(parts_gmem: Any, scale_gmem: Any) -> None:
         b, head, g = (jax.lax.axis_index(axis) for axis in ("b", "head", "g"))
         scales = [scale_gmem[b, head, split, g] for split in range(splits)]
-        layout = channel_a_thread(head_dim)
+        layout = channel_per_thread(head_dim)
         values = [
             plgpu.load(parts_gmem.at[b, head, split, g], layout=layout, optimized=False) for split in range(splits)
         ]

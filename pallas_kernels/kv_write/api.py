@@ -24,9 +24,9 @@ def kv_write(
     """Returns the pools of a layer with new tokens written: quantised, and their key statistics updated.
 
     Token t < ``counts[b]`` of sequence b goes to position ``p = starts[b] + t``: page ``table[b, p // page_size]``, row
-    ``p % page_size``. Dropped are tokens whose page is -1 (a streaming page that nothing will see again), and the rest
-    of the chunk. Statistics of a sub-page are set by its first token and merged by later ones, so what a page held
-    before never shows (LServe section 3.5.2, with the reference's reset fault mended):
+    ``p % page_size``. Tokens whose page is -1 (a streaming page that no later query sees) and the rest of the chunk are
+    dropped. Statistics of a sub-page are set by its first token and merged by later ones, so the former contents of a
+    page never show (LServe section 3.5.2, without the reset fault of the paper's code):
 
         k_min[page, head, sub] = min over the sub-page's tokens of k_bounded    # k_max likewise; channel by channel
 

@@ -4,7 +4,7 @@ The pools are updated in place: they become Refs (`jax.new_ref`) that the kernel
 afterwards (`jax.freeze`). JAX turns this into a custom call whose results alias its operands, so a program that donates
 the pools copies nothing, also in loops; one that keeps them pays for one copy in front.
 
-A decode step has a program for each sequence and up to four heads, a head a warp, straight from memory to memory. A
+A decode step has one program per sequence and up to four heads, one head per warp, from memory to memory directly. A
 chunk has one for each head and tile of rows that lie together in a page. Tiles are made of whole sub-pages, so that
 nobody else touches their statistics; where a chunk begins or ends within a tile, its other rows are written back as
 they were.
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.core.hopper import refuse_unless, require_hopper
 from pallas_kernels.core.launch import configure
-from pallas_kernels.core.mosaic import channel_a_thread, is_interpreted
+from pallas_kernels.core.mosaic import channel_per_thread, is_interpreted
 from pallas_kernels.core.paging import LayerKV, PageTables, pools
 from pallas_kernels.core.quantization import SMALLEST_RELATIVE_SCALE, QuantizedArray
 
@@ -128,7 +128,7 @@ def _check(new: tuple[jax.Array, ...], kv: LayerKV) -> None:
 
 
 def _write_token(new: tuple[jax.Array, ...], classes: list[_Pool], starts: jax.Array, counts: jax.Array) -> None:
-    """Writes a token of each sequence: a program for a sequence and up to four heads of a class, a head a warp.
+    """Writes one token of each sequence: one program per sequence and up to four heads of a class, one head per warp.
 
     ``new`` are keys, values, and perhaps the keys that statistics bound.
     """
@@ -172,7 +172,7 @@ def _write_chunk(
     batch, tokens, num_heads, head_dim = new[0].shape
     rows, copied = config.rows, min(config.rows, tokens)
     step = min(rows, 32)  # at a time in registers
-    layout, by_channel = _rows_a_warp(step, head_dim // 2), channel_a_thread(head_dim)
+    layout, by_channel = _rows_a_warp(step, head_dim // 2), channel_per_thread(head_dim)
 
     def kernel(*refs: Any, new_smem: list[Any], ready: Any) -> None:
         new_gmem, (starts_gmem, counts_gmem), tables_gmem = _split(refs, len(new))
@@ -270,7 +270,7 @@ def _row_a_warp(rows: int, columns: int) -> Any:
 
 
 def _rows_a_warp(rows: int, columns: int) -> Any:
-    """The layout of many rows: each in a few lanes of one warp, with up to 16 bytes of bfloat16 a lane."""
+    """The layout of many rows: each in a few lanes of one warp, with up to 16 bytes of bfloat16 per lane."""
     vector = 8 if rows * columns >= 8 * _WARPS * _LANES else 4
     rows_a_warp = _LANES * vector // columns
     return plgpu.Layout.TILED(

@@ -1,7 +1,7 @@
 """`kv_write` for any device: whole pages are read, merged and put back in place, one at a time.
 
-A scatter would be shorter, but XLA's CPU runs it element row by element row (a loop step for each token and head). A
-chunk costs one step for each page it touches, a decode step (T = 1) one step of a single row for each sequence.
+A scatter would be shorter, but XLA's CPU runs it element row by element row (one loop step per token and head). A
+chunk costs one step per page it touches, a decode step (T = 1) one step of a single row per sequence.
 """
 
 from typing import Any

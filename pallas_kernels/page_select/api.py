@@ -49,8 +49,8 @@ def page_select(
     seldom extreme together, so the bound is far above any true score (√H times, if they are independent), and how far
     is noise in the ranking: a spread between the two finds more of the attention mass.
 
-    Copying reads on by a token a step. Lookahead brings the following page along when the end of a page is
-    what is looked for, before the next selection could. It wants sub-pages about as long as the interval.
+    A model that copies text reads one token further per step. Where it reads the end of a page, lookahead selects the
+    following page before the next selection could. Sub-pages should then be about as long as the interval.
 
     Args:
       q: [B, K · G, H] queries of the retrieval heads.

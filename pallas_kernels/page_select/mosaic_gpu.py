@@ -7,7 +7,7 @@ Copies begin and end at multiples of eight rows, around those of a page that are
 
 Choosing. The pages that nobody may leave out frame the list: only those between are ranked. Scores are stored as
 integers that compare alike. Bisection finds the last one that is chosen, and running counts of chosen pages tell which
-page each entry of the list is. Lists are updated in place (see `kv_write`): where no selection is due, nothing is done.
+page each entry of the list is. Lists are updated in place (see `kv_write`); those of sequences that do not select stay.
 """
 
 import math
@@ -30,7 +30,7 @@ _ROWS = 64
 """Rows of a tile: those of one wgmma."""
 
 _CHUNKS, _CHUNK = 128, 16
-"""Ranked pages are counted in blocks of chunks, a chunk a thread."""
+"""Ranked pages are counted in blocks of chunks, one chunk per thread."""
 
 _BLOCK = _CHUNKS * _CHUNK
 
@@ -122,7 +122,7 @@ def _aligned(first: jax.Array, count: int) -> tuple[jax.Array, jax.Array | int]:
 
 
 def heuristic(batch: int, shape: _Shape, device: Device) -> Config:
-    """Returns 64 KB in flight a program, so that three share a multiprocessor, and programs for all multiprocessors.
+    """Returns 64 KB in flight per program, so that three share a multiprocessor, and programs for all multiprocessors.
 
     Of a batch only some sequences select at a step: each gets no fewer than 32 programs, where it has tiles for them.
     """
@@ -158,26 +158,8 @@ def page_select(
     device = require_hopper()
     k_min, k_max = pages.k_min, pages.k_max
     assert k_min is not None and k_max is not None
-    num_pages, num_heads, subs, head_dim = k_min.shape
-    for name, dtype in (("queries", q.dtype), ("key statistics", k_min.dtype)):
-        refuse_unless(dtype == jnp.bfloat16, f"{name} must be bfloat16, not {dtype}")
-    refuse_unless(head_dim in (64, 128), f"{head_dim=} must be 64 or 128")
-    refuse_unless(_window(subs) <= _ROWS, f"{subs} sub-pages of a page: at most {_ROWS}")
-    refuse_unless(q.shape[1] // num_heads <= 128, f"{q.shape[1] // num_heads} query heads of a KV head: at most 128")
-    refuse_unless(num_selected < 2**15, f"{num_selected=} must be less than {2**15}")
-    refuse_unless(reduction == "max" or not has_lookahead, f"lookahead with {reduction=}: it must be max")
-    rows = num_pages * num_heads * subs
-    refuse_unless(
-        rows % 8 == 0 and rows < 2**31, f"pools must be of 8n sub-pages and heads, less than {2**31}, not {rows}"
-    )
-    shape = _Shape(
-        num_heads=num_heads,
-        group=q.shape[1] // num_heads,
-        head_dim=head_dim,
-        page_size=pages.page_size,
-        subs=subs,
-        max_pages=table.shape[1],
-        width=previous.shape[2],
+    shape = _shape_of(
+        *(q, pages, table, previous),
         num_selected=num_selected,
         interval=interval,
         sink_pages=sink_pages,
@@ -190,7 +172,7 @@ def page_select(
     keys = None
     if shape.max_pages > num_selected:
         batch = q.shape[0]
-        size = f"B{batch}_K{num_heads}_G{shape.group}_H{head_dim}_subs{subs}_pages{shape.max_pages}"
+        size = f"B{batch}_K{shape.num_heads}_G{shape.group}_H{shape.head_dim}_subs{shape.subs}_pages{shape.max_pages}"
         config = configure("page_select", device.kind, size, heuristic(batch, shape, device))
         keys, *ends = _score(q, k_min, k_max, table, held, shape, config)
         if ends:
@@ -198,6 +180,39 @@ def page_select(
     selected = jax.new_ref(previous)
     _choose(selected, held, keys, shape)
     return jax.freeze(selected)
+
+
+def _shape_of(q: jax.Array, pages: PagedKV, table: jax.Array, previous: jax.Array, **options: Any) -> _Shape:
+    """Returns what the kernels are made for, from the op's arrays and options.
+
+    Raises:
+      NotImplementedError: for shapes and dtypes that the kernels are not made for.
+    """
+    assert pages.k_min is not None
+    num_pages, num_heads, subs, head_dim = pages.k_min.shape
+    for name, dtype in (("queries", q.dtype), ("key statistics", pages.k_min.dtype)):
+        refuse_unless(dtype == jnp.bfloat16, f"{name} must be bfloat16, not {dtype}")
+    shape = _Shape(
+        num_heads=num_heads,
+        group=q.shape[1] // num_heads,
+        head_dim=head_dim,
+        page_size=pages.page_size,
+        subs=subs,
+        max_pages=table.shape[1],
+        width=previous.shape[2],
+        **options,
+    )
+    num_selected, reduction = shape.num_selected, shape.reduction
+    refuse_unless(head_dim in (64, 128), f"{head_dim=} must be 64 or 128")
+    refuse_unless(_window(subs) <= _ROWS, f"{subs} sub-pages of a page: at most {_ROWS}")
+    refuse_unless(shape.group <= 128, f"{shape.group} query heads of a KV head: at most 128")
+    refuse_unless(num_selected < 2**15, f"{num_selected=} must be less than {2**15}")
+    refuse_unless(reduction == "max" or not shape.has_lookahead, f"lookahead with {reduction=}: it must be max")
+    rows = num_pages * num_heads * subs
+    refuse_unless(
+        rows % 8 == 0 and rows < 2**31, f"pools must be of 8n sub-pages and heads, less than {2**31}, not {rows}"
+    )
+    return shape
 
 
 def _score(
@@ -214,7 +229,7 @@ def _score(
     With lookahead also those of their last sub-pages.
     """
     batch, _, head_dim = q.shape
-    groups, page_rows = shape.num_heads // shape.heads, shape.num_heads * shape.subs
+    groups = shape.num_heads // shape.heads
     q = q.reshape(batch * groups, shape.heads * shape.group, head_dim)
     q = jnp.pad(q, ((0, 0), (0, shape.columns - q.shape[1]), (0, 0)))
 
@@ -223,77 +238,124 @@ def _score(
     ) -> None:
         b, heads, split = (jax.lax.axis_index(name) for name in ("sequence", "heads", "split"))
         end = shape.end_of_ranked(held_gmem[b])
-        tiles = pl.cdiv(pl.cdiv(end, shape.pages) - split, config.splits)
-        first_head = heads * shape.heads
+        count = pl.cdiv(pl.cdiv(end, shape.pages) - split, config.splits)
+        tiles = _Tiles(
+            shape, config, table_gmem, low_gmem, high_gmem, b, heads * shape.heads, split, end, count, scratch
+        )
 
-        def windows(i: jax.Array) -> list[tuple[jax.Array, jax.Array | int]]:
-            """Where the statistics of the i-th tile's pages are. Pages after the last one are that one again."""
-            first = (split + i * config.splits) * shape.pages
-            pages = [table_gmem[b, jnp.minimum(first + n, end - 1)] for n in range(shape.pages)]
-            return [_aligned(page * page_rows + first_head * shape.subs, shape.heads * shape.subs) for page in pages]
-
-        def fetch(i: jax.Array) -> None:
-            """Starts copying the i-th tile."""
-            slot = i % config.stages
-            for n, (start, _) in enumerate(windows(i)):
-                target = pl.ds(n * shape.rows, shape.rows)
-                for statistics_gmem, name in ((low_gmem, "low"), (high_gmem, "high")):
-                    source = statistics_gmem.at[pl.ds(start, shape.rows)]
-                    plgpu.copy_gmem_to_smem(source, scratch[name].at[slot, target], scratch["ready"].at[slot])
-
-        @pl.when(tiles > 0)
+        @pl.when(count > 0)
         def _work() -> None:
             first_query = pl.multiple_of((b * groups + heads) * shape.columns, shape.columns)
-            queries = q_gmem.at[pl.ds(first_query, shape.columns)]
-            plgpu.copy_gmem_to_smem(queries, scratch["on_high"], scratch["q_ready"])
-            for i in range(config.stages):
-                pl.when(i < tiles)(lambda i=i: fetch(jnp.int32(i)))
-            plgpu.barrier_wait(scratch["q_ready"])
-            _split(scratch["on_high"], scratch["on_low"], shape.spread)
+            tiles.score_all(q_gmem.at[pl.ds(first_query, shape.columns)], keys_gmem)
 
-            @pl.loop(0, tiles)
-            def _score_tile(i: jax.Array) -> None:
-                slot = i % config.stages
-                plgpu.barrier_wait(scratch["ready"].at[slot])
-                on_high, on_low = (scratch[name].transpose((1, 0)) for name in ("on_high", "on_low"))
-                factors = (scratch["high"].at[slot], on_high), (scratch["low"].at[slot], on_low)
-                bounds = product(_ROWS, shape.columns, *factors)
-                first_rows = [n * shape.rows + offset for n, (_, offset) in enumerate(windows(i))]
-                scores = _page_scores(bounds, first_rows, scratch["bounds"], shape)
-                pl.when(i + config.stages < tiles)(lambda: fetch(i + config.stages))
-                first = (split + i * config.splits) * shape.pages
-                wanted = [(scores, 0)]
-                if shape.has_lookahead:  # rows by themselves, as `_max_over_subs` has left them
-                    ends = plgpu.load(scratch["bounds"].at[pl.ds(0, _ROWS)], layout=_BY_ROW)
-                    wanted.append((ends, shape.subs - 1))
-                for target_gmem, (values, sub) in zip(keys_gmem, wanted, strict=True):
-                    scratch["keys"][...] = _order_key(values)
-                    for n, row in enumerate(first_rows):
-                        for head in range(shape.heads):
-                            key = scratch["keys"][row + head * shape.subs + sub]
-                            target_gmem[b, first_head + head, first + n] = key
-
-    scratch = {
-        "on_high": tile((shape.columns, head_dim), q.dtype),
-        "on_low": tile((shape.columns, head_dim), q.dtype),
-        "low": tile((config.stages, _ROWS, head_dim), k_min.dtype),
-        "high": tile((config.stages, _ROWS, head_dim), k_max.dtype),
-        "bounds": plgpu.SMEM((2 * _ROWS,), jnp.float32),
-        "keys": plgpu.SMEM((_ROWS,), jnp.int32),
-        "q_ready": plgpu.Barrier(),
-        "ready": plgpu.Barrier(num_arrivals=2 * shape.pages, num_barriers=config.stages),
-    }
     rows = [x.reshape(-1, head_dim) for x in (q, k_min, k_max)]
     keys = jax.ShapeDtypeStruct((batch, shape.num_heads, shape.blocks * _BLOCK), jnp.int32)
     return plgpu.kernel(
         score,
         out_type=[keys] * (1 + shape.has_lookahead),
-        scratch_types=scratch,
+        scratch_types=_score_scratch(shape, config, q.dtype, k_min.dtype),
         grid=(config.splits, groups, batch),
         grid_names=("split", "heads", "sequence"),
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),  # a third program fits
         kernel_name="page_select_score",
     )(held, table, *rows)
+
+
+def _score_scratch(shape: _Shape, config: Config, q_dtype: Any, statistics_dtype: Any) -> dict[str, Any]:
+    """Returns the shared memory of a scoring program: factors of both bounds, a ring of tiles, and their scores."""
+    return {
+        "on_high": tile((shape.columns, shape.head_dim), q_dtype),
+        "on_low": tile((shape.columns, shape.head_dim), q_dtype),
+        "low": tile((config.stages, _ROWS, shape.head_dim), statistics_dtype),
+        "high": tile((config.stages, _ROWS, shape.head_dim), statistics_dtype),
+        "bounds": plgpu.SMEM((2 * _ROWS,), jnp.float32),
+        "keys": plgpu.SMEM((_ROWS,), jnp.int32),
+        "q_ready": plgpu.Barrier(),
+        "ready": plgpu.Barrier(num_arrivals=2 * shape.pages, num_barriers=config.stages),
+    }
+
+
+class _Tiles(NamedTuple):
+    """The tiles of one scoring program: number i holds pages ``(split + i · splits) · pages …`` of a sequence.
+
+    Attributes:
+      shape, config: what the kernel is made for.
+      table_gmem: page tables [B, max_pages].
+      low_gmem, high_gmem: statistics [rows, H].
+      b: the sequence.
+      first_head: the first KV head of the tiles.
+      split: the program's number among those that share the sequence.
+      end: the first page after those that are ranked.
+      count: number of tiles.
+      scratch: see `_score_scratch`.
+    """
+
+    shape: _Shape
+    config: Config
+    table_gmem: Any
+    low_gmem: Any
+    high_gmem: Any
+    b: jax.Array
+    first_head: jax.Array
+    split: jax.Array
+    end: jax.Array
+    count: jax.Array
+    scratch: dict[str, Any]
+
+    def first_page(self, i: jax.Array) -> jax.Array:
+        """Returns the first page of the i-th tile."""
+        return (self.split + i * self.config.splits) * self.shape.pages
+
+    def windows(self, i: jax.Array) -> list[tuple[jax.Array, jax.Array | int]]:
+        """Returns where the statistics of the i-th tile's pages are. Pages after the last one are that one again."""
+        first, shape = self.first_page(i), self.shape
+        pages = [self.table_gmem[self.b, jnp.minimum(first + n, self.end - 1)] for n in range(shape.pages)]
+        page_rows, rows = shape.num_heads * shape.subs, shape.heads * shape.subs
+        return [_aligned(page * page_rows + self.first_head * shape.subs, rows) for page in pages]
+
+    def fetch(self, i: jax.Array) -> None:
+        """Starts copying the i-th tile."""
+        slot, shape = i % self.config.stages, self.shape
+        for n, (start, _) in enumerate(self.windows(i)):
+            target = pl.ds(n * shape.rows, shape.rows)
+            for statistics_gmem, name in ((self.low_gmem, "low"), (self.high_gmem, "high")):
+                source = statistics_gmem.at[pl.ds(start, shape.rows)]
+                plgpu.copy_gmem_to_smem(source, self.scratch[name].at[slot, target], self.scratch["ready"].at[slot])
+
+    def score_all(self, queries_gmem: Any, keys_gmem: tuple[Any, ...]) -> None:
+        """Scores all tiles for queries [columns, H], with as many tiles in flight as the ring holds."""
+        scratch, stages = self.scratch, self.config.stages
+        plgpu.copy_gmem_to_smem(queries_gmem, scratch["on_high"], scratch["q_ready"])
+        for i in range(stages):
+            pl.when(i < self.count)(lambda i=i: self.fetch(jnp.int32(i)))
+        plgpu.barrier_wait(scratch["q_ready"])
+        _split(scratch["on_high"], scratch["on_low"], self.shape.spread)
+
+        @pl.loop(0, self.count)
+        def _score_tile(i: jax.Array) -> None:
+            slot = i % stages
+            plgpu.barrier_wait(scratch["ready"].at[slot])
+            on_high, on_low = (scratch[name].transpose((1, 0)) for name in ("on_high", "on_low"))
+            factors = (scratch["high"].at[slot], on_high), (scratch["low"].at[slot], on_low)
+            bounds = product(_ROWS, self.shape.columns, *factors)
+            first_rows = [n * self.shape.rows + offset for n, (_, offset) in enumerate(self.windows(i))]
+            scores = _page_scores(bounds, first_rows, scratch["bounds"], self.shape)
+            pl.when(i + stages < self.count)(lambda: self.fetch(i + stages))
+            self.store(i, scores, first_rows, keys_gmem)
+
+    def store(self, i: jax.Array, scores: jax.Array, first_rows: list[Any], keys_gmem: tuple[Any, ...]) -> None:
+        """Writes the scores [rows] of the i-th tile as order keys, and with lookahead those of last sub-pages."""
+        first, shape = self.first_page(i), self.shape
+        wanted = [(scores, 0)]
+        if shape.has_lookahead:  # rows by themselves, as `_max_over_subs` has left them
+            ends = plgpu.load(self.scratch["bounds"].at[pl.ds(0, _ROWS)], layout=_BY_ROW)
+            wanted.append((ends, shape.subs - 1))
+        for target_gmem, (values, sub) in zip(keys_gmem, wanted, strict=True):
+            self.scratch["keys"][...] = _order_key(values)
+            for n, row in enumerate(first_rows):
+                for head in range(shape.heads):
+                    key = self.scratch["keys"][row + head * shape.subs + sub]
+                    target_gmem[self.b, self.first_head + head, first + n] = key
 
 
 def _split(q_smem: Any, on_low_smem: Any, spread: float) -> None:

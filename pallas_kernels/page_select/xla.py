@@ -1,4 +1,4 @@
-"""`page_select` for any device: two small products a block of pages, then one top-k over page scores.
+"""`page_select` for any device: two small products per block of pages, then one top-k over page scores.
 
 With s the spread, the score of one channel is ``(q + s·|q|)/2 · k_max + (q − s·|q|)/2 · k_min`` whatever the sign of q,
 so the sum over channels is two matrix products, with no intermediate of [G, subs, H].

@@ -1,5 +1,6 @@
 """Attention of a chunk of prompt tokens over paged history and itself."""
 
-from pallas_kernels.prefill_attention.api import prefill_attention
+from pallas_kernels.prefill_attention.api import prefill_attention, visible_walk
+from pallas_kernels.prefill_attention.blocks import BlockList, BlockRanges, Walk
 
-__all__ = ["prefill_attention"]
+__all__ = ["BlockList", "BlockRanges", "Walk", "prefill_attention", "visible_walk"]

@@ -1,11 +1,13 @@
 """The public op `prefill_attention`."""
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.core.dispatch import dispatch
 from pallas_kernels.core.hopper import on_hopper
-from pallas_kernels.core.paging import LayerKV, PageTables
+from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables
 from pallas_kernels.prefill_attention import reference, xla
+from pallas_kernels.prefill_attention.blocks import BlockList, BlockRanges, Walk, Window, visible_history
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": on_hopper(__name__),
@@ -26,6 +28,7 @@ def prefill_attention(
     sink: int,
     local: int,
     has_history: bool = True,
+    walk: Walk | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Returns attention outputs [B, T, N, H], in the dtype of ``q``, of a chunk of tokens (LServe 3.2 and 3.4).
@@ -34,9 +37,17 @@ def prefill_attention(
     query at position ``p = starts[b] + t`` of query head n of KV head n // G:
 
         visible = {j <= p : retrieval or j > p − local or j < sink}
-        out[b, t, n] = Σ_visible softmax(q[b, t, n] · key[j] / sqrt(H)) value[j]
+        seen    = {j in visible : j >= starts[b] or j // keys in visited[b, n // G, t // queries]}
+        out[b, t, n] = Σ_seen softmax(q[b, t, n] · key[j] / sqrt(H)) value[j]
 
-    Rows from ``counts[b]`` on are unspecified but finite. Key blocks that no query sees are not visited.
+    A walk says which blocks of ``keys`` history tokens are visited by which blocks of ``queries`` queries, ranges or a
+    list; nothing is read from the others, whose pages need not be held. The chunk is always visited:
+
+        visited[b, k, i] = {0 … sinks − 1} ∪ {low … high − 1}          with sinks, low, high = walk's [b, k, i]
+        visited[b, k, i] = {block >= 0 in walk's blocks[b, k, i]}
+
+    Without a walk, or for a head class without one, it is every block that holds a visible key (`visible_walk`), so
+    that ``seen = visible``. Rows from ``counts[b]`` on are unspecified but finite.
 
     Args:
       q: [B, T, N, H], query heads of retrieval KV heads first.
@@ -50,8 +61,16 @@ def prefill_attention(
       sink: tokens at the start that streaming heads see.
       local: tokens up to and including the query that streaming heads see.
       has_history: False promises that all ``starts`` are 0, and makes a smaller program where it can.
+      walk: the visited blocks of the history, for each head class a `BlockRanges` or `BlockList` [B, K, …] of its KV
+        heads, or None. Block sizes are its static fields; ``keys`` must be a multiple of the page size. Entries behind
+        the history mean nothing. `reference` and `xla` take all sizes and both forms.
       implementation: a backend name, or None for the first that accepts.
+
+    Raises:
+      ValueError: if the walk does not fit the other arguments.
     """
+    if walk is not None:
+        _check(walk, kv, *q.shape[:2])
     return dispatch(
         "prefill_attention",
         IMPLEMENTATIONS,
@@ -60,4 +79,66 @@ def prefill_attention(
         sink=sink,
         local=local,
         has_history=has_history,
+        walk=walk,
     )
+
+
+def visible_walk(
+    kv: LayerKV,
+    starts: jax.Array,
+    counts: jax.Array,
+    *,
+    tokens: int,
+    sink: int,
+    local: int,
+    queries: int | None = None,
+    keys: int | None = None,
+) -> Walk:
+    """Returns the walk of `prefill_attention` when none is given: every block that holds a visible key, as ranges.
+
+    Args:
+      kv: the layer's pools.
+      starts: [B] int32 position of each sequence's first query.
+      counts: [B] int32 queries of each sequence; query blocks behind them visit nothing.
+      tokens: T, rows of the chunk.
+      sink: tokens at the start that streaming heads see.
+      local: tokens up to and including the query that streaming heads see.
+      queries: queries per block; None for as many as `xla` takes without a walk.
+      keys: keys per block of history, a multiple of the page size; None for as many as `xla` takes without a walk,
+        which differs by head class. With these sizes `xla` returns the same bits as without a walk.
+    """
+    queries = queries or min(xla.BLOCK, tokens)
+
+    def ranges(pool: PagedKV | None, window: Window) -> BlockRanges | None:
+        if pool is None:
+            return None
+        size = keys or xla.history_block(queries, pool.page_size, window)
+        return visible_history(starts, counts, tokens, pool.num_kv_heads, window, queries, size)
+
+    return Walk(ranges(kv.retrieval, Window(None, None)), ranges(kv.streaming, Window(sink, local)))
+
+
+def _check(walk: Walk, kv: LayerKV, batch: int, tokens: int) -> None:
+    """Refuses a walk that does not fit the arguments.
+
+    Raises:
+      ValueError: with the reason.
+    """
+    for name, visited, pool in zip(Walk._fields, walk, kv, strict=True):
+        if visited is None:
+            continue
+        if pool is None:
+            raise ValueError(f"walk.{name} must be None: the layer has no {name} heads")
+        if visited.queries < 1 or visited.keys < 1 or visited.keys % pool.page_size:
+            raise ValueError(
+                f"walk.{name}: queries={visited.queries} must be positive, and keys={visited.keys} a multiple of the "
+                f"page size {pool.page_size}"
+            )
+        expected = (batch, pool.num_kv_heads, -(-tokens // visited.queries))
+        for array in jax.tree.leaves(visited):
+            rank = 4 if isinstance(visited, BlockList) else 3
+            if array.shape[:3] != expected or array.ndim != rank or 0 in array.shape[3:] or array.dtype != jnp.int32:
+                raise ValueError(
+                    f"walk.{name} must be int32 {[*expected, *['n >= 1'] * (rank - 3)]}, got {array.dtype} "
+                    f"{[*array.shape]}"
+                )

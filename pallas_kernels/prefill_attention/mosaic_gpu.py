@@ -4,9 +4,10 @@ A program attends 128 queries of one head. A warpgroup copies key blocks into a 
 others take 64 queries each. Each of them runs the softmax of a block while the tensor cores multiply the values of the
 block before, and while the other one has its turn on them.
 
-Work is a walk: for each head class and query block, ranges of key blocks (`walks`), computed before the launch. Masks
-are applied where a block has a hidden key. The multiprocessors take programs in order: retrieval heads first, then late
-queries before early ones, which is longest first, so that the short walks fill the gaps at the end.
+The ranges of key blocks that a program visits are computed before the launch: per head class and query block (`walks`),
+or per KV head where the caller gives a walk. Masks are applied where a block has a hidden key. The multiprocessors take
+programs in order: retrieval heads first, then late queries before early ones. Without a walk that is longest first, so
+that short programs fill the gaps at the end.
 """
 
 import math
@@ -24,19 +25,27 @@ from pallas_kernels.core.hopper import refuse_pools, refuse_unless, require_hopp
 from pallas_kernels.core.launch import configure
 from pallas_kernels.core.mosaic import is_interpreted, tile
 from pallas_kernels.core.online_softmax import FLOOR, HIDDEN
-from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, parts_stored_alike, pools
+from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, div_up, parts_stored_alike, pools
 from pallas_kernels.core.quantization import QuantizedArray, bits_of
-from pallas_kernels.prefill_attention.blocks import KeyRange, Window, visible_blocks
+from pallas_kernels.prefill_attention.blocks import (
+    BlockList,
+    BlockRanges,
+    KeyRange,
+    Ranges,
+    Walk,
+    Window,
+    visible_blocks,
+)
 
 QUERIES = 128
-"""Queries of a program: 64, wgmma's rows, for each compute warpgroup."""
+"""Queries per program: 64, wgmma's rows, for each compute warpgroup."""
 KEYS = 128
-"""Keys of a block."""
+"""Keys per block."""
 _ROWS = QUERIES // 2
 _EVERYTHING = 2**30
 """The local window of retrieval heads."""
 _COMPUTE_REGISTERS, _FEED_REGISTERS = 216, 72
-"""Registers of a thread: two computing warpgroups and one that feeds them share 504."""
+"""Registers per thread: two computing warpgroups and one that feeds them share 504."""
 _WGMMA = plgpu.Layout.WGMMA
 _BY_QUERY = _WGMMA.reduce(1)
 
@@ -70,6 +79,7 @@ def prefill_attention(
     sink: int,
     local: int,
     has_history: bool = True,
+    walk: Walk | None = None,
 ) -> jax.Array:
     """Returns what `pallas_kernels.prefill_attention` defines; rows from ``counts`` on are zeros.
 
@@ -79,18 +89,18 @@ def prefill_attention(
       NotImplementedError: on any device but a Hopper GPU, and for what the kernel is not made for.
     """
     device = require_hopper()
-    apart = parts_stored_alike(kv, q.shape[2])
-    if len(apart) > 1:
-        own = [heads for _, heads in parts_stored_alike(kv, k.shape[2])]
-        call = partial(prefill_attention, sink=sink, local=local, has_history=has_history)
+    alike = parts_stored_alike(kv, q.shape[2])
+    if len(alike) > 1:
+        kv_heads = [heads for _, heads in parts_stored_alike(kv, k.shape[2])]
+        call = partial(prefill_attention, sink=sink, local=local, has_history=has_history, walk=walk)
         each = [
             call(q[:, :, heads], k[:, :, new], v[:, :, new], part, tables, starts, counts)
-            for (part, heads), new in zip(apart, own, strict=True)
+            for (part, heads), new in zip(alike, kv_heads, strict=True)
         ]
         return jnp.concatenate(each, axis=2)
     found = pools(kv, tables)
     (_, tokens, _, head_dim), group = q.shape, q.shape[2] // k.shape[2]
-    _refuse(q, k, v, [pool for _, pool, _, _ in found])
+    _refuse(q, k, v, [pool for _, pool, _, _ in found], walk)
     pool = found[0][1]
     shape = f"dim{head_dim}_page{pool.page_size}_k{bits_of(pool.k)}v{bits_of(pool.v)}"
     config = configure("prefill_attention", device.kind, shape, heuristic(head_dim))
@@ -103,7 +113,7 @@ def prefill_attention(
     padding = ((0, 0), (0, -tokens % QUERIES), (0, 0), (0, 0))
     q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
     starts, counts = jnp.asarray(starts, jnp.int32), jnp.asarray(counts, jnp.int32)
-    return _launch(q, k, v, kv, tables, starts, counts, classes, config, pool)[:, :tokens]
+    return _launch(q, k, v, kv, tables, starts, counts, classes, config, pool, walk)[:, :tokens]
 
 
 def heuristic(head_dim: int) -> Config:
@@ -135,12 +145,43 @@ def walks(starts: jax.Array, counts: jax.Array, tokens: int, windows: list[Windo
     return jnp.where((row < counts)[:, None, :, None], jnp.stack(ranges, axis=1), 0)
 
 
-def _refuse(q: jax.Array, k: jax.Array, v: jax.Array, found: list[PagedKV]) -> None:
+def _walks_per_head(ranges: jax.Array, walk: Walk, classes: list[_Heads], group: int, starts: jax.Array) -> jax.Array:
+    """Returns the ranges [B, K, query blocks, 6] of each KV head: `walks`, with the history as a walk has it.
+
+    Args:
+      ranges: `walks` of the classes.
+      walk: of the layer.
+      classes: the heads.
+      group: query heads per KV head.
+      starts: [B] int32 position of each sequence's first query.
+    """
+    batch, _, blocks, _ = ranges.shape
+    is_empty = jnp.all(ranges == 0, axis=-1, keepdims=True)
+    found = []
+    for index, heads in enumerate(classes):
+        every = jnp.broadcast_to(ranges[:, index, None], (batch, heads.count // group, blocks, 6))
+        visited = getattr(walk, heads.name)
+        if isinstance(visited, BlockRanges):
+            history = jnp.stack(visited.within(div_up(starts, KEYS)[:, None, None]), axis=-1)
+            history = jnp.where(is_empty[:, index, None], 0, history)
+            every = jnp.concatenate([history, every[..., 3:]], axis=-1)
+        found.append(every)
+    return jnp.concatenate(found, axis=1)
+
+
+def _refuse(q: jax.Array, k: jax.Array, v: jax.Array, found: list[PagedKV], walk: Walk | None) -> None:
     """Refuses what the kernel is not made for."""
     for x in (q, k, v):
         refuse_unless(x.dtype == jnp.bfloat16, f"queries, keys and values must be bfloat16, not {x.dtype}")
     refuse_unless(q.shape[-1] in (64, 128), f"head_dim must be 64 or 128, not {q.shape[-1]}")
     refuse_pools(found)
+    for visited in walk or ():
+        refuse_unless(not isinstance(visited, BlockList), "the walk must be ranges, not block lists")
+        sizes = None if visited is None else (visited.queries, visited.keys)
+        refuse_unless(
+            sizes in (None, (QUERIES, KEYS)),
+            f"blocks of the walk must be {QUERIES} queries and {KEYS} keys, not {sizes}",
+        )
 
 
 def _launch(
@@ -154,13 +195,14 @@ def _launch(
     classes: list[_Heads],
     config: Config,
     pool: PagedKV,
+    walk: Walk | None,
 ) -> jax.Array:
     """Runs the kernel on a chunk of whole query blocks."""
     batch, tokens, num_heads, head_dim = q.shape
 
     def prefill_attention(*refs: Any) -> None:
         *arrays, scratch = refs
-        _attend(classes, config, *arrays, scratch=scratch)
+        _attend(classes, walk is not None, config, *arrays, scratch=scratch)
 
     kernel = plgpu.kernel(
         prefill_attention,
@@ -172,8 +214,10 @@ def _launch(
         scratch_types=[_scratch(config, pool, head_dim)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    windows = [heads.window for heads in classes]
-    return kernel(q, k, v, kv, tables, starts, counts, walks(starts, counts, tokens, windows))
+    ranges = walks(starts, counts, tokens, [heads.window for heads in classes])
+    if walk is not None:
+        ranges = _walks_per_head(ranges, walk, classes, num_heads // k.shape[2], starts)
+    return kernel(q, k, v, kv, tables, starts, counts, ranges)
 
 
 def _scratch(config: Config, pool: PagedKV, head_dim: int) -> dict[str, Any]:
@@ -197,31 +241,21 @@ def _scratch(config: Config, pool: PagedKV, head_dim: int) -> dict[str, Any]:
     return scratch
 
 
-class _Walk(NamedTuple):
-    """The key blocks that a program visits, in order: ranges of history, then of the chunk (see `walks`)."""
+class _Steps(NamedTuple):
+    """The key blocks that a program visits, in order: of the history, then of the chunk (see `walks`)."""
 
-    sinks: jax.Array
-    low: jax.Array
-    high: jax.Array
-    chunk_sinks: jax.Array
-    chunk_low: jax.Array
-    chunk_high: jax.Array
+    history: Ranges
+    chunk: Ranges
 
     @property
-    def history(self) -> jax.Array:
-        """Number of history blocks."""
-        return self.sinks + self.high - self.low
-
-    @property
-    def steps(self) -> jax.Array:
+    def count(self) -> jax.Array:
         """Number of blocks."""
-        return self.history + self.chunk_sinks + self.chunk_high - self.chunk_low
+        return self.history.count + self.chunk.count
 
     def block(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns whether a step's block is history, and its index there or in the chunk."""
-        in_chunk = step - self.history
-        old = jnp.where(step < self.sinks, step, self.low + step - self.sinks)
-        new = jnp.where(in_chunk < self.chunk_sinks, in_chunk, self.chunk_low + in_chunk - self.chunk_sinks)
+        in_chunk = step - self.history.count
+        old, new = self.history.block(step), self.chunk.block(in_chunk)
         return in_chunk < 0, jnp.where(in_chunk < 0, old, new)
 
 
@@ -254,6 +288,7 @@ def _place(program: jax.Array, classes: list[_Heads], batch: int, blocks: int) -
 
 def _attend(
     classes: list[_Heads],
+    has_walk_per_head: bool,
     config: Config,
     q_gmem: Any,
     k_gmem: Any,
@@ -267,22 +302,25 @@ def _attend(
     *,
     scratch: dict[str, Any],
 ) -> None:
-    """Runs one program: the walk of one block of queries of one head."""
+    """Runs one program: one block of queries of one head over its key blocks."""
     batch, tokens, num_heads, head_dim = q_gmem.shape
     group = num_heads // k_gmem.shape[2]
     place = _place(jax.lax.axis_index("program"), classes, batch, tokens // QUERIES)
     b, row, head = place.b, place.row, place.head
     role = jax.lax.axis_index("role")
 
-    def read() -> tuple[jax.Array, jax.Array, _Walk]:
-        """Returns start, count and walk; each role reads them, for registers kept from one to the other are spilled."""
-        return starts_gmem[b], counts_gmem[b], _Walk(*(walks_gmem[b, place.index, row // QUERIES, i] for i in range(6)))
+    def read() -> tuple[jax.Array, jax.Array, _Steps]:
+        """Returns start, count and steps; each role reads them: registers kept from one to the other are spilled."""
+        start, count = starts_gmem[b], counts_gmem[b]
+        index = head // group if has_walk_per_head else place.index
+        ranges = [walks_gmem[b, index, row // QUERIES, i] for i in range(6)]
+        return start, count, _Steps(Ranges(*ranges[:3]), Ranges(*ranges[3:]))
 
     def feed_walk(heads: _Heads) -> None:
-        start, count, walk = read()
+        start, count, steps = read()
         pool, table = getattr(kv_gmem, heads.name), getattr(tables_gmem, heads.name)
         new = {name: x.at[b, :, head // group] for name, x in (("k", k_gmem), ("v", v_gmem))}
-        _Feed(pool, new, (head - heads.first) // group, table.at[b], start, count, walk, config, scratch).run()
+        _Feed(pool, new, (head - heads.first) // group, table.at[b], start, count, steps, config, scratch).run()
 
     @pl.when(role == 2)
     def _feed() -> None:
@@ -293,20 +331,20 @@ def _attend(
     @pl.when(role < 2)
     def _compute() -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-        start, count, walk = read()
+        start, count, steps = read()
         first = row + role * _ROWS
         out = out_gmem.at[b, pl.ds(first, _ROWS), head]
 
-        @pl.when(walk.steps == 0)
+        @pl.when(steps.count == 0)
         def _blank() -> None:
             _store(jnp.zeros((_ROWS, head_dim), jnp.bfloat16), scratch["q"].at[role], out)
 
-        @pl.when(walk.steps > 0)
+        @pl.when(steps.count > 0)
         def _run() -> None:
             queries = scratch["q"].at[role]
             plgpu.copy_gmem_to_smem(q_gmem.at[b, pl.ds(first, _ROWS), head], queries, scratch["q_ready"].at[role])
             plgpu.barrier_wait(scratch["q_ready"].at[role])
-            values = _softmax_of_walk(walk, place, config, start, count, first, role, scratch)
+            values = _softmax_of_walk(steps, place, config, start, count, first, role, scratch)
             rows = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_WGMMA)
             _store(jnp.where(rows < count - first, values, 0.0).astype(jnp.bfloat16), queries, out)
 
@@ -320,7 +358,7 @@ def _store(values: jax.Array, staging_smem: Any, out_gmem: Any) -> None:
 
 
 def _rows_layout(columns: int, width: int) -> Any:
-    """Returns the layout in which a warpgroup moves rows through registers, 8 neighbours of a row a thread.
+    """Returns the layout in which a warpgroup moves rows through registers, 8 neighbours of a row per thread.
 
     A warp takes rows of one swizzled tile, ``width`` columns wide, so that stores have no bank conflicts.
     """
@@ -332,12 +370,12 @@ def _rows_layout(columns: int, width: int) -> Any:
 
 
 def _tile_width(pool: PagedKV, head_dim: int) -> int:
-    """Returns the columns of a swizzled tile: the halves of a row of 4-bit codes are written apart."""
+    """Returns the columns of a swizzled tile: the halves of a row of 4-bit codes are written separately."""
     return min(head_dim // 2, 64) if 4 in (bits_of(pool.k), bits_of(pool.v)) else 64
 
 
 class _Feed(NamedTuple):
-    """What the copying warpgroup works with: a pool, a head of it, a sequence's pages and length, and the walk.
+    """What the copying warpgroup works with: a pool, a head of it, a sequence's pages and length, and the steps.
 
     Key blocks enter the ring exact: rows of tokens that do not exist are zeros, whatever memory holds there. (Hidden
     keys have weight zero, but zero times NaN is NaN.) The copy engine fills with zeros what lies past the end of an
@@ -350,29 +388,29 @@ class _Feed(NamedTuple):
     table: Any
     start: jax.Array
     count: jax.Array
-    walk: _Walk
+    steps: _Steps
     config: Config
     scratch: dict[str, Any]
 
     def run(self) -> None:
-        """Copies the blocks of the walk in the order in which they are read: values a step behind keys."""
+        """Copies the blocks in the order in which they are read: values one step after keys."""
         for name in "kv":
             if self._is_quantized(name):
-                pl.when(self.walk.history > 0)(partial(self._request, name, jnp.int32(0)))
+                pl.when(self.steps.history.count > 0)(partial(self._request, name, jnp.int32(0)))
 
-        @pl.loop(jnp.int32(0), self.walk.steps + 1)
+        @pl.loop(jnp.int32(0), self.steps.count + 1)
         def _feed_step(step: jax.Array) -> None:
-            pl.when(step < self.walk.steps)(partial(self._feed, "k", step))
-            pl.when((step > 0) & (self.walk.steps > 0))(partial(self._feed, "v", step - 1))
+            pl.when(step < self.steps.count)(partial(self._feed, "k", step))
+            pl.when((step > 0) & (self.steps.count > 0))(partial(self._feed, "v", step - 1))
 
-        @pl.loop(jnp.maximum(self.walk.steps - self.config.stages, 0), self.walk.steps)
+        @pl.loop(jnp.maximum(self.steps.count - self.config.stages, 0), self.steps.count)
         def _drain(step: jax.Array) -> None:
             for name in "kv":
                 plgpu.barrier_wait(self.scratch[f"{name}_free"].at[step % self.config.stages])
 
     def _feed(self, name: str, step: jax.Array) -> None:
         """Brings a block of keys or of values into its ring."""
-        is_history, block = self.walk.block(step)
+        is_history, block = self.steps.block(step)
         slot = step % self.config.stages
         pl.when(step >= self.config.stages)(partial(plgpu.barrier_wait, self.scratch[f"{name}_free"].at[slot]))
         target, ready = self.scratch[name].at[slot], self.scratch[f"{name}_ready"].at[slot]
@@ -414,7 +452,7 @@ class _Feed(NamedTuple):
 
     def _request(self, name: str, step: jax.Array) -> None:
         """Starts the copy of a block of codes, scales and zeros."""
-        size, block = self.pool.page_size, self.walk.block(step)[1]
+        size, block = self.pool.page_size, self.steps.block(step)[1]
         sources, targets = (jax.tree.leaves(x) for x in (getattr(self.pool, name), self.scratch[f"{name}_codes"]))
 
         @pl.loop(0, KEYS // size)
@@ -431,7 +469,7 @@ class _Feed(NamedTuple):
         plgpu.commit_smem()
         for _ in range(KEYS // self.pool.page_size):
             plgpu.barrier_arrive(ready)
-        pl.when(step + 1 < self.walk.history)(partial(self._request, name, step + 1))
+        pl.when(step + 1 < self.steps.history.count)(partial(self._request, name, step + 1))
 
     def _copy_rows(self, source_gmem: Any, rows: jax.Array, target_smem: Any, ready: Any) -> None:
         """Copies a part of a block, of which ``rows`` exist, and arrives at ``ready``."""
@@ -471,7 +509,7 @@ class _Feed(NamedTuple):
 
 
 def _softmax_of_walk(
-    walk: _Walk,
+    steps: _Steps,
     place: _Place,
     config: Config,
     start: jax.Array,
@@ -489,7 +527,7 @@ def _softmax_of_walk(
 
     def weigh(step: jax.Array, maximum: jax.Array, total: jax.Array, scores: jax.Array) -> tuple[jax.Array, ...]:
         """Returns the new maximum and total, the decay of what was summed before, and the weights of a block."""
-        is_history, block = walk.block(step)
+        is_history, block = steps.block(step)
         key = block * KEYS + jnp.where(is_history, 0, start)
         scores = _hide(scores, key, jnp.where(is_history, start, start + count), start + first, place)
         new = jnp.maximum(maximum, jnp.max(scores, axis=1) * scale)
@@ -498,7 +536,7 @@ def _softmax_of_walk(
         return new, total * decay + jnp.sum(weights, axis=1), decay, weights
 
     def wait_for_keys(step: jax.Array) -> None:
-        pl.when(step < walk.steps)(partial(plgpu.barrier_wait, scratch["k_ready"].at[step % config.stages]))
+        pl.when(step < steps.count)(partial(plgpu.barrier_wait, scratch["k_ready"].at[step % config.stages]))
 
     def attend_block(step: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         maximum, total, weights, values = carry
@@ -540,8 +578,8 @@ def _softmax_of_walk(
     values = plgpu.layout_cast(jnp.zeros((_ROWS, head_dim), jnp.float32), _WGMMA)
     wait_for_keys(zero + 1)
     carry = (maximum, total, weights.astype(jnp.bfloat16), values)
-    maximum, total, weights, values = jax.lax.fori_loop(zero + 1, walk.steps, attend_block, carry)
-    last = (walk.steps - 1) % config.stages
+    maximum, total, weights, values = jax.lax.fori_loop(zero + 1, steps.count, attend_block, carry)
+    last = (steps.count - 1) % config.stages
     plgpu.barrier_wait(scratch["v_ready"].at[last])
     values = _accumulate(weights, scratch["v"].at[last], values)
     plgpu.barrier_arrive(scratch["v_free"].at[last])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.core.paging import LayerKV, PageTables, is_visible, pools
 from pallas_kernels.core.quantization import dequantize
+from pallas_kernels.prefill_attention.blocks import BlockList, BlockRanges, Walk
 
 
 def prefill_attention(
@@ -19,6 +20,7 @@ def prefill_attention(
     sink: int,
     local: int,
     has_history: bool = True,
+    walk: Walk | None = None,
 ) -> jax.Array:
     """Returns what `pallas_kernels.prefill_attention` defines."""
     batch, tokens, _, head_dim = q.shape
@@ -32,17 +34,27 @@ def prefill_attention(
         exists = jnp.concatenate([history < starts[:, None], chunk < counts[:, None]], axis=1)
         window = (sink, local) if name == "streaming" else (None, None)
         visible = exists[:, None] & is_visible(positions[:, :, None], keys[:, None], *window)  # [B, T, S]
-        visible = visible[:, None, None]
+        visible = visible[:, None] & _is_visited(getattr(walk or Walk(), name), tokens, history.size)  # [B, K, T, S]
         both = []
         for pages, new in ((pool.k, k), (pool.v, v)):
             old = jnp.swapaxes(dequantize(pages, jnp.float32)[table], 2, 3).reshape(
                 batch, -1, pool.num_kv_heads, head_dim
             )
             joined = jnp.concatenate([old, new[:, :, heads].astype(jnp.float32)], axis=1)
-            both.append(jnp.where(jnp.any(visible, axis=(1, 2, 3))[..., None, None], joined, 0.0))
+            both.append(jnp.where(jnp.swapaxes(jnp.any(visible, axis=2), 1, 2)[..., None], joined, 0.0))
         scores = jnp.einsum("btkgh,bskh->bkgts", grouped[:, :, heads], both[0], precision="highest")
         scores = scores / jnp.sqrt(jnp.float32(head_dim))
-        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-        weights = jnp.where(visible, weights, 0.0)
+        weights = jax.nn.softmax(jnp.where(visible[:, :, None], scores, -jnp.inf), axis=-1)
+        weights = jnp.where(visible[:, :, None], weights, 0.0)
         outputs.append(jnp.einsum("bkgts,bskh->btkgh", weights, both[1], precision="highest"))
     return jnp.concatenate(outputs, axis=2).reshape(q.shape).astype(q.dtype)
+
+
+def _is_visited(walk: BlockRanges | BlockList | None, tokens: int, history: int) -> jax.Array:
+    """Returns whether each row visits each key of the history, then of the chunk: broadcastable to [B, K, T, S]."""
+    if walk is None:
+        return jnp.ones((1, 1, 1, 1), jnp.bool_)
+    blocks = walk.is_visited(-(-history // walk.keys))
+    row, key = jnp.arange(tokens) // walk.queries, jnp.arange(history) // walk.keys
+    visited = blocks[:, :, row][..., key]
+    return jnp.concatenate([visited, jnp.ones((*visited.shape[:3], tokens), jnp.bool_)], axis=-1)

@@ -5,6 +5,7 @@ the queries (bfloat16 uses AMX on CPUs that have it) and accumulate in float32. 
 keeps the scores of a block in a core's cache.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +16,16 @@ import jax.numpy as jnp
 from pallas_kernels.core.online_softmax import OnlineSoftmax, columns_with_ones, with_ones
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, div_up, is_visible, pools, take
 from pallas_kernels.core.quantization import QuantizedArray, dequantize
-from pallas_kernels.prefill_attention.blocks import KeyRange, Window, visible_blocks
+from pallas_kernels.prefill_attention.blocks import (
+    BlockList,
+    BlockRanges,
+    KeyRange,
+    Listed,
+    Ranges,
+    Walk,
+    Window,
+    visible_blocks,
+)
 
 BLOCK = 256
 """Tokens of a query block, and of a block of keys (of which a page is the least)."""
@@ -27,6 +37,8 @@ class KeySource(NamedTuple):
     """Keys that are fetched block by block."""
 
     keys: KeyRange
+    visits: Callable[[jax.Array], Ranges | Listed]
+    """Index of a query block → the key blocks that it visits."""
     fetch: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
     """Block index → keys [block, H], values [block, H], and which of them exist [block] bool; the first one does."""
     is_all_visible: bool
@@ -34,12 +46,22 @@ class KeySource(NamedTuple):
 
 
 class HeadClass(NamedTuple):
-    """KV heads ``first … first + count − 1`` of a layer, what they see, and where their history lies, if any."""
+    """KV heads ``first … first + count − 1`` of a layer.
+
+    Attributes:
+      first, count: the heads.
+      window: what they see.
+      block: queries of a block, and keys of a block of the chunk.
+      history: the pool and the page table that hold it, if there is any.
+      walk: what is visited of it; None for the blocks with a visible key.
+    """
 
     first: int
     count: int
     window: Window
+    block: int
     history: tuple[PagedKV, jax.Array] | None
+    walk: BlockRanges | BlockList | None
 
 
 @partial(jax.jit, static_argnames=("sink", "local", "has_history", "block"))  # traced once for all layers alike
@@ -55,26 +77,27 @@ def prefill_attention(
     sink: int,
     local: int,
     has_history: bool = True,
+    walk: Walk | None = None,
     block: int = BLOCK,
 ) -> jax.Array:
     """Returns what `pallas_kernels.prefill_attention` defines; ``block`` changes speed and rounding only."""
     batch, tokens = q.shape[:2]
-    block = min(block, tokens)
-    q, k, v = (jnp.pad(x, ((0, 0), (0, -tokens % block), (0, 0), (0, 0))) for x in (q, k, v))
+    classes = _head_classes(kv, tables, Window(sink, local), tokens, has_history, walk or Walk(), block)
+    padding = -tokens % math.lcm(*(heads.block for heads in classes))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
     q = q.reshape(*k.shape[:3], -1, q.shape[3])
     out = jnp.zeros_like(q)
-    for heads in _head_classes(kv, tables, Window(sink, local), tokens, has_history):
+    for heads in classes:
 
         def attend_sequence(b: jax.Array, out: jax.Array, heads: HeadClass = heads) -> jax.Array:
             start, count = take(starts, b), take(counts, b)
 
             def attend_head(head: jax.Array, out: jax.Array) -> jax.Array:
                 at = (b, heads.first + head)
-                sources = [_chunk(k, v, at, start, count, block)]
+                sources = [_chunk(k, v, at, start, count, heads)]
                 if heads.history is not None:
-                    pool, table = heads.history
-                    sources.insert(0, _history(pool, take(table, b), head, start, heads.window, block, q.dtype))
-                return _attend_head(out, q, at, sources, start, count, heads.window, block)
+                    sources.insert(0, _history(heads, b, head, start, q.dtype))
+                return _attend_head(out, q, at, sources, start, count, heads.window, heads.block)
 
             return jax.lax.fori_loop(0, heads.count, attend_head, out)
 
@@ -82,21 +105,23 @@ def prefill_attention(
     return out.reshape(batch, -1, q.shape[2] * q.shape[3], q.shape[4])[:, :tokens]
 
 
-def _head_classes(kv: LayerKV, tables: PageTables, window: Window, tokens: int, has_history: bool) -> list[HeadClass]:
+def _head_classes(
+    kv: LayerKV, tables: PageTables, window: Window, tokens: int, has_history: bool, walk: Walk, block: int
+) -> list[HeadClass]:
     """Returns the classes of a layer's heads; one, where a chunk without history lies inside every window."""
     found = pools(kv, tables)
     assert window.local is not None
     if not has_history and tokens <= window.local:
-        return [HeadClass(0, sum(pool.num_kv_heads for _, pool, _, _ in found), Window(None, None), None)]
-    return [
-        HeadClass(
-            heads.start,
-            pool.num_kv_heads,
-            window if name == "streaming" else Window(None, None),
-            (pool, table) if has_history else None,
-        )
-        for name, pool, table, heads in found
-    ]
+        heads = sum(pool.num_kv_heads for _, pool, _, _ in found)
+        return [HeadClass(0, heads, Window(None, None), min(block, tokens), None, None)]
+    classes = []
+    for name, pool, table, heads in found:
+        seen = window if name == "streaming" else Window(None, None)
+        visited = getattr(walk, name) if has_history else None
+        queries = block if visited is None else visited.queries
+        history = (pool, table) if has_history else None
+        classes.append(HeadClass(heads.start, pool.num_kv_heads, seen, min(queries, tokens), history, visited))
+    return classes
 
 
 def _attend_head(
@@ -116,9 +141,10 @@ def _attend_head(
     def attend_queries(index: jax.Array, out: jax.Array) -> jax.Array:
         corner = (b, index * block, head, 0, 0)
         queries = jax.lax.dynamic_slice(q, corner, (1, block, 1, group, head_dim)).reshape(block * group, head_dim)
+        positions = jnp.repeat(start + index * block + jnp.arange(block), group)
         state = OnlineSoftmax.start((block * group,), columns_with_ones(head_dim))
         for source in sources:
-            state = _walk(state, queries, start + index * block, source, window, block)
+            state = _walk(state, queries, positions, source, source.visits(index), window)
         result = state.finish_ones(head_dim).reshape(1, block, 1, group, head_dim).astype(out.dtype)
         return jax.lax.dynamic_update_slice(out, result, corner)
 
@@ -126,14 +152,17 @@ def _attend_head(
 
 
 def _walk(
-    state: OnlineSoftmax, queries: jax.Array, position: jax.Array, source: KeySource, window: Window, block: int
+    state: OnlineSoftmax,
+    queries: jax.Array,
+    positions: jax.Array,
+    source: KeySource,
+    visits: Ranges | Listed,
+    window: Window,
 ) -> OnlineSoftmax:
-    """Returns the softmax state of queries [block · G, H] from ``position`` on after a source's visible keys."""
-    positions = jnp.repeat(position + jnp.arange(block), queries.shape[0] // block)
-    sinks, low, high = visible_blocks(position, block, source.keys, window)
+    """Returns the softmax state of queries [rows, H] at positions [rows] after the visited key blocks of a source."""
 
     def visit(step: jax.Array, state: OnlineSoftmax) -> OnlineSoftmax:
-        index = jnp.where(step < sinks, step, low + step - sinks)
+        index = visits.block(step)
         keys, values, exists = source.fetch(index)
         visible = None
         if source.is_all_visible:
@@ -145,23 +174,29 @@ def _walk(
         scale = queries.shape[-1] ** -0.5
         return state.add(scores, with_ones(values, exists), scale=scale, visible=visible, has_ones=True)
 
-    return jax.lax.fori_loop(0, sinks + high - low, visit, state)
+    return jax.lax.fori_loop(0, visits.count, visit, state)
 
 
-def _history(
-    pool: PagedKV,
-    table: jax.Array,
-    head: jax.Array,
-    start: jax.Array,
-    window: Window,
-    block: int,
-    dtype: jnp.dtype,
-) -> KeySource:
+def history_block(queries: int, page_size: int, window: Window) -> int:
+    """Returns the keys per block of history, where the walk is not given, for the queries per block."""
+    keys = _DENSE_BLOCK if window.local is None and queries == BLOCK else queries
+    return max(keys // page_size, 1) * page_size
+
+
+def _history(heads: HeadClass, b: jax.Array, head: jax.Array, start: jax.Array, dtype: jnp.dtype) -> KeySource:
     """Returns a head's tokens before the chunk, dequantised from their pages."""
-    is_dense = window.local is None
-    pages = max((_DENSE_BLOCK if is_dense and block == BLOCK else block) // pool.page_size, 1)
+    assert heads.history is not None
+    pool, tables = heads.history
+    walk, window, block = heads.walk, heads.window, heads.block
+    size = history_block(block, pool.page_size, window) if walk is None else walk.keys
+    pages = size // pool.page_size
+    table = take(tables, b)
     table = jnp.pad(table, (0, -table.size % pages), constant_values=-1)
-    size = pages * pool.page_size
+
+    def visits(index: jax.Array) -> Ranges | Listed:
+        if walk is None:
+            return visible_blocks(start + index * block, block, KeyRange(0, start, size), window)
+        return walk.of(b, head, index, div_up(start, size))
 
     def fetch(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         physical = jax.lax.dynamic_slice_in_dim(table, index * pages, pages)
@@ -169,7 +204,7 @@ def _history(
         is_held = jnp.repeat(physical >= 0, pool.page_size)
         return keys, values, is_held & (index * size + jnp.arange(size) < start)
 
-    return KeySource(KeyRange(0, start, size), fetch, is_dense)
+    return KeySource(KeyRange(0, start, size), visits, fetch, is_all_visible=window.local is None)
 
 
 def _tokens(pages: jax.Array | QuantizedArray, physical: jax.Array, head: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -179,14 +214,24 @@ def _tokens(pages: jax.Array | QuantizedArray, physical: jax.Array, head: jax.Ar
 
 
 def _chunk(
-    k: jax.Array, v: jax.Array, at: tuple[jax.Array, jax.Array], start: jax.Array, count: jax.Array, block: int
+    k: jax.Array,
+    v: jax.Array,
+    at: tuple[jax.Array, jax.Array],
+    start: jax.Array,
+    count: jax.Array,
+    heads: HeadClass,
 ) -> KeySource:
     """Returns the chunk's own tokens of one sequence's head."""
     b, head = at
+    block = heads.block
+    positions = KeyRange(start, start + count, block)
+
+    def visits(index: jax.Array) -> Ranges:
+        return visible_blocks(start + index * block, block, positions, heads.window)
 
     def fetch(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         corner, shape = (b, index * block, head, 0), (1, block, 1, k.shape[-1])
         keys, values = (jax.lax.dynamic_slice(x, corner, shape).reshape(block, -1) for x in (k, v))
         return keys, values, index * block + jnp.arange(block) < count
 
-    return KeySource(KeyRange(start, start + count, block), fetch, is_all_visible=False)
+    return KeySource(positions, visits, fetch, is_all_visible=False)

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import PageTables, prefill_attention
+from pallas_kernels import BlockList, BlockRanges, PageTables, Walk, prefill_attention, visible_walk
 from pallas_kernels.core.paging import LayerKV
 from pallas_kernels.core.workloads import SERVING, Workload
 from pallas_kernels.prefill_attention import mosaic_gpu, reference
-from pallas_kernels.prefill_attention.blocks import Window
+from pallas_kernels.prefill_attention.blocks import Ranges, Window
 from pallas_kernels.prefill_attention.mosaic_gpu import KEYS, QUERIES
 from tests.pallas_kernels import hopper
 from tests.pallas_kernels.cases import (
@@ -104,6 +104,54 @@ def test_a_sequence_is_the_same_in_any_batch():
     assert_same_bits(together[rows], evaluate(_attend(workload), *alone[0], one.kv, one.tables, *alone[1]))
 
 
+def _ranges(rng: np.random.Generator, starts: list[int], heads: int, tokens: int) -> BlockRanges:
+    """Random ranges of history blocks, that differ by head and query block; some reach behind the history."""
+    blocks = max(starts) // KEYS + 2
+    shape = (3, len(starts), heads, -(-tokens // QUERIES))
+    sinks, low, high = (jnp.asarray(x, jnp.int32) for x in np.sort(rng.integers(0, blocks + 1, shape), axis=0))
+    return BlockRanges(sinks=sinks, low=low, high=high, queries=QUERIES, keys=KEYS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "starts", "counts"),
+    [
+        pytest.param({"retrieval": 2, "group": 2}, [500], [140], id="two-query-blocks"),
+        pytest.param({"retrieval": 2, "bits": (8, 8)}, [640], [129], id="int8"),
+        pytest.param({"bits": (4, 4), "streaming_bits": (8, 8)}, [300], [40], id="stored-apart"),
+        pytest.param({"chunk": 40, "batch": 3}, [0, 390, 257], [40, 0, 33], id="ragged"),
+    ],
+)
+def test_ranges_per_head(fields: dict[str, Any], starts: list[int], counts: list[int]):
+    """Where classes are stored apart, one of them without a walk."""
+    rng, workload = np.random.default_rng(2), replace(SMALL, context=704, **fields)
+    _, arguments = _chunk(workload, starts, counts)
+    window = {"sink": workload.sink, "local": workload.prefill_local}
+    walk = Walk(*(_ranges(rng, starts, heads, workload.chunk) for heads in (workload.retrieval, workload.streaming)))
+    if workload.streaming_bits is not None:
+        walk = walk._replace(streaming=None)
+    out = np.asarray(evaluate(partial(_attend(workload), walk=walk), *arguments), np.float32)
+    expected = np.asarray(jax.jit(partial(reference.prefill_attention, walk=walk, **window))(*arguments), np.float32)
+    for b, count in enumerate(counts):
+        assert_close(out[b, :count], expected[b, :count], "bfloat16")
+        np.testing.assert_array_equal(out[b, count:], 0.0)
+
+
+def test_the_default_walk_gives_the_same_bits():
+    starts, counts = [300], [140]
+    _, arguments = _chunk(SMALL, starts, counts)
+    walk = visible_walk(
+        arguments[3],
+        *(jnp.asarray(x, jnp.int32) for x in (starts, counts)),
+        tokens=SMALL.chunk,
+        sink=SMALL.sink,
+        local=SMALL.prefill_local,
+        queries=QUERIES,
+        keys=KEYS,
+    )
+    out, expected = (evaluate(partial(_attend(SMALL), walk=given), *arguments) for given in (walk, None))
+    assert_same_bits(out, expected)
+
+
 @pytest.mark.parametrize("bits", [(None, None), (8, 8)], ids=str)
 def test_races(bits: tuple[int | None, int | None]):
     """Every slot of the rings is used again."""
@@ -130,8 +178,8 @@ def test_exactly_the_blocks_with_a_visible_key_are_visited():
             seen = keys[visible.any(0)]
             old, new = seen[seen < starts[b]], seen[seen >= starts[b]] - starts[b]
             expected = [("old", i) for i in sorted({*(old // KEYS)})] + [("new", i) for i in sorted({*(new // KEYS)})]
-            steps = mosaic_gpu._Walk(*walk)
-            visited = [steps.block(jnp.int32(step)) for step in range(int(steps.steps))]
+            steps = mosaic_gpu._Steps(Ranges(*walk[:3]), Ranges(*walk[3:]))
+            visited = [steps.block(jnp.int32(step)) for step in range(int(steps.count))]
             assert [("old" if is_old else "new", int(i)) for is_old, i in visited] == expected, (sink, local, b, block)
 
 
@@ -165,6 +213,18 @@ def test_refusals(fields: dict[str, Any], reason: str):
     arguments = _arguments(replace(SMALL, **fields))
     with interpreted(), pytest.raises(NotImplementedError, match=re.escape(reason)):
         jax.eval_shape(_attend(SMALL), *arguments)
+
+
+def test_refuses_walks_that_it_does_not_take():
+    blocks = jnp.zeros((1, 1, 2, 1), jnp.int32)
+    lists = Walk(BlockList(blocks=blocks, queries=QUERIES, keys=KEYS))
+    ranges = Walk(None, BlockRanges(sinks=blocks, low=blocks, high=blocks, queries=QUERIES, keys=64))
+    for walk, reason in (
+        (lists, "the walk must be ranges, not block lists"),
+        (ranges, "blocks of the walk must be 128 queries and 128 keys, not (128, 64)"),
+    ):
+        with interpreted(), pytest.raises(NotImplementedError, match=re.escape(reason)):
+            jax.eval_shape(partial(_attend(SMALL), walk=walk), *_arguments(SMALL))
 
 
 def test_refuses_pages_of_another_dtype():
@@ -219,6 +279,19 @@ def test_machine_code(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     program, kernels = compiled(_attend(workload), *_arguments(workload, 1_000_000 // workload.page_size))
     hopper.assert_fits(kernels, count=1)
     assert len(said) == 1 and "serialized" not in said[0], said  # ptxas: "wgmma.mma_async instructions are serialized"
+    assert program.memory_analysis().temp_size_in_bytes < 64 * 1024
+
+
+def test_machine_code_with_a_walk():
+    workload = replace(SERVING["llama3_8b_8k"], chunk=2048)
+    ranges = abstract(1, workload.retrieval, 2048 // QUERIES)
+    walk = Walk(BlockRanges(sinks=ranges, low=ranges, high=ranges, queries=QUERIES, keys=KEYS))
+
+    def attend(walk: Walk, *arguments: Any) -> jax.Array:
+        return _attend(workload)(*arguments, walk=walk)
+
+    program, kernels = compiled(attend, walk, *_arguments(workload, 15_625))
+    hopper.assert_fits(kernels, count=1)
     assert program.memory_analysis().temp_size_in_bytes < 64 * 1024
 
 
