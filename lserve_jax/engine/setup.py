@@ -114,32 +114,32 @@ def prepare(
         implementation=None if implementation == "auto" else implementation,
     )
     length = max_model_len or checkpoint.config.max_context
-    chunk = prefill_chunk or _PREFILL_CHUNK.get(jax.default_backend(), _GPU_PREFILL_CHUNK)
-    sizes = Sizes(
-        max_model_len=length,
-        max_num_seqs=max_num_seqs,
-        prefill_chunk=min(chunk, length),
-        steps_per_call=recall_interval or steps_per_call,
-    )
-    warnings = []
-    if policy.static_sparsity > 0 and heads is None:
-        warnings.append(
-            f"no head pattern for {checkpoint.name}: all KV heads are retrieval heads "
-            "(a pattern is given with head_pattern)"
+    chunk = min(prefill_chunk or _PREFILL_CHUNK.get(jax.default_backend(), _GPU_PREFILL_CHUNK), length)
+    calls = {"prefill_chunk": chunk, "steps_per_call": recall_interval or steps_per_call}
+    sizes = Sizes(max_model_len=length, max_num_seqs=max_num_seqs, **calls)
+    plan = plan_memory(config, sizes)
+    setup = Setup(checkpoint=checkpoint, config=config, plan=plan, has_recall=recall_interval is not None)
+    return replace(setup, warnings=tuple(_warnings(setup, has_pattern=heads is not None)))
+
+
+def _warnings(setup: Setup, *, has_pattern: bool) -> Iterator[str]:
+    """Yields what is legal but hardly meant.
+
+    Raises:
+      NotImplementedError: if the implementation that is named refuses: before anything is loaded.
+    """
+    name, config, model = setup.checkpoint.name, setup.config, setup.checkpoint.config
+    if config.attention.static_sparsity > 0 and not has_pattern:
+        yield f"no head pattern for {name}: all KV heads are retrieval heads (a pattern is given with head_pattern)"
+    if setup.sizes.max_model_len > model.max_context:
+        yield (
+            f"max_model_len={setup.sizes.max_model_len} is beyond the {model.max_context} tokens that this model was "
+            "made for: expect nonsense past them"
         )
-    if length > checkpoint.config.max_context:
-        warnings.append(
-            f"max_model_len={length} is beyond the {checkpoint.config.max_context} tokens that this model was made "
-            "for: expect nonsense past them"
-        )
-    setup = Setup(
-        checkpoint=checkpoint, config=config, plan=plan_memory(config, sizes), has_recall=recall_interval is not None
-    )
     if config.implementation is not None or jax.default_backend() == "gpu":
-        # What the named implementation refuses, it refuses before anything is loaded.
-        slow = [choice for choice in setup.implementations if choice.implementation == "xla" and choice.refusals]
-        warnings += [f"{one.op} runs as xla on this GPU, which is slow: {describe([one])}" for one in slow]
-    return replace(setup, warnings=tuple(warnings))
+        for choice in setup.implementations:
+            if choice.implementation == "xla" and choice.refusals:
+                yield f"{choice.op} runs as xla on this GPU, which is slow: {describe([choice])}"
 
 
 def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:

@@ -9,10 +9,10 @@ from lserve_jax.runtime.cache import LayerCache
 from pallas_kernels import PageTables, decode_attention, kv_write, page_select, prefill_attention, rotate
 
 
-def _window(reading: Reading, tables: PageTables, page_size: int) -> dict[str, int]:
+def _window(reading: Reading, tables: PageTables, page_size: int) -> tuple[int, int]:
     """Returns sink and window, cut to what the page tables can hold: nothing may grow with a setting past that."""
     longest = tables.streaming.shape[1] * page_size
-    return {"sink": min(reading.sink, longest), "local": min(reading.local, longest)}
+    return min(reading.sink, longest), min(reading.local, longest)
 
 
 def as_stored(config: InferenceConfig, x: jax.Array) -> jax.Array:
@@ -39,9 +39,11 @@ def prefill_attend(
         own = k if config.is_rotated else None
         q, k, v = (as_stored(config, x) for x in (q, k, v))
         kv = kv_write(*(k, v, state.kv, tables, starts, counts), k_bounded=own, implementation=config.implementation)
+        sink, local = _window(kind.prefill, tables, config.attention.page_size)
         out = prefill_attention(
             *(q, k, v, kv, tables, starts, counts),
-            **_window(kind.prefill, tables, config.attention.page_size),
+            sink=sink,
+            local=local,
             has_history=has_history,
             implementation=config.implementation,
         )
@@ -92,9 +94,11 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
                 )
             )
             selected = state.selected
+        sink, local = _window(kind.decode, tables, attention.page_size)
         out = decode_attention(
             *(as_stored(config, q[:, 0]), kv, tables, lengths, selected),
-            **_window(kind.decode, tables, attention.page_size),
+            sink=sink,
+            local=local,
             implementation=config.implementation,
         )
         return as_stored(config, out)[:, None], state._replace(kv=kv)

@@ -184,24 +184,26 @@ def decode_loop(
         lengths = jnp.where(is_active, state.lengths, 0)
         logits, cache = _decode(params, cache, state.tokens, lengths, state.decode_steps, tables, config)
         taken = _take(logits, state.lengths, sampling, None if forced is None else forced[index])
-        new = Generated(
-            *(jnp.where(is_active, x, nothing_of) for x, nothing_of in zip(taken, (-1, 0.0, -1), strict=True))
-        )
-        tokens = new.tokens
-        is_stop = jnp.any(tokens[:, None] == state.stop_tokens, axis=1)
-        one = is_active.astype(jnp.int32)
-        state = DecodeState(
-            tokens=jnp.where(is_active, tokens, state.tokens),
-            lengths=state.lengths + one,
-            decode_steps=state.decode_steps + one,
-            remaining=jnp.where(is_stop, 0, state.remaining - one),
-            stop_tokens=state.stop_tokens,
-        )
+        new = Generated(*(jnp.where(is_active, x, none) for x, none in zip(taken, (-1, 0.0, -1), strict=True)))
+        state = _advanced(state, new.tokens, is_active)
         out = Generated(*(rows.at[index].set(row) for rows, row in zip(out, new, strict=True)))
         return index + 1, out, state, cache
 
     _, out, state, cache = jax.lax.while_loop(is_running, step, (jnp.int32(0), nothing, state, cache))
     return out, state, cache
+
+
+def _advanced(state: DecodeState, tokens: jax.Array, is_active: jax.Array) -> DecodeState:
+    """Returns the state after one step that brought ``tokens`` [B] to the slots that are active [B]."""
+    is_stop = jnp.any(tokens[:, None] == state.stop_tokens, axis=1)
+    one = is_active.astype(jnp.int32)
+    return DecodeState(
+        tokens=jnp.where(is_active, tokens, state.tokens),
+        lengths=state.lengths + one,
+        decode_steps=state.decode_steps + one,
+        remaining=jnp.where(is_stop, 0, state.remaining - one),
+        stop_tokens=state.stop_tokens,
+    )
 
 
 @jax.jit
