@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from bench import cpu, cpu_plots, cpu_process, cpu_report, cpu_systems
-from bench.cpu_report import Point, Spread
-from bench.cpu_systems import System
-from bench.cpu_weights import made
+from bench.cpu import plots, process, report, run, systems
+from bench.cpu.report import Point, Spread
+from bench.cpu.systems import System
+from bench.cpu.weights import made
 
 TINY = str(Path(__file__).parents[1] / "golden" / "tiny" / "llama3")
 FAKE_WORKER = """
@@ -50,9 +50,9 @@ def fake(asked: Path, name: str, kind: str = "ours", **settings: Any) -> System:
     return System(name, kind, command, {"fake": {"name": name, "rate": 1000.0, "ms": 5.0, **settings}})
 
 
-def a_run(folder: Path, systems: list[System], *arguments: str) -> cpu.Run:
+def a_run(folder: Path, systems: list[System], *arguments: str) -> run.Run:
     settings = ["--model", TINY, "--lengths", "8,16", "--batch-lengths", "8", "--steps", "4", "--work", str(folder)]
-    return cpu.Run(cpu.parse(["--out", str(folder), *settings, *arguments]), systems)
+    return run.Run(run.parse(["--out", str(folder), *settings, *arguments]), systems)
 
 
 def lines_of(folder: Path, kind: str = "sample") -> list[dict[str, Any]]:
@@ -64,43 +64,43 @@ def lines_of(folder: Path, kind: str = "sample") -> list[dict[str, Any]]:
 
 
 def test_arguments_read_lengths_in_thousands_and_settings_with_lists():
-    args = cpu.parse(
+    args = run.parse(
         ["--out", "x", "--lengths", "128,2k", "--ours", "dense,lserve:dense_layers=0,1+sink=64, streaming"]
     )
     assert args.lengths == [128, 2048]
     assert args.long_lengths == [8192, 32768, 131072]
     assert args.ours == ["dense", "lserve:dense_layers=0,1+sink=64", "streaming"]
     with pytest.raises(SystemExit):
-        cpu.parse(["--out", "x", "--parts", "single,fast"])
+        run.parse(["--out", "x", "--parts", "single,fast"])
 
 
 def test_our_settings_have_names_or_are_written_out():
-    named = cpu_systems.our_system("lserve_int8", "some model").settings
+    named = systems.our_system("lserve_int8", "some model").settings
     assert named["attention"] == "lserve"
     assert named["kv_dtype"] == "int8"
     assert named["token_budget"] == 1024
-    assert cpu_systems.our_system("dense:page_size=32", "some model").settings["page_size"] == 32
-    for name in cpu_systems.OURS:
-        cpu_systems.our_system(name, "some model")
+    assert systems.our_system("dense:page_size=32", "some model").settings["page_size"] == 32
+    for name in systems.OURS:
+        systems.our_system(name, "some model")
     with pytest.raises(ValueError, match="preset 'fast'"):
-        cpu_systems.our_system("fast", "some model")
+        systems.our_system("fast", "some model")
     with pytest.raises(ValueError, match="a number of tokens"):
-        cpu_systems.our_system("lserve:token_budget=25%", "some model")
+        systems.our_system("lserve:token_budget=25%", "some model")
 
 
 def test_a_peer_that_cannot_be_measured_is_missing_with_the_reason(tmp_path: Path):
     pythons = {"transformers": str(tmp_path / "nowhere"), "llama.cpp": None}
-    systems, missing = cpu_systems.peer_systems(["transformers bf16", "llama.cpp"], TINY, pythons, tmp_path, 1)
-    assert not systems
-    assert list(missing) == ["transformers bf16", *(name for name in cpu_systems.PEERS if name.startswith("llama.cpp"))]
+    found, missing = systems.peer_systems(["transformers bf16", "llama.cpp"], TINY, pythons, tmp_path, 1)
+    assert not found
+    assert list(missing) == ["transformers bf16", *(name for name in systems.PEERS if name.startswith("llama.cpp"))]
     assert "No such file" in missing["transformers bf16"]
     assert missing["llama.cpp F16"] == "--llama-cpp-python names no environment that has it"
     with pytest.raises(ValueError, match="no peer is called 'vllm'"):
-        cpu_systems.peer_systems(["vllm"], TINY, pythons, tmp_path, 1)
+        systems.peer_systems(["vllm"], TINY, pythons, tmp_path, 1)
 
 
 def test_an_environment_without_the_library_is_told_in_one_line(tmp_path: Path):
-    _, missing = cpu_systems.peer_systems(["transformers f32"], TINY, {"transformers": sys.executable}, tmp_path, 1)
+    _, missing = systems.peer_systems(["transformers f32"], TINY, {"transformers": sys.executable}, tmp_path, 1)
     assert "No module named 'torch'" in missing["transformers f32"]
     assert "\n" not in missing["transformers f32"]
 
@@ -181,13 +181,13 @@ def test_fresh_processes_tell_first_tokens_and_memory(tmp_path: Path, asked: Pat
     assert all(0 < line["first_token_s"] < line["answer_s"] < 60 for line in lines if line["part"] == "start")
     assert [line["grown"] for line in lines if line["part"] == "programs"] == [0]
     assert {line["system"] for line in lines if line["part"] == "long"} == {"dense"}
-    numbers = cpu_report.medians(lines)
+    numbers = report.medians(lines)
     assert numbers[Point("memory", "dense", 16, 1, "warm", "plan_ratio")].median == pytest.approx(1.02)
 
 
 def test_an_interrupted_worker_is_ended():
-    worker = cpu_process.Worker([sys.executable, "-c", "input()"], {}, {})
-    with worker, pytest.raises(cpu_process.WorkerError, match="no answer within 0 s"):
+    worker = process.Worker([sys.executable, "-c", "input()"], {}, {})
+    with worker, pytest.raises(process.WorkerError, match="no answer within 0 s"):
         worker.ready(0.1)
     assert worker._process.poll() is not None
 
@@ -220,15 +220,14 @@ RESULTS = [
 
 def test_medians_are_of_the_newest_sources():
     rounds = [sample("lserve", 8, rate, 1) for rate in (1, 2, 3, 4, 9)]
-    number = cpu_report.medians([*RESULTS, *rounds])[Point("single", "lserve", 8, 1, "warm", "prefill_tok_per_s")]
+    number = report.medians([*RESULTS, *rounds])[Point("single", "lserve", 8, 1, "warm", "prefill_tok_per_s")]
     assert number == Spread(3, 2, 4, 5)
-    assert cpu_report.medians(RESULTS)[Point("single", "lserve", 1024, 1, "warm", "ms_per_token")].median == 18
+    assert report.medians(RESULTS)[Point("single", "lserve", 1024, 1, "warm", "ms_per_token")].median == 18
 
 
 def test_targets_are_ratios_of_medians_in_the_same_run():
     table = {
-        line.split("  ")[0]: line.split()[-4:]
-        for line in cpu_report.targets_table(cpu_report.medians(RESULTS)).split("\n")
+        line.split("  ")[0]: line.split()[-4:] for line in report.targets_table(report.medians(RESULTS)).split("\n")
     }
     assert table["prefill 2K over transformers bf16"][-4:] == ["0.96", "short", "by", "4%"]
     assert table["decode 2K over llama.cpp F16"][-2:] == ["1.25", "PASS"], "against the faster of its settings"
@@ -243,25 +242,23 @@ def test_the_report_and_pictures_are_files_beside_the_results(tmp_path: Path, ca
     missing = {"kind": "missing", "system": "llama.cpp Q4_1", "reason": "not installed"}
     text = "".join(json.dumps(line) + "\n" for line in [*RESULTS, missing])
     (tmp_path / "results.jsonl").write_text(text, encoding="utf-8")
-    assert cpu_report.main([str(tmp_path)]) == 0
+    assert report.main([str(tmp_path)]) == 0
     said = (tmp_path / "targets.txt").read_text(encoding="utf-8")
     assert said in capsys.readouterr().out
     assert "missing: llama.cpp Q4_1: not installed" in said
     assert "first token as transformers f32: dense 1/1, lserve 1/1" in said
-    assert len((tmp_path / "medians.jsonl").read_text(encoding="utf-8").splitlines()) == len(
-        cpu_report.medians(RESULTS)
-    )
+    assert len((tmp_path / "medians.jsonl").read_text(encoding="utf-8").splitlines()) == len(report.medians(RESULTS))
     pytest.importorskip("matplotlib")
-    assert cpu_plots.main([str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.glob("*.png")} == set(cpu_plots.PICTURES)
-    assert cpu_report.main([str(tmp_path / "empty")]) == 1
+    assert plots.main([str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == set(plots.PICTURES)
+    assert report.main([str(tmp_path / "empty")]) == 1
 
 
 def test_speed_over_dense_counts_times_and_rates_the_same_way():
     found = {"dense": {8: Spread(10, 9, 11, 3), 16: Spread(20, 19, 21, 3)}, "lserve": {8: Spread(5, 4, 6, 3)}}
-    assert cpu_plots.over_dense(found, is_rate=False)["lserve"][8].median == 2.0
-    assert cpu_plots.over_dense(found, is_rate=True)["lserve"][8].median == 0.5
-    assert cpu_plots.over_dense({"lserve": found["lserve"]}, is_rate=True) == {}
+    assert plots.over_dense(found, is_rate=False)["lserve"][8].median == 2.0
+    assert plots.over_dense(found, is_rate=True)["lserve"][8].median == 0.5
+    assert plots.over_dense({"lserve": found["lserve"]}, is_rate=True) == {}
 
 
 # --- the real thing ---------------------------------------------------------------------------------------------------
@@ -271,7 +268,7 @@ def test_speed_over_dense_counts_times_and_rates_the_same_way():
 def test_a_tiny_model_is_measured_in_processes_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     command = ["--out", str(tmp_path / "out"), "--model", TINY, "--work", str(tmp_path / "work"), "--threads", "1"]
     command += ["--parts", "single", "--ours", "dense", "--peers", "transformers bf16"]
-    assert cpu.main([*command, "--lengths", "80", "--rounds", "2", "--steps", "8"]) == 0
+    assert run.main([*command, "--lengths", "80", "--rounds", "2", "--steps", "8"]) == 0
     lines = lines_of(tmp_path / "out")
     assert [line["round"] for line in lines] == [0, 1]
     for line in lines:
@@ -288,5 +285,5 @@ def test_a_tiny_model_is_measured_in_processes_of_its_own(tmp_path: Path, capsys
 
 
 def test_a_setting_that_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert cpu.main(["--out", str(tmp_path), "--model", TINY, "--ours", "lserve:sink=-1", "--peers", ""]) == 2
+    assert run.main(["--out", str(tmp_path), "--model", TINY, "--ours", "lserve:sink=-1", "--peers", ""]) == 2
     assert capsys.readouterr().err.count("\n") == 1

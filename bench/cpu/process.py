@@ -16,7 +16,7 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A process that measures one system when it is asked to (see `bench.cpu_workers.protocol`).
+    """A process that measures one system when it is asked to (see `bench.cpu.workers.protocol`).
 
     Attributes:
       begin: when it was started, by `time.perf_counter`.

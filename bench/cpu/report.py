@@ -1,4 +1,4 @@
-"""What `bench.cpu` measured, as tables: `python -m bench.cpu_report DIR` reads DIR/results.jsonl.
+"""What `bench.cpu` measured, as tables: `python -m bench.cpu.report DIR` reads DIR/results.jsonl.
 
   targets.txt    the targets for the CPU (design/targets.md), a column a setting of ours; then all speeds
   medians.jsonl  median, quartiles and number of samples of everything that was measured

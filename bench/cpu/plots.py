@@ -1,4 +1,4 @@
-"""Pictures of what `bench.cpu` wrote: `python -m bench.cpu_plots DIR` reads DIR/results.jsonl, PNGs appear beside it.
+"""Pictures of what `bench.cpu` wrote: `python -m bench.cpu.plots DIR` reads DIR/results.jsonl, PNGs appear beside it.
 
   prefill.png  tokens a second against the prompt's length
   decode.png   ms a step against context, a panel a batch
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench.cpu_report import Medians, Spread, length_name, medians, samples
+from bench.cpu.report import Medians, Spread, length_name, medians, samples
 from bench.measure import read_lines
 from bench.plots import COLOURS, SIZE, save
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import cpu_weights
-from bench.cpu_process import Worker, WorkerError
+from bench.cpu.process import Worker, WorkerError
+from bench.cpu.weights import as_f16, as_folder, gguf_of
 from bench.measure import ROOT
 from lserve_jax.evaluation.variants import parse_variant
 
@@ -138,16 +138,16 @@ def peer_systems(
             missing[name] = reason
             continue
         try:
-            weights = _weights(library, settings, model, work, threads)
+            path = _weights(library, settings, model, work, threads)
         except (WorkerError, ValueError) as error:
             missing[name] = " ".join(str(error).split())
             continue
-        systems.append(System(name, kind, library.command, {**settings, "model": str(weights)}))
+        systems.append(System(name, kind, library.command, {**settings, "model": str(path)}))
     return systems, missing
 
 
 def _command(kind: str, python: str) -> tuple[str, ...]:
-    return python, str(Path(__file__).parent / "cpu_workers" / SCRIPTS[kind])
+    return python, str(Path(__file__).parent / "workers" / SCRIPTS[kind])
 
 
 def _why_missing(library: System, threads: int) -> str | None:
@@ -163,15 +163,15 @@ def _why_missing(library: System, threads: int) -> str | None:
 def _weights(library: System, settings: Mapping[str, Any], model: str, work: Path, threads: int) -> Path:
     """Returns the file or folder that a peer loads, made if it is not there."""
     if library.kind == "llama.cpp":
-        gguf = cpu_weights.gguf_of(model)
-        return gguf if settings["weights"] == "shipped" else cpu_weights.as_f16(gguf, work)
+        gguf = gguf_of(model)
+        return gguf if settings["weights"] == "shipped" else as_f16(gguf, work)
     if Path(model).is_dir():
         return Path(model)
-    gguf = cpu_weights.gguf_of(model)
+    gguf = gguf_of(model)
 
     def export(target: Path) -> None:
         options = {"model": str(gguf), "dtype": "bfloat16", "export_to": str(target)}
         with library.open(threads, **options) as worker:
             worker.ready(1800)
 
-    return cpu_weights.as_folder(gguf, work, export)
+    return as_folder(gguf, work, export)

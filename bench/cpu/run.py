@@ -13,7 +13,7 @@ interleaved: in each, every system is measured once at a length before the next 
 
 One JSON line a measurement goes to OUT/results.jsonl at once. What stands there for these sources and settings is not
 measured again, so a run that --minutes ended goes on where it stopped. At the end: OUT/targets.txt, medians.jsonl and
-pictures (also by `python -m bench.cpu_report OUT` and `python -m bench.cpu_plots OUT`).
+pictures (also by `python -m bench.cpu.report OUT` and `python -m bench.cpu.plots OUT`).
 """
 
 import argparse
@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bench import cpu_report
-from bench.cpu_process import Worker, WorkerError
-from bench.cpu_systems import DEFAULT_OURS, OURS, PEERS, System, our_system, peer_systems
+from bench.cpu import report
+from bench.cpu.process import Worker, WorkerError
+from bench.cpu.systems import DEFAULT_OURS, OURS, PEERS, System, our_system, peer_systems
 from bench.measure import ROOT, Key, Log, is_outcome, provenance, sources
 from lserve_jax.engine.setup import DEFAULT_MODEL
 from lserve_jax.weights.load import open_checkpoint
@@ -328,11 +328,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         is_whole = False
     print("all that was asked for is there" if is_whole else "not all is there: the same command goes on from here")
-    cpu_report.main([str(args.out)])
+    report.main([str(args.out)])
     if importlib.util.find_spec("matplotlib") is not None:
-        from bench import cpu_plots
+        from bench.cpu import plots
 
-        cpu_plots.main([str(args.out)])
+        plots.main([str(args.out)])
     return 0
 
 

@@ -1,0 +1,5 @@
+import sys
+
+from bench.cpu.run import main
+
+sys.exit(main())
