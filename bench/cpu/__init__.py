@@ -1,1 +1,1 @@
-"""Our settings and the peers on a CPU, side by side: one model, the same token ids, a process per system."""
+"""Our settings compared with other libraries on a CPU: one model, the same token ids, one process per system."""

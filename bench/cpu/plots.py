@@ -1,7 +1,7 @@
-"""Pictures of what `bench.cpu` wrote: `python -m bench.cpu.plots DIR` reads DIR/results.jsonl, PNGs appear beside it.
+"""Pictures of what `bench.cpu` wrote: `python -m bench.cpu.plots DIR` reads DIR/results.jsonl, writes PNGs next to it.
 
-  prefill.png  tokens a second against the prompt's length
-  decode.png   ms a step against context, a panel a batch
+  prefill.png  tokens per second against the prompt's length
+  decode.png   ms per step against context, one panel per batch size
   speedup.png  both over our own dense
   long.png     prefill seconds and decode ms of fresh processes up to the longest context
   memory.png   peak memory of those processes, and what the plan said
@@ -9,7 +9,6 @@
 Medians of the newest sources, with the quartiles as bars.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,14 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter
 
-from bench.cpu.report import Medians, Spread, length_name, medians, samples
-from bench.measure import read_lines
-from bench.plots import COLOURS, SIZE, save
+from bench.command_line import command_parser
+from bench.cpu.medians import Medians, medians, samples
+from bench.figures import COLOURS, SIZE, save, token_axis
+from bench.log import read_lines
+from bench.spread import Spread
+from bench.text import length_name
 
 type Line = dict[str, Any]
 type Curves = dict[str, dict[int, Spread]]
@@ -34,7 +36,7 @@ PEER_MARKERS = "sD^v"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draws what there is data for; 1 if there is none at all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("bench.cpu.plots", __doc__)
     parser.add_argument("folder", type=Path, help="where bench.cpu wrote results.jsonl")
     folder = parser.parse_args(arguments).folder
     lines = read_lines(folder / "results.jsonl")
@@ -181,12 +183,7 @@ def _draw(axes: Axes, found: Curves, libraries: Mapping[str, str]) -> None:
         bars.append([values[n].high - values[n].median for n in lengths])
         style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "--" if peer else "-"}
         axes.errorbar(lengths, [values[n].median for n in lengths], yerr=bars, markersize=5, label=name, **style)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({n for values in found.values() for n in values}))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: length_name(int(n))))
-    axes.set_xlabel("tokens")
-    axes.grid(alpha=0.3)
+    token_axis(axes, {n for values in found.values() for n in values}, "tokens")
 
 
 def _title(lines: Sequence[Line], title: str) -> str:

@@ -41,6 +41,11 @@ class Worker:
         self._answers: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
+
     def ready(self, timeout: float) -> dict[str, Any]:
         """Returns what the worker said of itself once it had loaded, and its memory then."""
         if self._facts is None:
@@ -63,7 +68,7 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        if self._process.poll() is None:
+        if self.is_running:
             self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):

@@ -1,42 +1,21 @@
-"""Ours beside `transformers` and llama.cpp on the CPU: `python -m bench.cpu --out bench/results/cpu`.
-
-The same model and the same token ids, every system in a process of its own, one computing at a time. Rounds are
-interleaved: in each, every system is measured once at a length before the next length comes. Parts:
-
-  single    prefill and decode of one sequence, processes kept
-  batch     the same of several sequences
-  start     from the start of a process to its first token, and to its first answer; ours with an empty and a filled
-            compilation cache
-  programs  compiled programs of a process, and whether prompts of other lengths and settings add any
-  memory    peak memory of a fresh process
-  long      prefill, decode and memory of fresh processes up to 128K tokens, beside what the plan says
-
-One JSON line a measurement goes to OUT/results.jsonl at once. What stands there for these sources and settings is not
-measured again, so a run that --minutes ended goes on where it stopped. At the end: OUT/targets.txt, medians.jsonl and
-pictures (also by `python -m bench.cpu.report OUT` and `python -m bench.cpu.plots OUT`).
-"""
+"""The measurements of a run on a CPU: their order, what is missing, and the processes that make them."""
 
 import argparse
-import importlib.util
 import os
-import platform
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from bench.cpu import report
 from bench.cpu.process import Worker, WorkerError
-from bench.cpu.systems import DEFAULT_OURS, OURS, PEERS, System, our_system, peer_systems
-from bench.measure import ROOT, Key, Log, is_outcome, provenance, sources
-from lserve_jax.engine.setup import DEFAULT_MODEL
+from bench.cpu.systems import System
+from bench.log import Key, Log, is_outcome
+from bench.provenance import provenance, sources
 from lserve_jax.weights.load import open_checkpoint
 
 ROUNDS = {"single": 5, "batch": 3, "start": 3, "programs": 1, "memory": 1, "long": 1}
@@ -229,112 +208,3 @@ def model_shapes(model: str) -> tuple[int, int]:
     """Returns a model's vocabulary and its longest context, in tokens."""
     config = open_checkpoint(model).config
     return config.vocab_size, config.max_context
-
-
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the machine that a run had."""
-    cpuinfo = Path("/proc/cpuinfo")
-    fields = (
-        [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line] if cpuinfo.exists() else []
-    )
-    info = {name.strip(): value.strip() for name, value in fields}
-    return {
-        "kind": "environment",
-        "cpu": info.get("model name", platform.processor()),
-        "instructions": [flag for flag in info.get("flags", "").split() if flag.startswith(("avx", "amx", "fma"))],
-        "cores": os.cpu_count(),
-        "threads": args.threads,
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "load": os.getloadavg(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        **provenance(),
-    }
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the settings of a run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def names(text: str) -> list[str]:
-        return [name for name in text.split(",") if name]
-
-    def lengths(text: str) -> list[int]:
-        units = {"k": 1024, "m": 1024**2}
-        return [int(one.rstrip("km")) * units.get(one[-1], 1) for one in names(text.lower())]
-
-    def settings(text: str) -> list[str]:
-        return re.split(r"\s*,\s*(?=[a-zA-Z])", text.strip())
-
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--parts", type=names, default=list(ROUNDS), help=",".join(ROUNDS))
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after so many")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    parser.add_argument("--retry", action="store_true", help="measure again what failed")
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="what our systems open; peers need a GGUF file or folder"
-    )
-    parser.add_argument(
-        "--ours",
-        type=settings,
-        default=list(DEFAULT_OURS),
-        help=f"of {', '.join(OURS)}; or settings such as lserve:page_size=32+sink=64",
-    )
-    parser.add_argument(
-        "--peers", type=names, default=["transformers", "llama.cpp"], help=f"of {', '.join(PEERS)}; beginnings will do"
-    )
-    parser.add_argument("--transformers-python", help="interpreter of an environment with torch and transformers")
-    parser.add_argument("--llama-cpp-python", help="interpreter of an environment with llama-cpp-python")
-    parser.add_argument("--lengths", type=lengths, default="128,512,1k,2k,4k,8k", help="prompt tokens, one sequence")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of the part batch")
-    parser.add_argument("--batch-lengths", type=lengths, default="128,2k,8k")
-    parser.add_argument("--long", type=names, default=["dense", "lserve"], help="which of ours the part long takes")
-    parser.add_argument("--long-lengths", type=lengths, default="8k,32k,128k")
-    parser.add_argument("--steps", type=int, default=32, help="decode steps after each prefill")
-    parser.add_argument("--rounds", type=int, help=f"default: {', '.join(f'{k} {v}' for k, v in ROUNDS.items())}")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each system")
-    parser.add_argument("--timeout", type=float, default=7200.0, help="seconds that one measurement may take")
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / ".cache" / "bench_cpu", help="weights and compiled programs"
-    )
-    args = parser.parse_args(arguments)
-    if unknown := [part for part in args.parts if part not in ROUNDS]:
-        parser.error(f"--parts {','.join(unknown)}: choose from {','.join(ROUNDS)}")
-    return args
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures what is asked for; 2 after one line if that cannot be."""
-    args = parse(arguments)
-    jax.config.update("jax_platforms", "cpu")
-    pythons = {"transformers": args.transformers_python, "llama.cpp": args.llama_cpp_python}
-    try:
-        ours = [our_system(name, args.model) for name in args.ours]
-        peers, missing = peer_systems(args.peers, args.model, pythons, args.work, args.threads)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.fresh:
-        (args.out / "results.jsonl").unlink(missing_ok=True)
-    run = Run(args, [*ours, *peers])
-    run.log.write(environment(args))
-    for name, reason in missing.items():
-        run.log.write({"kind": "missing", "system": name, "reason": reason, **provenance()})
-        print(f"missing: {name}: {reason}", flush=True)
-    try:
-        is_whole = all(run.part(part) for part in ROUNDS if part in args.parts)
-    except KeyboardInterrupt:
-        is_whole = False
-    print("all that was asked for is there" if is_whole else "not all is there: the same command goes on from here")
-    report.main([str(args.out)])
-    if importlib.util.find_spec("matplotlib") is not None:
-        from bench.cpu import plots
-
-        plots.main([str(args.out)])
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

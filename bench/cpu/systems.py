@@ -1,4 +1,4 @@
-"""Whom `bench.cpu` measures: our own settings and the peers, each a worker process in an environment of its own."""
+"""What `bench.cpu` measures: our settings and the peers, each as a worker process in its own environment."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.cpu.process import Worker, WorkerError
 from bench.cpu.weights import as_f16, as_folder, gguf_of
-from bench.measure import ROOT
+from bench.provenance import ROOT
 from lserve_jax.evaluation.variants import parse_variant
 
 SCRIPTS = {"ours": "ours.py", "transformers": "torch_peer.py", "llama.cpp": "llama_peer.py"}

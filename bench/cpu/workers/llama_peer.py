@@ -7,7 +7,7 @@ from typing import Any
 import protocol
 
 CHUNK = 2048
-"""Prompt tokens a call; llama.cpp cuts them into 512s, its default."""
+"""Prompt tokens per call; llama.cpp cuts them into 512s, its default."""
 
 
 class LlamaCpp:
