@@ -5,7 +5,6 @@ into the device's table (`pallas_kernels.core.launch`, ``pallas_kernels/tuned/<d
 heuristic by more than the noise. All lines go to ``--out``; what is there already is not measured again.
 """
 
-import argparse
 import json
 import math
 from collections import defaultdict
@@ -16,8 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bench.kernels import OPS, WORKLOADS, inapplicable, measure
-from bench.measure import Limits, Log, device_limits, result, show
+from bench.command_line import command_parser
+from bench.kernels.ops import OPS, WORKLOADS, inapplicable
+from bench.kernels.tasks import show
+from bench.kernels.timing import measure
+from bench.log import Log
+from bench.measure import Limits, device_limits, result
+from bench.text import one_line
 from pallas_kernels.core.launch import TABLES
 
 type Fields = dict[str, int]
@@ -137,7 +141,7 @@ def _perform(op: str, workload: str, change: Fields, limits: Limits, repeats: in
     except NotImplementedError as error:
         return {"kind": "refusal", **labels, "reason": str(error)}
     except Exception as error:  # noqa: BLE001  a configuration that does not compile must not cost the others
-        return {"kind": "rejected", **labels, "reason": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
+        return {"kind": "rejected", **labels, "reason": one_line(error)}
     sizes = OPS[op].sizes(w)
     labels |= {"kernel": kernel, "shape": asked.shape, "heuristic": asdict(asked.default)}
     return {
@@ -172,7 +176,7 @@ def _once(op: str, workload: str, change: Fields, log: Log, limits: Limits, repe
 
 def main(arguments: list[str] | None = None) -> None:
     """Tunes what is asked for and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("bench.tune", __doc__)
     parser.add_argument("--op", choices=tuple(OPS), action="append", help="instead of a set; repeatable")
     parser.add_argument("--workload", choices=tuple(WORKLOADS), action="append", metavar="NAME", help="repeatable")
     parser.add_argument("--workload-set", choices=tuple(WORKLOAD_SETS), default="targets")

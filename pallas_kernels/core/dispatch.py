@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 BACKENDS = ("mosaic_gpu", "triton", "xla", "reference")
 """Every backend name, in the order in which `dispatch` tries those that an op has; ``reference`` only by name."""
 
-NAMES = BACKENDS
-"""The former name of `BACKENDS`."""
-
 
 class Choice(NamedTuple):
     """What one call of an op ran.

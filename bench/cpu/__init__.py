@@ -1,0 +1,1 @@
+"""Our settings compared with other libraries on a CPU: one model, the same token ids, one process per system."""

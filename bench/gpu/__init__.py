@@ -1,0 +1,1 @@
+"""Everything that a GPU is measured for, in one run of processes."""

@@ -1,0 +1,1 @@
+"""The ops alone: checked, then timed in chains of calls."""
