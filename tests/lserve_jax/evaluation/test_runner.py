@@ -335,7 +335,7 @@ def execute(plan: Plan, folder: Path) -> list[Setup]:
 
     store.start(item.line for item in items.values())
     try:
-        run(loads, store, reference="dense", batch=2, open_llm=open_llm, report=lambda *_: None)
+        run(loads, store, reference="dense", max_num_seqs=2, open_llm=open_llm, report=lambda *_: None)
     finally:
         store.close()
     return loaded
