@@ -28,13 +28,20 @@ from lserve_jax.calibration.scores import (
 )
 from lserve_jax.calibration.shares import describe, expected_losses
 from lserve_jax.calibration.training import CHECKPOINT_FILE, Checkpoint, TrainingConfig, train
-from lserve_jax.cli.common import OneLineParser, ProgressBars, run_command, set_up_logging, use_compilation_cache
+from lserve_jax.cli.common import (
+    OneLineParser,
+    ProgressBars,
+    required_tokenizer,
+    run_command,
+    set_up_logging,
+    use_compilation_cache,
+)
 from lserve_jax.cli.flags import add_fields, add_shared, given, whole
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.heads import QUOTAS
 from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.models.llama import Params
-from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
+from lserve_jax.text.tokenizer import Tokenizer
 
 _LONGEST = 32768
 _WINDOWS = {
@@ -117,9 +124,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     set_up_logging(is_quiet=args.quiet)
     _check(args)
     setup = _prepare(args)
-    tokenizer = open_tokenizer(setup.checkpoint.tokenizer_source, args.tokenizer)
-    if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer: give one with --tokenizer")
+    tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
     held_out = make_prompts(tokenizer, count=args.held_out, length=args.length, seed=f"held out {args.seed}")
     # Every error of the user is found before the weights are loaded.
     find = _METHODS[args.method](args, setup, tokenizer)

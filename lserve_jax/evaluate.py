@@ -15,7 +15,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lserve_jax.cli.common import OneLineParser, ProgressBars, run_command, set_up_logging, use_compilation_cache
+from lserve_jax.cli.common import (
+    OneLineParser,
+    ProgressBars,
+    required_tokenizer,
+    run_command,
+    set_up_logging,
+    use_compilation_cache,
+)
 from lserve_jax.cli.flags import SHARED, add_fields, add_shared, given, whole
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.engine.setup import Setup, model_settings, prepare
@@ -27,7 +34,7 @@ from lserve_jax.evaluation.summary import summarise
 from lserve_jax.evaluation.table import format_tables
 from lserve_jax.evaluation.variants import Variant, parse_variant, parse_variants
 from lserve_jax.llm import LLM
-from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
+from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights.load import Checkpoint
 
 logger = logging.getLogger("lserve_jax")
@@ -98,22 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: _evaluate(args), when_stopped=when_stopped)
 
 
-class _Once(logging.Filter):
-    """Lets each message through once: every loaded model would repeat the same warnings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        is_new = record.getMessage() not in self._seen
-        self._seen.add(record.getMessage())
-        return is_new
-
-
 def _evaluate(args: argparse.Namespace) -> None:
-    set_up_logging(is_quiet=args.quiet)
-    logging.root.handlers[0].addFilter(_Once())
+    set_up_logging(is_quiet=args.quiet, is_once=True)
     for name in ("samples", "max_num_seqs"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -131,9 +124,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     context = opened.checkpoint.config.max_context
     if max(lengths) > context:
         raise ValueError(f"--lengths: {max(lengths)} is beyond the {context} tokens of the model's context")
-    tokenizer = open_tokenizer(opened.checkpoint.tokenizer_source, args.tokenizer)
-    if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer: give one with --tokenizer")
+    tokenizer = required_tokenizer(opened.checkpoint, args.tokenizer)
     measurements = open_measurements(names, prompts, tokenizer, context)
     plan = Plan(measurements=measurements, lengths=lengths, samples=args.samples, variants=variants, context=context)
     for line in (*store.notes, *plan.shortages()):

@@ -7,7 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lserve_jax.cli.common import OneLineParser, ProgressBars, run_command, set_up_logging, use_compilation_cache
+from lserve_jax.cli.common import (
+    OneLineParser,
+    ProgressBars,
+    required_tokenizer,
+    run_command,
+    set_up_logging,
+    use_compilation_cache,
+)
 from lserve_jax.cli.flags import add_attention, add_fields, add_shared, given
 from lserve_jax.cli.report import summary, to_json
 from lserve_jax.config.attention import AttentionConfig
@@ -16,7 +23,7 @@ from lserve_jax.engine.request import require_room
 from lserve_jax.engine.setup import Setup, default_sampling_params, prepare
 from lserve_jax.llm import LLM
 from lserve_jax.runtime.sampling import SamplingParams
-from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
+from lserve_jax.text.tokenizer import Tokenizer
 
 _MAX_NUM_SEQS = 8
 
@@ -67,7 +74,7 @@ def _generate(args: argparse.Namespace) -> None:
         print(setup.plan.describe())
         return
     # Every error of the user is found before the weights are loaded.
-    tokenizer = open_tokenizer(setup.checkpoint.tokenizer_source, args.tokenizer)
+    tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
     prompts = [_encode(tokenizer, text, args) for text in texts]
     for prompt in prompts:
         require_room(len(prompt), setup.engine_config.max_model_len)
@@ -119,9 +126,7 @@ def _read_text(name: str) -> str:
         raise ValueError(f"--prompt-file {name} is not UTF-8 text (byte {error.start})") from None
 
 
-def _encode(tokenizer: Tokenizer | None, text: str, args: argparse.Namespace) -> list[int]:
-    if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer: give one with --tokenizer")
+def _encode(tokenizer: Tokenizer, text: str, args: argparse.Namespace) -> list[int]:
     if args.raw or not tokenizer.has_chat_template:
         if args.system_prompt:
             raise ValueError("--system-prompt needs a chat format: this model has none, or --raw is given")

@@ -14,7 +14,9 @@ from typing import NoReturn, Self
 import jax
 from tqdm import tqdm
 
+from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 from lserve_jax.weights.embedded import default_cache_folder
+from lserve_jax.weights.load import Checkpoint
 
 # Exit status: what a shell expects of a wrong call, of SIGINT and of SIGPIPE.
 _WRONG, _STOPPED, _BROKEN_PIPE = 2, 128 + 2, 128 + 13
@@ -60,9 +62,37 @@ def run_command(command: Callable[[], None], *, when_stopped: str = "stopped") -
     return 0
 
 
-def set_up_logging(*, is_quiet: bool = False) -> None:
-    """Sends warnings, or only errors, to stderr, one message per line and nothing around it."""
+def set_up_logging(*, is_quiet: bool = False, is_once: bool = False) -> None:
+    """Sends warnings to stderr, one message per line.
+
+    Args:
+      is_quiet: send only errors.
+      is_once: send each message once, for a command that loads many models with the same warnings.
+    """
     logging.basicConfig(level=logging.ERROR if is_quiet else logging.WARNING, format="%(message)s", force=True)
+    if is_once:
+        logging.root.handlers[0].addFilter(_Once())
+
+
+class _Once(logging.Filter):
+    """Lets each message through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_new = record.getMessage() not in self._seen
+        self._seen.add(record.getMessage())
+        return is_new
+
+
+def required_tokenizer(checkpoint: Checkpoint, named: str | None) -> Tokenizer:
+    """Returns the tokenizer that ``--tokenizer`` names, else the model's own; ValueError if there is none."""
+    tokenizer = open_tokenizer(checkpoint.tokenizer_source, named)
+    if tokenizer is None:
+        raise ValueError(f"{checkpoint.name} has no tokenizer: give one with --tokenizer")
+    return tokenizer
 
 
 def _error_line(message: str) -> str:
