@@ -43,7 +43,7 @@ FORMAT = 1
 """Of the files in --out."""
 
 _VARIANTS = "dense,lserve:token_budget=25%+kv_dtype=int8"
-_SETTINGS = (
+SETTINGS = (
     *("model", "tokenizer", "dtype", "implementation", "seed", "raw", "word_lengths", "head_pattern", "haystack"),
     *("longbench", "qa", "corpus", "tail", "drift_tokens", "recall_interval"),
 )
@@ -120,7 +120,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             variant.config(length)
     reference = variants[0].label
     values = vars(args) | asdict(prompts)
-    store = Store(args.out, {"format": FORMAT, "reference": reference, **{name: values[name] for name in _SETTINGS}})
+    store = Store(args.out, {"format": FORMAT, "reference": reference, **{name: values[name] for name in SETTINGS}})
     context = opened.checkpoint.config.max_context
     if max(lengths) > context:
         raise ValueError(f"--lengths: {max(lengths)} is beyond the {context} tokens of the model's context")

@@ -203,6 +203,10 @@ def test_a_budget_can_be_lifted_everywhere():
     assert parse_variant("quest:token_budget=all").config(4096).token_budget is None
 
 
+def test_a_result_of_evaluate_is_stored_with_every_setting_of_its_prompts():
+    assert {one.name for one in dataclasses.fields(PromptSettings)} <= {*evaluate.SETTINGS}
+
+
 def test_what_is_not_named_is_not_given():
     args = generate.build_parser().parse_args([])
     assert given(args, AttentionConfig) == {}
