@@ -1,7 +1,6 @@
-"""`python -m lserve_jax.calibrate`: finds which KV heads of a model may stream, and writes them as a head pattern."""
+"""`python -m lserve_jax.calibrate`: finds which KV heads of a model may stream and writes a head pattern."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -29,61 +28,66 @@ from lserve_jax.calibration.scores import (
 )
 from lserve_jax.calibration.shares import describe, expected_losses
 from lserve_jax.calibration.training import CHECKPOINT_FILE, Checkpoint, TrainingConfig, train
-from lserve_jax.cli.common import OneLineParser, ProgressBars, layer_numbers, run_command, use_compilation_cache
+from lserve_jax.cli.common import (
+    OneLineParser,
+    ProgressBars,
+    required_tokenizer,
+    run_command,
+    set_up_logging,
+    use_compilation_cache,
+)
+from lserve_jax.cli.flags import add_fields, add_shared, given, whole
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.heads import QUOTAS
-from lserve_jax.config.inference import DTYPES
-from lserve_jax.engine.setup import DEFAULT_MODEL, Setup, prepare
+from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.models.llama import Params
-from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
+from lserve_jax.text.tokenizer import Tokenizer
 
 _LONGEST = 32768
-_ATTENTION = AttentionConfig()
-_SCHEDULE = TrainingConfig()
+_WINDOWS = {
+    "sink": {"default": AttentionConfig.sink},
+    "local": {
+        "default": AttentionConfig.local,
+        "help": "newest tokens, the current one included, that streaming heads see",
+    },
+    "dense_layers": {"default": (), "help": "layers whose retrieval heads read all pages wherever the pattern is used"},
+}
+"""The settings of attention that a pattern is found with, and that are written into it."""
 
 _FLAGS: dict[str, dict[str, Any]] = {
-    "--sink": {"type": int, "default": _ATTENTION.sink, "help": "first tokens that streaming heads see (%(default)s)"},
-    "--local": {"type": int, "default": _ATTENTION.local, "help": "newest tokens that they see (%(default)s)"},
     "--quota": {
         "choices": QUOTAS,
         "default": "model",
-        "help": "rank all heads together, or each layer's (%(default)s)",
+        "help": "rank the heads of the whole model together, or those of each layer (default: %(default)s)",
     },
-    "--dense-layers": {
-        "default": "",
-        "metavar": "I,J",
-        "help": "layers of which the pattern is to say that they read everything (evaluate --ablation dense_layer)",
-    },
-    "--length": {"type": int, "default": 1536, "help": "tokens of a synthetic prompt (%(default)s)"},
-    "--held-out": {"type": int, "default": 6, "help": "prompts for the table of losses (%(default)s); 0 for no table"},
-    "--seed": {"type": int, "default": 0, "help": "of everything that is drawn (%(default)s)"},
-    "--dtype": {"choices": ("auto", *DTYPES), "default": "auto", "help": "of weights and activations (%(default)s)"},
-    "--chunk": {"type": int, "help": "prompt tokens a call: fewer take less memory (default: the device's)"},
+    "--length": whole(1536, "tokens per synthetic prompt"),
+    "--held-out": whole(6, "prompts for the table of losses; 0 for no table"),
+    "--seed": whole(0, "of all random numbers"),
     "--no-picture": {"action": "store_true", "help": "draw no heads.png, which needs matplotlib"},
-    "--quiet": {"action": "store_true", "help": "nothing on stderr but errors"},
 }
 
 _SCORE_FLAGS: dict[str, dict[str, Any]] = {
     "--score": {
         "choices": tuple(RANKINGS),
         "default": DEFAULT_RANKING,
-        "help": "what heads are ranked by (%(default)s)",
+        "help": "what heads are ranked by (default: %(default)s)",
     },
-    "--prompts": {"type": int, "default": 12, "help": "(%(default)s)"},
+    "--prompts": whole(12, "synthetic prompts"),
 }
 
 _TRAINING_FLAGS: dict[str, dict[str, Any]] = {
-    "--steps": {"type": int, "default": _SCHEDULE.steps, "help": "of one text each (%(default)s)"},
-    "--learning-rate": {"type": float, "default": _SCHEDULE.learning_rate, "help": "(%(default)s)"},
-    "--regularisation": {"type": float, "default": _SCHEDULE.regularisation, "help": "pull towards 0 (%(default)s)"},
-    "--min-length": {"type": int, "default": 2048, "help": "tokens of the shortest text (%(default)s)"},
-    "--max-length": {"type": int, "help": f"tokens of the longest (default: {_LONGEST}, or the model's context)"},
-    "--passkeys": {"type": int, "default": 10, "help": "hidden in each text (%(default)s)"},
+    "--min-length": whole(2048, "tokens of the shortest text"),
+    "--max-length": {
+        "type": int,
+        "metavar": "N",
+        "help": f"tokens of the longest text (default: {_LONGEST}, or the model's context if that is shorter)",
+    },
+    "--passkeys": whole(10, "passkeys hidden in each text"),
 }
 
 
 class _Found(NamedTuple):
-    """Gates [L, K], what they were found with, and by which scores of which kinds of prompts."""
+    """Gates [L, K], the settings that they were found with, and the scores by kind of prompt, if there are any."""
 
     gates: NDArray[np.floating]
     settings: dict[str, Any]
@@ -93,18 +97,20 @@ class _Found(NamedTuple):
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of all flags."""
     parser = OneLineParser(prog="python -m lserve_jax.calibrate", description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder, .gguf file, hub id or name (%(default)s)")
-    parser.add_argument("--tokenizer", help="folder or .gguf file to take the tokenizer from instead")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write: new, empty, or of a stopped training")
-    parser.add_argument("--method", choices=tuple(_METHODS), default="score", help="(%(default)s)")
-    for flag, options in _FLAGS.items():
-        parser.add_argument(flag, **options)
+    add_shared(parser, "--model", "--tokenizer")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write: new, empty, or of a stopped training"
+    )
+    methods = "how gates are found; see below (default: %(default)s)"
+    parser.add_argument("--method", choices=tuple(_METHODS), default="score", help=methods)
+    add_fields(parser, AttentionConfig, tuple(_WINDOWS), own=_WINDOWS)
     scoring = parser.add_argument_group("--method score: what heads would lose on synthetic prompts; minutes")
-    for flag, options in _SCORE_FLAGS.items():
-        scoring.add_argument(flag, **options)
     training = parser.add_argument_group("--method train: DuoAttention's gates by gradient descent; hours")
-    for flag, options in _TRAINING_FLAGS.items():
-        training.add_argument(flag, **options)
+    add_fields(training, TrainingConfig)
+    for group, flags in ((parser, _FLAGS), (scoring, _SCORE_FLAGS), (training, _TRAINING_FLAGS)):
+        for flag, options in flags.items():
+            group.add_argument(flag, **options)
+    add_shared(parser, "--dtype", "--prefill-chunk/--chunk", "--quiet")
     return parser
 
 
@@ -115,14 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.ERROR if args.quiet else logging.WARNING, format="%(message)s", force=True)
+    set_up_logging(is_quiet=args.quiet)
     _check(args)
     setup = _prepare(args)
-    tokenizer = open_tokenizer(setup.checkpoint.tokenizer_source, args.tokenizer)
-    if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer: give one with --tokenizer")
+    tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
     held_out = make_prompts(tokenizer, count=args.held_out, length=args.length, seed=f"held out {args.seed}")
-    # All that can be wrong is found before the weights are loaded.
+    # Every error of the user is found before the weights are loaded.
     find = _METHODS[args.method](args, setup, tokenizer)
     setup.warn()
     use_compilation_cache()
@@ -168,10 +172,8 @@ def _prepare(args: argparse.Namespace) -> Setup:
         dtype=args.dtype,
         max_model_len=args.length,
         max_num_seqs=1,
-        prefill_chunk=args.chunk,
-        sink=args.sink,
-        local=args.local,
-        dense_layers=layer_numbers(args.dense_layers),
+        prefill_chunk=args.prefill_chunk,
+        **given(args, AttentionConfig),
     )
     if not setup.plan.fits:
         raise ValueError(
@@ -216,7 +218,7 @@ def _scoring(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> Ca
 
 
 def _training(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> Callable[[Params, ProgressBars], _Found]:
-    training = TrainingConfig(steps=args.steps, learning_rate=args.learning_rate, regularisation=args.regularisation)
+    training = TrainingConfig(**given(args, TrainingConfig))
     passkeys = Passkeys(
         tokenizer=tokenizer,
         min_length=args.min_length,

@@ -1,5 +1,6 @@
-"""`python -m lserve_jax.convert`: writes any model that can be opened as an orbax checkpoint folder."""
+"""`python -m lserve_jax.convert`: reads any model that can be opened and writes it as an orbax checkpoint."""
 
+import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lserve_jax.cli.common import OneLineParser, ProgressBars, run_command
+from lserve_jax.cli.flags import add_shared
 from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights import orbax
-from lserve_jax.weights.embedded import MODEL_NAME
 from lserve_jax.weights.load import Checkpoint, open_checkpoint
 
 TOKENIZER_FILES = (
@@ -22,28 +23,33 @@ TOKENIZER_FILES = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0, or 2 after one line on stderr that says what to change."""
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all flags."""
     parser = OneLineParser(prog="python -m lserve_jax.convert", description=__doc__)
-    parser.add_argument("--model", default=MODEL_NAME, help="folder, .gguf file, hub id or name (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    return run_command(lambda: convert(options.model, options.out, options.dtype))
+    add_shared(parser, "--model")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must be new or empty")
+    add_shared(parser, "--dtype", help="element type of the weights; auto is the model's own (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after one line on stderr that says what to change."""
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: convert(args.model, args.out, args.dtype))
 
 
 def convert(model: str, out: Path, dtype: str = "auto") -> None:
-    """Writes `model` into the folder `out`, its parameters in `dtype` ("auto" is the checkpoint's own).
+    """Writes ``model`` into the folder ``out``, its parameters in ``dtype`` ("auto" is the checkpoint's own).
 
     Raises:
-        ValueError: a model that cannot be loaded, or a folder that is not empty; nothing is left behind.
+      ValueError: if the model cannot be loaded or the folder is not empty; nothing is left behind.
     """
     orbax.check_target(out)
     checkpoint = open_checkpoint(model)
     dtype = checkpoint.config.dtype if dtype == "auto" else dtype
     with ProgressBars(is_shown=True) as bars:
         params = checkpoint.load_params(dtype, None, partial(bars.report, "weights"))
-    # The new folder's "auto" is what it was written in.
+    # So that "auto" is, for the new folder, the type that it was written in.
     hf_config = {key: value for key, value in checkpoint.hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
     print(f"writing {out}", file=sys.stderr)
     orbax.save(

@@ -1,18 +1,17 @@
 """`python -m lserve_jax.demo`: a question about a document, answered by the embedded model with LServe's attention."""
 
 import json
-import logging
 import sys
 from importlib import resources
 
-from lserve_jax.cli.common import ProgressBars, run_command, use_compilation_cache
+from lserve_jax.cli.common import ProgressBars, run_command, set_up_logging, use_compilation_cache
 from lserve_jax.cli.report import summary
 from lserve_jax.engine.setup import DEFAULT_MODEL, prepare
 from lserve_jax.llm import LLM
 from lserve_jax.runtime.sampling import SamplingParams
 
 TOKEN_BUDGET = 1024
-"""A quarter of the document: small enough that the page selector has to find the answer."""
+"""A quarter of the document, so that the page selector has to find the answer."""
 
 
 def main() -> int:
@@ -23,8 +22,8 @@ def main() -> int:
 
 
 def _answer() -> bool:
-    """Returns whether the model's answer holds the fact that stands in the document."""
-    logging.basicConfig(format="%(message)s")
+    """Returns whether the model's answer contains the fact that the document states."""
+    set_up_logging()
     folder = resources.files("lserve_jax") / "data"
     task = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     document = (folder / task["document"]).read_text(encoding="utf-8")

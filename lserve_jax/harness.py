@@ -3,44 +3,25 @@
     python -m lserve_jax.harness --model_args model=FOLDER,attention=lserve,kv_dtype=int8 --tasks hellaswag
     python -m lserve_jax.harness ls tasks
 
-Flags are the harness's own; ``--model_args`` takes what `LLM` takes. ``--batch_size N`` above 1 is ``max_num_seqs``;
-``--device`` plays no part: JAX_PLATFORMS chooses. In Python, `register` gives the class, which wraps an `LLM`.
-
-What is scored goes through decode steps as if the model had said it, so that page selection is at work as in
-generation; only whole texts (perplexity) go through prefill, where all pages are read.
+The flags are the harness's own; ``--model_args`` takes the arguments of `LLM`, such as ``token_budget=all``.
+``--batch_size N`` above 1 is ``max_num_seqs``. ``--device`` has no effect: JAX_PLATFORMS chooses the device. In Python,
+`register` returns the harness's model class, which wraps an `LLM`.
 """
 
-import dataclasses
-import logging
-import math
-import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
-from typing import Any, Self
-
-from tqdm import tqdm
+from collections.abc import Callable, Sequence
+from functools import cache
 
 from lserve_jax.cli.common import run_command, use_compilation_cache
-from lserve_jax.llm import LLM
-from lserve_jax.runtime.sampling import SamplingParams
-from lserve_jax.text.tokenizer import Tokenizer
-
-logger = logging.getLogger("lserve_jax")
+from lserve_jax.evaluation.harness_model import HarnessMethods
 
 NAME = "lserve_jax"
 _COMMANDS = ("run", "ls", "validate")
-_DEFAULT_MAX_TOKENS = 256  # the harness's own
-_SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p"})  # as `SamplingParams` calls them too
-_ROUNDS = 16  # requests of a call, over those that run at once: enough to keep slots busy, few enough to save results
-
-type _Key = tuple[str, str] | None
-"""Context and continuation as texts, under which the harness keeps an answer; None: under nothing."""
 
 
 @cache
 def register() -> type:
-    """Returns the harness's model class ``lserve_jax``, known to the harness by that name from now on.
+    """Returns the harness's model class, and registers it with the harness as ``lserve_jax``.
 
     ``register()(llm)`` is a model for ``lm_eval.simple_evaluate``.
 
@@ -55,247 +36,6 @@ def register() -> type:
     return register_model(NAME)(type("LServeLM", (HarnessMethods, TemplateLM), {"__module__": __name__}))
 
 
-class HarnessMethods:
-    """What the harness asks of a model, to be put before its `TemplateLM`, which importing us need not import.
-
-    Args:
-      llm: a model with a tokenizer.
-    """
-
-    cache_hook: Any
-
-    def __init__(self, llm: LLM) -> None:
-        super().__init__()
-        if llm.tokenizer is None:
-            raise ValueError(f"{llm.setup.checkpoint.name} has no tokenizer, which the harness needs: give tokenizer=")
-        self.llm = llm
-        self._tokenizer: Tokenizer = llm.tokenizer
-
-    @classmethod
-    def create_from_arg_obj(
-        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
-    ) -> Self:
-        """Returns the model that ``--model_args`` describes.
-
-        Args:
-          arg_dict: arguments of `LLM`.
-          additional_config: the harness's ``batch_size``, ``max_batch_size`` and ``device``.
-        """
-        settings = dict(arg_dict)
-        batch_size = str((additional_config or {}).get("batch_size"))
-        if batch_size.isdecimal() and int(batch_size) > 1:
-            settings.setdefault("max_num_seqs", int(batch_size))
-        return cls(LLM(**settings))
-
-    @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> Self:
-        """Returns the model that ``key=value,key=value`` describes."""
-        from lm_eval.utils import simple_parse_args_string
-
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that a sequence may have."""
-        return self.llm.setup.sizes.max_model_len
-
-    @cached_property
-    def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        if not self.llm.end_token_ids:
-            raise ValueError(f"{self.llm.setup.checkpoint.name} names no end token, which the harness needs")
-        return self.llm.end_token_ids[0]
-
-    @cached_property
-    def prefix_token_id(self) -> int:
-        """The token before a text that has nothing before it."""
-        begin = self._tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else begin
-
-    @cached_property
-    def _prefix_text(self) -> str:
-        return self._tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Returns the tokens of a text, in which the texts of control tokens mean those tokens.
-
-        Unless told, the tokenizer puts around it what it puts around any text, except before a text that begins with
-        its beginning token already, as rendered chats do.
-        """
-        del kwargs
-        if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self._prefix_text)
-        return self._tokenizer.encode(string, add_special_tokens=add_special_tokens)
-
-    @property
-    def tokenizer_name(self) -> str:
-        """What the harness keeps prepared prompts under."""
-        return self.llm.setup.checkpoint.name.replace("/", "__")
-
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Returns the source of the chat template, for the harness's records; None where none is asked for."""
-        if isinstance(chat_template, str):
-            raise ValueError(f"the checkpoint has one chat template: leave out its name, {chat_template!r}")
-        return self._tokenizer.chat_template if chat_template else None
-
-    def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Returns a conversation as the checkpoint's template writes it.
-
-        Args:
-          chat_history: `{"role": …, "content": …}` each.
-          add_generation_prompt: whether the assistant's answer is yet to begin; else the last message is its beginning.
-        """
-        render = self._tokenizer.render_chat
-        try:
-            text = render(chat_history, add_generation_prompt=add_generation_prompt)
-        except ValueError:
-            others = [message for message in chat_history if message["role"] != "system"]
-            if len(others) == len(chat_history):
-                raise
-            logger.warning("the chat template refuses the system message: it is left out, as the harness does")
-            text = render(others, add_generation_prompt=add_generation_prompt)
-        return text if add_generation_prompt else _open_ended(text, chat_history[-1]["content"])
-
-    def get_model_info(self) -> dict[str, Any]:
-        """Returns what belongs into the harness's results besides the arguments: all that is in force."""
-        config = self.llm.config
-        return {
-            "model_dtype": str(config.dtype),
-            "max_length": self.max_length,
-            "kv_dtype": config.kv_dtype,
-            "attention": dataclasses.asdict(config.attention),
-            "retrieval_heads": list(config.num_retrieval),
-        }
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[_Key, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        """Returns the log-probability of each continuation, and whether it is what greedy decoding gives."""
-        del kwargs
-        fitted = [self._fit(context, continuation) for _, context, continuation in requests]
-        _warn_of_cuts(
-            [len(context) for _, context, _ in requests], [len(context) for context, _ in fitted], self.max_length
-        )
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        lengths = [len(context) + len(continuation) for context, continuation in fitted]
-        for indices in self._batches(lengths, "loglikelihood", disable_tqdm):
-            outputs = self.llm.score([fitted[i][0] for i in indices], [fitted[i][1] for i in indices])
-            for i, output in zip(indices, outputs, strict=True):
-                answers[i] = (math.fsum(output.logprobs), output.is_greedy)
-                if (key := requests[i][0]) is not None:
-                    self.cache_hook.add_partial("loglikelihood", key, answers[i])
-        return answers
-
-    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Returns both with the context's beginning cut off where they are too long together."""
-        if not continuation:
-            raise ValueError("a continuation adds no token to its context: there is nothing to score")
-        room = self.max_length - len(continuation)
-        if room < 1:
-            raise ValueError(
-                f"a continuation has {len(continuation)} tokens, but max_model_len is {self.max_length}: raise it"
-            )
-        return context[-room:], continuation
-
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-probability of each text, in windows of the model's length, each token scored once."""
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-        totals = []
-        for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
-            (text,) = request.args
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - 1,  # and the token after them
-                context_len=1,
-            )
-            pairs = map(make_disjoint_window, windows)
-            total = math.fsum(
-                float(self.llm.prompt_logprobs(context + scored)[-len(scored) :].sum()) for context, scored in pairs
-            )
-            totals.append(total)
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
-        return totals
-
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns what the model says after each context, up to a stop string, which is cut off."""
-        contexts = [self.tok_encode(request.args[0]) for request in requests]
-        params = [self._sampling_params(request.args[1]) for request in requests]
-        prompts = [context[-self._room(one.max_tokens) :] for context, one in zip(contexts, params, strict=True)]
-        _warn_of_cuts([len(one) for one in contexts], [len(one) for one in prompts], self.max_length)
-        texts = [""] * len(requests)
-        for indices in self._batches([len(prompt) for prompt in prompts], "generate_until", disable_tqdm):
-            outputs = self.llm.generate([prompts[i] for i in indices], [params[i] for i in indices])
-            for i, output in zip(indices, outputs, strict=True):
-                texts[i] = output.text
-                self.cache_hook.add_partial("generate_until", requests[i].args, output.text)
-        return texts
-
-    def _room(self, max_tokens: int) -> int:
-        """Returns the tokens that a context may have for an answer of that many."""
-        room = self.max_length - max_tokens
-        if room < 1:
-            raise ValueError(
-                f"an answer of max_gen_toks={max_tokens} leaves no room for its context, as max_model_len is "
-                f"{self.max_length}: raise it, or lower max_gen_toks"
-            )
-        return room
-
-    def _sampling_params(self, generation_kwargs: Mapping[str, Any]) -> SamplingParams:
-        """Returns a task's settings as ours; the harness's ``--seed`` seeds draws."""
-        from lm_eval.models.utils import normalize_gen_kwargs
-
-        given: dict[str, Any] = dict(normalize_gen_kwargs(dict(generation_kwargs), _DEFAULT_MAX_TOKENS))
-        max_tokens, until = given.pop("max_gen_toks"), given.pop("until")
-        given.pop("do_sample")  # False has made the temperature 0
-        if given.get("num_beams") == 1:
-            del given["num_beams"]
-        if unknown := sorted(given.keys() - _SAMPLING):
-            known = ", ".join(sorted({*_SAMPLING, "do_sample", "max_gen_toks", "until"}))
-            raise ValueError(f"unknown generation setting {', '.join(unknown)}; known are {known}")
-        stop = tuple(text for text in until if text)
-        return SamplingParams(
-            max_tokens=max_tokens,
-            stop=stop,
-            stop_token_ids=[token for text in stop for token in self._control_token(text)],
-            seed=random.getrandbits(32),
-            **given,
-        )
-
-    def _control_token(self, text: str) -> list[int]:
-        """Returns the control token that the text is, which no generated text shows; none where it is none."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids if len(ids) == 1 and self._tokenizer.decode(ids) == "" else []
-
-    def _batches(self, lengths: Sequence[int], title: str, disable_tqdm: bool) -> Iterator[list[int]]:
-        """Yields the indices of requests that go into one call, the longest first: what does not fit fails soon."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        size = _ROUNDS * self.llm.setup.sizes.max_num_seqs
-        with tqdm(total=len(order), desc=title, disable=disable_tqdm) as bar:
-            for start in range(0, len(order), size):
-                indices = order[start : start + size]
-                yield indices
-                bar.update(len(indices))
-
-
-def _open_ended(text: str, message: str) -> str:
-    """Returns a rendered conversation up to the end of its last message, for the model to go on with."""
-    message = message.strip()
-    if message not in text:
-        raise ValueError("the chat template changes the assistant's message, so that it cannot be continued")
-    return text[: text.rindex(message) + len(message)]
-
-
-def _warn_of_cuts(before: Sequence[int], after: Sequence[int], max_length: int) -> None:
-    cut = sum(old > new for old, new in zip(before, after, strict=True))
-    if cut:
-        logger.warning(
-            f"{cut} of {len(before)} contexts are too long for max_model_len={max_length} and lose their beginning "
-            f"(the longest has {max(before)} tokens)"
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr that says what to change."""
     return run_command(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
@@ -307,7 +47,7 @@ def _run(arguments: list[str]) -> None:
 
     use_compilation_cache()
     before = sys.argv
-    sys.argv = [f"{NAME}.harness", *_with_model(arguments)]  # where the harness's command line looks
+    sys.argv = [f"{NAME}.harness", *with_model(arguments)]  # which the harness's command line reads
     try:
         cli: Callable[[], None] = cli_evaluate
         cli()
@@ -315,8 +55,8 @@ def _run(arguments: list[str]) -> None:
         sys.argv = before
 
 
-def _with_model(arguments: list[str]) -> list[str]:
-    """Returns the arguments of a run with our model named; those of other commands as they are."""
+def with_model(arguments: list[str]) -> list[str]:
+    """Returns the arguments of a run with the name of our model added; those of other commands unchanged."""
     if not arguments:
         return ["--help"]
     command, rest = (arguments[0], arguments[1:]) if arguments[0] in _COMMANDS else ("run", arguments)

@@ -3,7 +3,7 @@
 import json
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,15 +26,14 @@ _SETTINGS = "settings"
 class TrainingConfig:
     """The paper's schedule: a fifth of the steps warms up, a fifth decays to a tenth of the learning rate.
 
-    Attributes:
-      steps: gradient steps, of one sequence each.
-      learning_rate: of AdamW without weight decay.
-      regularisation: weight of the gates' mean in the loss.
+    The "help" of a field says what the field is.
     """
 
-    steps: int = 2000
-    learning_rate: float = 0.02
-    regularisation: float = 0.05
+    steps: int = field(default=2000, metadata={"help": "gradient steps, of one text each"})
+    learning_rate: float = field(default=0.02, metadata={"help": "highest learning rate of AdamW without weight decay"})
+    regularisation: float = field(
+        default=0.05, metadata={"help": "weight in the loss of the gates' mean, which pulls them towards 0"}
+    )
 
     def __post_init__(self) -> None:
         if self.steps < 1:

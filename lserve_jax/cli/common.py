@@ -1,7 +1,9 @@
-"""What the command-line programs share: one-line errors, exit status, progress bars, the compilation cache on disk."""
+"""What the commands share: one-line errors, exit status, logging, progress bars, the compilation cache on disk."""
 
 import argparse
+import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -12,49 +14,85 @@ from typing import NoReturn, Self
 import jax
 from tqdm import tqdm
 
+from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 from lserve_jax.weights.embedded import default_cache_folder
+from lserve_jax.weights.load import Checkpoint
+
+# Exit status: what a shell expects of a wrong call, of SIGINT and of SIGPIPE.
+_WRONG, _STOPPED, _BROKEN_PIPE = 2, 128 + 2, 128 + 13
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the list of all flags before it."""
+    """An argument parser whose errors are one line, without the usage message before it."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2."""
-        self.exit(2, _error_line(f"{message} (--help lists the flags)"))
+        message = re.sub(r"^argument (\S+): (?=')", r"\1 ", message)  # --sink 'x' must be a whole number
+        self.exit(_WRONG, _error_line(f"{message} (--help lists the flags)"))
 
 
-def run_command(command: Callable[[], None]) -> int:
-    """Returns the exit status of a command: 0, 2 after one line on stderr that says what to mend, or 130 if stopped."""
+def run_command(command: Callable[[], None], *, when_stopped: str = "stopped") -> int:
+    """Returns the exit status of a command: 0; 2 after one line on stderr that says what to change; 130 if stopped.
+
+    Args:
+      command: the work; its `ValueError`, `NotImplementedError` and `OSError` are the user's to mend.
+      when_stopped: the line on stderr after Ctrl-C.
+    """
     try:
         command()
-    except BrokenPipeError:  # whoever read the output, such as `head`, has had enough of it
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
-        return 141
+        return _BROKEN_PIPE
     except OSError as error:
         sys.stderr.write(_error_line(f"{error.filename or 'input or output'}: {error.strerror or error}"))
-        return 2
+        return _WRONG
     except (ValueError, NotImplementedError) as error:
         sys.stderr.write(_error_line(str(error)))
-        return 2
+        return _WRONG
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.stderr.write(
             _error_line(f"the device is out of memory; lower --max-model-len or --prefill-chunk ({error})")
         )
-        return 2
+        return _WRONG
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        print(when_stopped, file=sys.stderr)
+        return _STOPPED
     return 0
 
 
-def layer_numbers(text: str) -> tuple[int, ...]:
-    """Returns the layers that ``--dense-layers`` names."""
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ValueError(f"--dense-layers {text!r} must be layer numbers with commas between, such as 0,1") from None
+def set_up_logging(*, is_quiet: bool = False, is_once: bool = False) -> None:
+    """Sends warnings to stderr, one message per line.
+
+    Args:
+      is_quiet: send only errors.
+      is_once: send each message once, for a command that loads many models with the same warnings.
+    """
+    logging.basicConfig(level=logging.ERROR if is_quiet else logging.WARNING, format="%(message)s", force=True)
+    if is_once:
+        logging.root.handlers[0].addFilter(_Once())
+
+
+class _Once(logging.Filter):
+    """Lets each message through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_new = record.getMessage() not in self._seen
+        self._seen.add(record.getMessage())
+        return is_new
+
+
+def required_tokenizer(checkpoint: Checkpoint, named: str | None) -> Tokenizer:
+    """Returns the tokenizer that ``--tokenizer`` names, else the model's own; ValueError if there is none."""
+    tokenizer = open_tokenizer(checkpoint.tokenizer_source, named)
+    if tokenizer is None:
+        raise ValueError(f"{checkpoint.name} has no tokenizer: give one with --tokenizer")
+    return tokenizer
 
 
 def _error_line(message: str) -> str:
@@ -76,14 +114,14 @@ def use_compilation_cache() -> None:
     except OSError as error:
         raise ValueError(
             f"cache folder {folder} cannot be written to ({error.strerror}): "
-            f"set {'JAX_COMPILATION_CACHE_DIR' if named else 'XDG_CACHE_HOME'} to one that can"
+            f"set {'JAX_COMPILATION_CACHE_DIR' if named else 'XDG_CACHE_HOME'} to a folder that can"
         ) from None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 class ProgressBars:
-    """A bar on stderr for the stage that is going on; stages are named by the caller as they come."""
+    """A progress bar on stderr for the current stage; the caller names the stages."""
 
     def __init__(self, *, is_shown: bool) -> None:
         self._is_shown = is_shown
@@ -91,7 +129,7 @@ class ProgressBars:
         self._bar: tqdm | None = None
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Shows that ``done`` of ``total`` of a stage is done; a new stage ends the one before."""
+        """Shows that ``done`` of ``total`` is done in a stage; a new stage ends the previous one."""
         if not self._is_shown:
             return
         if stage != self._stage:
@@ -108,7 +146,7 @@ class ProgressBars:
                 self.close()
 
     def close(self) -> None:
-        """Ends the bar that is shown, if any."""
+        """Ends the current bar, if any."""
         if self._bar is not None:
             self._bar.close()
         self._bar, self._stage = None, ""

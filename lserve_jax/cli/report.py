@@ -1,4 +1,4 @@
-"""What the command lines say of finished requests: a JSON object for programs, a few lines for people."""
+"""Reports of finished requests: a JSON object for programs, a few lines for people."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from lserve_jax.runtime.implementations import by_op, describe
 
 
 def to_json(llm: LLM, output: RequestOutput) -> dict[str, Any]:
-    """Returns what ``--json`` prints for one prompt; speeds in tokens a second, without compilation."""
+    """Returns what ``--json`` prints for one prompt; speeds in tokens per second, without compilation."""
     metrics = output.metrics
     return {
         "text": output.text,
@@ -42,7 +42,7 @@ def to_json(llm: LLM, output: RequestOutput) -> dict[str, Any]:
 
 
 def summary(llm: LLM, outputs: Sequence[RequestOutput]) -> str:
-    """Returns the closing statistics for people, a line a fact."""
+    """Returns the closing statistics for people, one fact per line."""
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     answer = sum(len(output.token_ids) for output in outputs)
     decoded = sum(output.metrics.decoded_tokens for output in outputs)

@@ -1,60 +1,107 @@
 """The sparsity policy: which tokens streaming heads see, how many pages a decoded token reads, how pages are stored."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
 from lserve_jax.config.checks import require_whole
+from lserve_jax.config.settings import settings
 
 KV_DTYPES = ("bfloat16", "float32", "int8", "int4")
-_LEAST = {"page_size": 1, "sub_page_size": 1, "selector_interval": 1, "sink": 0, "local": 1, "prefill_local": 1}
+REDUCTIONS = ("max", "mean")
+ALL = "all"
+"""The ``token_budget`` of `from_preset` and of the command lines that reads all pages."""
+_OF_BUDGET = "the preset's, or what suits the budget: {} from 4096 tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """How attention is thinned out (LServe sections 3.2–3.5). Dense attention is a setting of it.
+    """Which tokens and pages attention reads, and how pages are stored (LServe sections 3.2–3.5).
 
-    Attributes:
-      preset: name of the preset that this started from.
-      token_budget: tokens whose pages a retrieval head reads for one decoded token; None reads all.
-      page_size: tokens a page.
-      sub_page_size: tokens that share key statistics (the paper's logical page).
-      selector_interval: decode steps of a sequence from one page selection to the next.
-      sink: tokens at the start that streaming heads see.
-      local: tokens at the end, the current one included, that streaming heads see while decoding.
-      prefill_local: the same during prefill.
-      static_sparsity: share of the model's KV heads that stream, 0 … 1.
-      dense_layers: layers whose retrieval heads always read everything.
-      kv_dtype: element type of the pages; "auto" is the model's own. With "int4", pages of streaming heads, which do
-        not grow with the context, have 8 bits.
-      is_sink_forced: whether the first page is selected whatever its score, if there is a sink.
-      selector_spread: how much of the distance between the bounds of a sub-page's keys counts in its score, 0 … 1; 1 is
-        the upper bound of Quest and LServe (see `pallas_kernels.page_select`).
-      has_lookahead: whether the page after a chosen end of a page is chosen with it: for copying, where sub-pages are
-        about as long as the interval.
-      group_reduction: how the scores of a KV head's query heads become one, "max" or "mean".
+    Dense attention is a setting of it. ``preset`` names the preset that a configuration started from; the "help" of
+    every other field says what the field does, and is what ``--help`` prints. A ``token_budget`` of None reads all
+    pages. See `pallas_kernels.page_select` for the fields of the page selector.
     """
 
     preset: str = "lserve"
-    token_budget: int | None = 4096
-    page_size: int = 64
-    sub_page_size: int = 16
-    selector_interval: int = 4
-    sink: int = 128
-    local: int = 256
-    prefill_local: int = 4096
-    static_sparsity: float = 0.5
-    dense_layers: tuple[int, ...] = ()
-    kv_dtype: str = "auto"
-    is_sink_forced: bool = True
-    selector_spread: float = 0.5
-    has_lookahead: bool = False
-    group_reduction: str = "max"
+    token_budget: int | None = field(
+        default=4096,
+        metadata={
+            "help": "tokens whose pages a retrieval head reads per decoded token; all lifts a preset's budget",
+            "words": (ALL,),
+            "metavar": "N|all",
+        },
+    )
+    page_size: int = field(
+        default=64,
+        metadata={
+            "help": "tokens per page of the KV cache",
+            "least": 1,
+            "default": _OF_BUDGET,
+        },
+    )
+    sub_page_size: int = field(
+        default=16,
+        metadata={
+            "help": "tokens that share key statistics (the paper's logical page)",
+            "least": 1,
+            "default": _OF_BUDGET,
+        },
+    )
+    selector_interval: int = field(
+        default=4, metadata={"help": "decode steps from one page selection of a sequence to the next", "least": 1}
+    )
+    sink: int = field(default=128, metadata={"help": "first tokens that streaming heads see", "least": 0})
+    local: int = field(
+        default=256,
+        metadata={
+            "help": "newest tokens, the current one included, that streaming heads see during decoding",
+            "least": 1,
+        },
+    )
+    prefill_local: int = field(
+        default=4096, metadata={"help": "newest tokens that streaming heads see during prefill", "least": 1}
+    )
+    static_sparsity: float = field(default=0.5, metadata={"help": "share of the model's KV heads that stream, 0 to 1"})
+    dense_layers: tuple[int, ...] = field(
+        default=(), metadata={"help": "layers whose retrieval heads always read all pages"}
+    )
+    kv_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "element type of the KV cache; auto is the model's own; with int4, the pages of streaming heads, "
+            "which do not grow with the context, have 8 bits per element",
+            "choices": ("auto", *KV_DTYPES),
+        },
+    )
+    is_sink_forced: bool = field(
+        default=True, metadata={"help": "select the first page whatever its score, if there is a sink"}
+    )
+    selector_spread: float = field(
+        default=0.5,
+        metadata={
+            "help": "share of the distance between the bounds of a sub-page's keys that counts in its score, 0 to 1; "
+            "1 is the upper bound of Quest and LServe"
+        },
+    )
+    has_lookahead: bool = field(
+        default=False,
+        metadata={
+            "help": "score a page at least as high as the last sub-page of the page before it: for copying, where "
+            "sub-pages are about as long as the interval",
+            "default": _OF_BUDGET,
+        },
+    )
+    group_reduction: str = field(
+        default="max",
+        metadata={"help": "how the scores of the query heads of a KV head become one score", "choices": REDUCTIONS},
+    )
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            object.__setattr__(self, name, require_whole(name, getattr(self, name), least))
+        for name, setting in settings(type(self)).items():
+            if "least" in setting.metadata:
+                object.__setattr__(self, name, require_whole(name, getattr(self, name), setting.metadata["least"]))
         if self.page_size % self.sub_page_size:
             raise ValueError(f"page_size={self.page_size} must be a multiple of sub_page_size={self.sub_page_size}")
         for name in ("static_sparsity", "selector_spread"):
@@ -64,9 +111,9 @@ class AttentionConfig:
             object.__setattr__(self, name, float(share))
         if self.kv_dtype not in ("auto", *KV_DTYPES):
             raise ValueError(f"kv_dtype={self.kv_dtype!r} must be auto or one of {', '.join(KV_DTYPES)}")
-        if self.group_reduction not in ("max", "mean"):
+        if self.group_reduction not in REDUCTIONS:
             raise ValueError(f'group_reduction={self.group_reduction!r} must be "max" or "mean"')
-        # A tuple, whatever it was: the configuration is a static argument of the compiled steps and must hash.
+        # Always a tuple: the configuration is a static argument of the compiled steps and must hash.
         layers = (self.dense_layers,) if isinstance(self.dense_layers, Integral) else self.dense_layers
         object.__setattr__(self, "dense_layers", tuple(require_whole("dense_layers", layer, 0) for layer in layers))
         self._check_budget()
@@ -82,11 +129,17 @@ class AttentionConfig:
                 f"{self.page_size} tokens with the first and the newest tokens are always read"
             )
 
+    def options(self) -> dict[str, Any]:
+        """Returns the fields as arguments of `from_preset`: ``from_preset(c.preset, **c.options()) == c``."""
+        values = {name: getattr(self, name) for name in settings(type(self))}
+        return values | {"token_budget": ALL if self.token_budget is None else self.token_budget}
+
     @property
     def sink_pages(self) -> int:
-        """Pages at the start that are always selected: the first, for attention sinks into the first few tokens.
+        """Pages at the start that are always selected: the first one, which holds the attention sinks.
 
-        All pages of ``sink`` would take a third of a small budget (4 pages of 16), and are found where they matter.
+        Forcing all pages of ``sink`` would take a third of a small budget (4 pages of 16); where they matter, the
+        selector finds them.
         """
         return int(self.is_sink_forced and self.sink > 0)
 
@@ -102,7 +155,7 @@ class AttentionConfig:
 
     @property
     def num_selected(self) -> int | None:
-        """Pages a selection; None for all."""
+        """Pages per selection; None for all."""
         return None if self.token_budget is None else self.token_budget // self.page_size
 
 
@@ -123,27 +176,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "qserve": {**_NO_SELECTOR, **_NO_STREAMING, "kv_dtype": "int4"},
 }
-"""Systems as fields that differ from the defaults: LServe, vLLM-like, DuoAttention, Quest, QServe."""
-
+"""The fields of each system that differ from the defaults: LServe, vLLM-like, DuoAttention, Quest, QServe."""
 
 _SMALL_PAGES: tuple[tuple[int, dict[str, Any]], ...] = (
     (512, {"page_size": 16, "sub_page_size": 2, "has_lookahead": True}),
     (2048, {"page_size": 16, "sub_page_size": 4, "has_lookahead": True}),
     (4096, {"page_size": 32, "sub_page_size": 8}),
 )
-"""What takes the place of the defaults at budgets below so many tokens: a selection wants many pages."""
+"""Budget in tokens, and the fields that replace the defaults below it: a selection needs many pages."""
 
 
 def from_preset(preset: str, /, *, of_model: Mapping[str, Any] | None = None, **overrides: Any) -> AttentionConfig:
     """Returns a preset with some fields replaced.
 
-    Where neither preset nor overrides name a page size, it follows from the budget: 64 tokens, 32 at budgets below
-    4096, and 16 with lookahead at budgets below 2048, with sub-pages of 2 below 512 (docs/accuracy.md).
+    Where neither preset nor overrides name a page size, it follows from the budget: 64 tokens; 32 at budgets below
+    4096; 16 with lookahead at budgets below 2048, with sub-pages of 2 below 512 (docs/accuracy.md).
 
     Args:
       preset: a key of `PRESETS`.
-      of_model: fields that were found to suit the model; they replace the preset's if it lets heads stream.
-      **overrides: fields by name; None keeps what would be without.
+      of_model: fields that suit the model; they replace the preset's if the preset lets heads stream.
+      **overrides: fields by name. None means "not named" and keeps the value that the field would have without it;
+        ``token_budget="all"`` reads all pages whatever the preset's budget.
 
     Raises:
       ValueError: if the preset or a field is unknown, or a value is out of range.
@@ -151,7 +204,7 @@ def from_preset(preset: str, /, *, of_model: Mapping[str, Any] | None = None, **
     if preset not in PRESETS:
         raise ValueError(f"attention={preset!r} must be one of {', '.join(PRESETS)}")
     of_preset, given = PRESETS[preset], {name: value for name, value in overrides.items() if value is not None}
-    known = {field.name for field in fields(AttentionConfig)} - {"preset"}
+    known = {one.name for one in fields(AttentionConfig)} - {"preset"}
     unknown = sorted({*overrides, *(of_model or {})} - known)
     if unknown:
         raise ValueError(f"unknown attention option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
@@ -160,15 +213,17 @@ def from_preset(preset: str, /, *, of_model: Mapping[str, Any] | None = None, **
     chosen = {**of_preset, **of_model, **given}
     budget = chosen.get("token_budget", AttentionConfig.token_budget)
     pages = default_pages(preset, int(budget), {**of_model, **given}) if isinstance(budget, Integral) else {}
+    if isinstance(budget, str) and budget == ALL:
+        chosen["token_budget"] = None
     return AttentionConfig(preset=preset, **{**pages, **chosen})
 
 
 def default_pages(preset: str, token_budget: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of pages that suit a budget; nothing where the preset or what is chosen names page sizes."""
+    """Returns the page fields that suit a budget; none where the preset or ``chosen`` names a page size."""
     chosen = {**PRESETS[preset], **chosen}
     if chosen.keys() & {"page_size", "sub_page_size"}:
         return {}
     found = next((dict(pages) for below, pages in _SMALL_PAGES if token_budget < below), {})
     if chosen.get("group_reduction") == "mean":
-        found.pop("has_lookahead", None)  # of the maximum only, see `pallas_kernels.page_select`
+        found.pop("has_lookahead", None)  # only defined for the maximum, see `pallas_kernels.page_select`
     return found

@@ -92,7 +92,8 @@ def prepare(
       recall_interval: measure the recall of page selection at every so many decode steps, which are then also the
         steps of a call; None does not, and costs nothing. An interval that is no multiple of ``selector_interval``
         sees selections of every age.
-      **options: fields of `AttentionConfig` that replace the preset's and the pattern's.
+      **options: fields of `AttentionConfig` that replace the preset's and the pattern's; None keeps theirs, and
+        ``token_budget="all"`` lifts a preset's budget.
 
     Raises:
       ValueError: for anything that cannot be, in one line.

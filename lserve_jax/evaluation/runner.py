@@ -156,7 +156,7 @@ def run(
     store: Store,
     *,
     reference: str,
-    batch: int,
+    max_num_seqs: int,
     open_llm: Callable[[Setup], LLM],
     report: OnProgress,
 ) -> None:
@@ -166,7 +166,7 @@ def run(
       loads: see `make_loads`; those of the reference come first.
       store: started.
       reference: label of the variant that the others are compared with.
-      batch: prompts that are worked on together.
+      max_num_seqs: prompts that are processed together.
       open_llm: loads a model; the one before has been let go.
       report: told how far a load has got.
 
@@ -182,7 +182,7 @@ def run(
 
         done = 0
         report(stage, done, len(load.items))
-        for measurement, items in _batches(load.items, batch):
+        for measurement, items in _batches(load.items, max_num_seqs):
             begin, compiled = time.perf_counter(), llm.compile_seconds
             found = measurement.measure(llm, items, led_by)
             seconds = time.perf_counter() - begin - (llm.compile_seconds - compiled)

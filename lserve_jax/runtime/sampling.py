@@ -7,7 +7,7 @@ weigh enough", where a token weighs 1 or its probability; bisection over the bit
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -16,37 +16,54 @@ import numpy as np
 from jax import Array
 
 MAX_SEED = 2**32 - 1
+_OF_MODEL = "the model's own, else {}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is continued.
+    """How one request is continued; the "help" of a field says what the field does, and is what ``--help`` prints.
 
     Attributes:
-      max_tokens: The most tokens to generate, at least 1.
-      temperature: Divides the logits; 0 takes the likeliest token.
-      top_p: Keeps the likeliest tokens that together have at least this probability (after top-k), in (0, 1].
-      top_k: Keeps this many likeliest tokens; 0 or -1 keeps all.
-      min_p: Keeps tokens with at least this fraction of the likeliest one's probability, in [0, 1].
-      seed: Draws are a function of seed and position alone; `None` takes a fresh one.
-      stop: Strings at which the text ends; one string is accepted as well.
-      stop_token_ids: Tokens at which it ends, besides the model's own.
-      ignore_eos: Whether the model's own end tokens do not end it.
-      logprobs: Whether the log-probabilities of the chosen tokens are wanted.
+      stop: One string is accepted as well.
+      stop_token_ids: Tokens at which the text ends, besides the model's own.
+      logprobs: Whether the output has the log-probabilities of its tokens.
 
     Raises:
       ValueError: Values are out of range; the message lists all of them.
     """
 
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: str | Sequence[str] = ()
+    max_tokens: int = field(default=256, metadata={"help": "the most tokens to generate, at least 1"})
+    temperature: float = field(
+        default=0.0, metadata={"help": "divides the logits; 0 takes the likeliest token", "default": _OF_MODEL}
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={
+            "help": "sample from the likeliest tokens that together have at least this probability (after top-k), "
+            "above 0 and up to 1",
+            "default": _OF_MODEL,
+        },
+    )
+    top_k: int = field(
+        default=0,
+        metadata={"help": "sample from this many likeliest tokens; 0 or -1 keeps all", "default": _OF_MODEL},
+    )
+    min_p: float = field(
+        default=0.0,
+        metadata={
+            "help": "drop tokens less likely than this share of the likeliest token's probability, 0 to 1",
+            "default": _OF_MODEL,
+        },
+    )
+    seed: int | None = field(
+        default=None,
+        metadata={"help": "draws are a function of seed and position alone", "default": "a fresh one per request"},
+    )
+    stop: str | Sequence[str] = field(
+        default=(), metadata={"help": "end before this text; may be given several times", "metavar": "TEXT"}
+    )
     stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
+    ignore_eos: bool = field(default=False, metadata={"help": "go on after the model's end-of-sequence tokens"})
     logprobs: bool = False
 
     def __post_init__(self):

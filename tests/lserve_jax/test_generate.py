@@ -191,6 +191,14 @@ def test_attention_flags_override_the_preset(run: Callable[..., Result]):
     assert policy.items() >= (flags | {"preset": "quest", "dense_layers": [1]}).items()
 
 
+def test_the_budget_of_a_preset_can_be_lifted_and_every_field_be_named(run: Callable[..., Result]):
+    flags = ("--attention", "quest", "--token-budget", "all", "--group-reduction", "mean", "--no-is-sink-forced")
+    result = run("--prompt", PROMPT, "--max-tokens", "3", "--json", "--quiet", *flags)
+    policy = json.loads(result.out)["attention"]
+    named = {"preset": "quest", "token_budget": None, "group_reduction": "mean", "is_sink_forced": False}
+    assert policy.items() >= named.items()
+
+
 def test_dry_run_prints_the_plan_and_touches_no_weights(run: Callable[..., Result], tmp_path: Path):
     shutil.copy(TINY / "llama3" / "config.json", tmp_path)
     result = run("--dry-run", model=str(tmp_path))
@@ -351,6 +359,7 @@ def test_a_model_of_which_only_shapes_are_known_is_refused(run: Callable[..., Re
         (("--prompt", "a\udcffb"), ("valid Unicode",)),
         (("--prompt", PROMPT, "--token-budget", "0"), ("token_budget=0", "from 1")),
         (("--prompt", PROMPT, "--token-budget", "-64"), ("token_budget=-64",)),
+        (("--prompt", PROMPT, "--token-budget", "most"), ("--token-budget 'most'", "a whole number or all")),
         (("--prompt", PROMPT, "--token-budget", "47"), ("token_budget=47 must be at least 48", "3 pages of 16")),
         (("--prompt", PROMPT, "--page-size", "40"), ("page_size=40", "multiple of sub_page_size=16")),
         (("--prompt", PROMPT, "--page-size", "0"), ("page_size=0",)),

@@ -47,6 +47,22 @@ def test_overrides_replace_fields_and_none_keeps_the_preset(preset: str):
     assert (config.kv_dtype, config.local) == (from_preset(preset).kv_dtype, 256)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_all_lifts_the_budget_of_a_preset_and_none_does_not(preset: str):
+    assert from_preset(preset, token_budget="all") == dataclasses.replace(from_preset(preset), token_budget=None)
+    assert from_preset(preset, token_budget=None) == from_preset(preset)
+    assert from_preset("lserve", of_model={"token_budget": "all"}).num_selected is None
+    with pytest.raises(ValueError, match="token_budget='every' must be a whole number from 1"):
+        from_preset(preset, token_budget="every")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("budget", [None, "all", 512])
+def test_the_options_of_a_configuration_make_it_again(preset: str, budget: int | str | None):
+    config = from_preset(preset, token_budget=budget, of_model={"sink": 16})
+    assert from_preset(preset, **config.options()) == config
+
+
 def test_zero_is_an_override_and_not_a_missing_value():
     config = from_preset("quest", static_sparsity=0, sink=0, dense_layers=())
     assert (config.static_sparsity, config.sink, config.dense_layers) == (0.0, 0, ())

@@ -145,6 +145,16 @@ def test_a_run_shows_progress_on_stderr_and_only_tables_on_stdout(run: Callable[
         assert part in result.err
 
 
+def test_a_variant_whose_budget_is_lifted_reads_all_pages(run: Callable[..., Result], tmp_path: Path):
+    lifted = f"{SPARSE.removesuffix('+token_budget=25%')}+token_budget=all"
+    sizes = ("--max-num-seqs", "2", "--corpus", str(ROOT / "LICENSE"), "--variants", f"{lifted},{SPARSE}")
+    assert run("--tasks", "niah_single_1", "--lengths", "700", "--samples", "1", *sizes, "--quiet").status == 0
+    _, *rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    budgets = {row["variant"]: row["attention"]["token_budget"] for row in rows}
+    assert budgets == {lifted: None, SPARSE: 176}
+    assert [row["pages_read_ratio"] < 0.6 for row in rows if row["variant"] == SPARSE] == [True]
+
+
 def test_a_stopped_run_says_how_to_go_on_and_comes_to_the_same(
     run: Callable[..., Result], whole: Path, model: Path, tmp_path: Path
 ):
@@ -238,6 +248,8 @@ def test_published_files_are_a_task_with_the_samples_they_have(run: Callable[...
         (("--lengths", "90"), ("niah_single_1", "at least", "90")),
         (("--tasks", "perplexity", "--lengths", "16"), ("perplexity at length 16", "16 of its tail")),
         (("--samples", "0"), ("--samples must be at least 1, got 0",)),
+        (("--max-num-seqs", "0"), ("--max-num-seqs must be at least 1, got 0",)),
+        (("--tail", "x"), ("--tail 'x' must be a whole number",)),
         (("--drift-tokens", "-1"), ("--drift-tokens must be at least 1, got -1",)),
         (("--samples", "many"), ("--samples", "'many'")),
         (("--variants", "dense,vllm"), ("variant 'vllm'", "must be one of lserve, dense")),

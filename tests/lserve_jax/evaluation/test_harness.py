@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lserve_jax import LLM, SamplingParams, harness
+from lserve_jax.evaluation.harness_model import ROUNDS
 
 ROOT = Path(__file__).parents[3]
 MODEL = str(ROOT / "tests" / "golden" / "tiny" / "llama3")
@@ -145,7 +146,7 @@ def test_a_text_is_scored_in_windows_each_token_once(lm: Any, llm: LLM):
 
 def test_answers_keep_their_order_whatever_order_they_are_computed_in(lm: Any, llm: LLM):
     pairs = [("x" * length, "y" * (1 + length % 3)) for length in (3, 40, 1, 20, 11, 33, 2, 9, 5)] * 4
-    assert len(pairs) > harness._ROUNDS * llm.setup.sizes.max_num_seqs
+    assert len(pairs) > ROUNDS * llm.setup.sizes.max_num_seqs
     got = lm.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
     expected = [by_logits(llm, lm.tok_encode(a), lm.tok_encode(b)) for a, b in pairs]
     np.testing.assert_allclose([value for value, _ in got], [value for value, _ in expected], rtol=1e-4)
@@ -308,7 +309,7 @@ def test_each_call_saves_its_results(lm: Any, llm: LLM, monkeypatch: pytest.Monk
     """An evaluation that is stopped keeps what it had: the hook hears of every call's results."""
     kept: list[Any] = []
     monkeypatch.setattr(lm, "cache_hook", type("Hook", (), {"add_partial": lambda self, *row: kept.append(row)})())
-    monkeypatch.setattr(harness, "_ROUNDS", 1)
+    monkeypatch.setattr("lserve_jax.evaluation.harness_model.ROUNDS", 1)
     score, calls = llm.score, []
 
     def failing(*arguments: Any) -> Any:
@@ -364,7 +365,7 @@ def test_the_command_line_is_the_harness_with_our_model(tasks: Path, tmp_path: P
     ],
 )
 def test_runs_name_our_model(arguments: list[str], expected: list[str]):
-    assert harness._with_model(arguments) == expected
+    assert harness.with_model(arguments) == expected
 
 
 def test_without_the_harness_one_line_says_what_to_install(

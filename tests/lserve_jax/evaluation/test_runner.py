@@ -314,8 +314,7 @@ def whole(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_setup(variant: Any, config: Any, max_model_len: int) -> Setup:
-    options = {name: value for name, value in vars(config).items() if name != "preset"}
-    return prepare(TINY, attention=config.preset, max_model_len=max_model_len, **SIZES, **options)
+    return prepare(TINY, attention=config.preset, max_model_len=max_model_len, **SIZES, **config.options())
 
 
 def execute(plan: Plan, folder: Path) -> list[Setup]:
@@ -335,7 +334,7 @@ def execute(plan: Plan, folder: Path) -> list[Setup]:
 
     store.start(item.line for item in items.values())
     try:
-        run(loads, store, reference="dense", batch=2, open_llm=open_llm, report=lambda *_: None)
+        run(loads, store, reference="dense", max_num_seqs=2, open_llm=open_llm, report=lambda *_: None)
     finally:
         store.close()
     return loaded

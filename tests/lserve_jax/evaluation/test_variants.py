@@ -40,9 +40,10 @@ def test_every_field_of_the_policy_can_be_written():
         ("lserve:token_budget=12.5%+page_size=16+sink=16", 1024, 128),
         ("dense:token_budget=100%", 1024, 1024),
         ("lserve:token_budget=512", 100_000, 512),
+        ("lserve:token_budget=all", 100_000, None),
     ],
 )
-def test_a_budget_may_be_a_share_of_the_length(text: str, length: int, budget: int):
+def test_a_budget_may_be_a_share_of_the_length(text: str, length: int, budget: int | None):
     assert parse_variant(text).config(length).token_budget == budget
 
 
@@ -61,8 +62,9 @@ def test_a_budget_may_be_a_share_of_the_length(text: str, length: int, budget: i
         ("lserve:token_budget=0%", "token_budget=0% must be a whole number, or a share"),
         ("lserve:token_budget=120%", "token_budget=120% must be"),
         ("lserve:token_budget=x%", "token_budget=x% must be"),
+        ("lserve:token_budget=most", "token_budget=most must be a whole number, or a share of the prompt"),
         ("lserve:is_sink_forced=maybe", "is_sink_forced=maybe must be true or false"),
-        ("lserve:dense_layers=a", "dense_layers=a must be layer numbers such as 0,1"),
+        ("lserve:dense_layers=a", "dense_layers=a must be layer numbers with commas between, such as 0,1"),
         ("dense,lserve,dense", "variant 'dense' is named twice"),
     ],
 )
@@ -92,6 +94,8 @@ def test_a_change_replaces_fields_or_leaves_the_variant_itself():
     assert change(base, "page_size=64+sub_page_size=16") is not base  # those of the base follow from the budget
     named = parse_variant("lserve:page_size=64+sub_page_size=16")
     assert change(named, "page_size=64+sub_page_size=16") is named
+    assert change(parse_variant("dense"), "token_budget=all") == parse_variant("dense")
+    assert change(base, "token_budget=all").config(4096).token_budget is None
     assert change(base, "sink=128+local=64").label == "lserve:token_budget=25%+sink=128+local=64"
 
 

@@ -1,0 +1,154 @@
+"""Flags that several commands share, and flags derived from the fields of a dataclass."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field
+from typing import Any
+
+from lserve_jax.config.attention import PRESETS, AttentionConfig
+from lserve_jax.config.inference import DTYPES
+from lserve_jax.config.settings import KINDS, describe_default, read, settings
+from lserve_jax.engine.setup import DEFAULT_MODEL, IMPLEMENTATIONS
+
+type Group = argparse.ArgumentParser | argparse._ArgumentGroup
+
+SHARED: dict[str, dict[str, Any]] = {
+    "--model": {
+        "default": DEFAULT_MODEL,
+        "help": "folder, .gguf file, hub id or name (default: %(default)s)",
+    },
+    "--tokenizer": {
+        "metavar": "PATH",
+        "help": "folder or .gguf file to take the tokenizer from (default: the model's own)",
+    },
+    "--dtype": {
+        "choices": ("auto", *DTYPES),
+        "default": "auto",
+        "help": "element type of weights and activations; auto is the checkpoint's own (default: %(default)s)",
+    },
+    "--max-model-len": {
+        "type": int,
+        "metavar": "N",
+        "help": "the most tokens of a prompt and its answer together (default: the model's own)",
+    },
+    "--max-num-seqs": {
+        "type": int,
+        "metavar": "N",
+        "help": "prompts that are processed together (default: %(default)s)",
+    },
+    "--prefill-chunk": {
+        "type": int,
+        "metavar": "N",
+        "help": "prompt tokens per prefill call; fewer take less memory (default: what suits the device)",
+    },
+    "--implementation": {
+        "choices": IMPLEMENTATIONS,
+        "default": "auto",
+        "help": "implementation of the kernels; auto takes the first that accepts (default: %(default)s)",
+    },
+    "--recall-interval": {
+        "type": int,
+        "metavar": "N",
+        "help": "measure the recall of the page selection every N decode steps (default: never)",
+    },
+    "--attention": {
+        "choices": tuple(PRESETS),
+        "default": "lserve",
+        "help": "preset (default: %(default)s)",
+    },
+    "--head-pattern": {
+        "metavar": "DIR",
+        "help": "head gates in DuoAttention's format (default: those that ship for the model, if any)",
+    },
+    "--quiet": {"action": "store_true", "help": "print nothing but errors on stderr"},
+}
+"""What a flag means, wherever it stands."""
+
+
+def whole(default: int, text: str) -> dict[str, Any]:
+    """Returns the options of a flag for a whole number."""
+    return {"type": int, "default": default, "metavar": "N", "help": f"{text} (default: {default})"}
+
+
+def add_shared(group: Group, *names: str, **changes: Any) -> None:
+    """Adds flags of `SHARED`.
+
+    Args:
+      group: a parser or a group of one.
+      names: the flags; of a name with slashes, such as ``--max-num-seqs/--batch``, the first is in `SHARED` and the
+        others are its aliases.
+      **changes: options of `argparse.ArgumentParser.add_argument` that replace those of `SHARED`.
+    """
+    for name in names:
+        flags = name.split("/")
+        group.add_argument(*flags, **{**SHARED[flags[0]], **changes})
+
+
+def add_attention(group: Group) -> None:
+    """Adds the preset, the head pattern and every field of `AttentionConfig`."""
+    add_shared(group, "--attention", "--head-pattern")
+    add_fields(group, AttentionConfig, default="the preset's, {} for lserve")
+
+
+def add_fields(
+    group: Group,
+    cls: type,
+    names: Sequence[str] | None = None,
+    *,
+    default: str = "{}",
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Adds a flag for each setting of a dataclass: ``--token-budget`` for ``token_budget``.
+
+    A flag that is not given is None in the namespace, so that `given` knows what the user named.
+
+    Args:
+      group: a parser or a group of one.
+      cls: the dataclass, see `lserve_jax.config.settings`.
+      names: of the settings; None takes all.
+      default: how ``--help`` words a default; "{}" stands for the value.
+      own: by setting, the command's own "default" (which `given` returns as if it were named) and "help".
+    """
+    found = settings(cls)
+    for name in found if names is None else names:
+        setting, changed = found[name], (own or {}).get(name, {})
+        words = (
+            describe_default(setting, setting.default, default)
+            if "default" not in changed
+            else describe_default(setting, changed["default"])
+        )
+        text = f"{changed.get('help', setting.metadata['help'])} (default: {words})"
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=changed.get("default"),
+            help=text.replace("%", "%%"),
+            **_form(setting),
+        )
+
+
+def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """Returns the settings of a dataclass that the user named, by name."""
+    values = {name: getattr(args, name, None) for name in settings(cls)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _form(setting: Field[Any]) -> dict[str, Any]:
+    """Returns the options of `argparse` that say how a setting is written."""
+    if setting.type is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if "choices" in setting.metadata:
+        return {"choices": setting.metadata["choices"]}
+    metavar = setting.metadata.get("metavar", KINDS[setting.type].metavar)
+    if setting.type == str | Sequence[str]:
+        return {"action": "append", "metavar": metavar}
+    return {"type": _reader(setting), "metavar": metavar}
+
+
+def _reader(setting: Field[Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return read(setting, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+
+    return parse

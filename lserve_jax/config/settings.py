@@ -1,0 +1,85 @@
+"""Settings as fields of dataclasses: one description per field, from which flags and ``field=value`` are derived.
+
+A field whose ``metadata`` has "help" is a setting. The keys of ``metadata``:
+
+- "help": what the setting does, without its default;
+- "default": its default in words, where "{}" stands for the value;
+- "least": the lowest whole number that it may be;
+- "choices": the words that it may be;
+- "words": words that it may be besides a number, such as "all";
+- "metavar": what stands for its value in ``--help``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
+from typing import Any, NamedTuple
+
+
+class Kind(NamedTuple):
+    """How the values of one type are written as text.
+
+    Attributes:
+      parse: text to value; raises `ValueError` or `KeyError`.
+      what: what the text must be, for messages.
+      metavar: what stands for the value in ``--help``.
+    """
+
+    parse: Callable[[str], Any]
+    what: str
+    metavar: str
+
+
+def _layer_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part.strip())
+
+
+_WHOLE = Kind(int, "a whole number", "N")
+_WORD = Kind(str, "a word", "WORD")
+
+KINDS: dict[Any, Kind] = {
+    int: _WHOLE,
+    int | None: _WHOLE,
+    float: Kind(float, "a number", "X"),
+    bool: Kind({"true": True, "false": False}.__getitem__, "true or false", ""),
+    tuple[int, ...]: Kind(_layer_numbers, "layer numbers with commas between, such as 0,1", "I,J"),
+    str: _WORD,
+    str | None: _WORD,
+    str | Sequence[str]: _WORD,
+}
+"""By the type of a field."""
+
+
+def settings(cls: type) -> dict[str, Field[Any]]:
+    """Returns the settings of a dataclass by name."""
+    return {one.name: one for one in fields(cls) if "help" in one.metadata}
+
+
+def read(setting: Field[Any], text: str) -> Any:
+    """Returns the value that a text stands for; a word of "words" stands for itself.
+
+    Raises:
+      ValueError: "must be …", to be completed with the name and the text.
+    """
+    words = setting.metadata.get("words", ())
+    if text in words:
+        return text
+    kind = KINDS[setting.type]
+    try:
+        return kind.parse(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"must be {' or '.join((kind.what, *words))}") from None
+
+
+def describe_default(setting: Field[Any], value: Any, template: str = "{}") -> str:
+    """Returns a default in words: the setting's own wording, else ``template``, with the value in the place of "{}"."""
+    return setting.metadata.get("default", template).format(_write(value))
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if value is None or value == ():
+        return "none"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,276 @@
+"""A model of lm-evaluation-harness: its requests answered by an `LLM`.
+
+Continuations are scored by decode steps, as if the model had generated them, so that page selection is at work as in
+generation. Only whole texts (perplexity) go through prefill, which reads all pages.
+"""
+
+import dataclasses
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from lserve_jax.llm import LLM
+from lserve_jax.runtime.sampling import SamplingParams
+from lserve_jax.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("lserve_jax")
+
+ROUNDS = 16
+"""Requests per call are this many times those that run at once: enough to keep slots busy, few enough that results
+are saved often."""
+_DEFAULT_MAX_TOKENS = 256  # the harness's own
+_SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p"})  # the harness and `SamplingParams` agree on these
+
+type _Key = tuple[str, str] | None
+"""The texts of context and continuation, under which the harness caches an answer; None: not cached."""
+
+
+class HarnessMethods:
+    """The methods of the harness's model class, a base class to put before the harness's own `TemplateLM`.
+
+    It does not inherit from `TemplateLM` itself, so that importing this module does not import the harness.
+
+    Args:
+      llm: a model with a tokenizer.
+    """
+
+    cache_hook: Any
+
+    def __init__(self, llm: LLM) -> None:
+        super().__init__()
+        if llm.tokenizer is None:
+            raise ValueError(f"{llm.setup.checkpoint.name} has no tokenizer, which the harness needs: give tokenizer=")
+        self.llm = llm
+        self._tokenizer: Tokenizer = llm.tokenizer
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> Self:
+        """Returns the model that ``--model_args`` describes.
+
+        Args:
+          arg_dict: arguments of `LLM`.
+          additional_config: the harness's ``batch_size``, ``max_batch_size`` and ``device``.
+        """
+        settings = dict(arg_dict)
+        batch_size = str((additional_config or {}).get("batch_size"))
+        if batch_size.isdecimal() and int(batch_size) > 1:
+            settings.setdefault("max_num_seqs", int(batch_size))
+        return cls(LLM(**settings))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> Self:
+        """Returns the model that ``key=value,key=value`` describes."""
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a sequence."""
+        return self.llm.setup.sizes.max_model_len
+
+    @cached_property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        if not self.llm.end_token_ids:
+            raise ValueError(f"{self.llm.setup.checkpoint.name} names no end token, which the harness needs")
+        return self.llm.end_token_ids[0]
+
+    @cached_property
+    def prefix_token_id(self) -> int:
+        """The token that stands before the first token of a text."""
+        begin = self._tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @cached_property
+    def _prefix_text(self) -> str:
+        return self._tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Returns the tokens of a text, in which the texts of control tokens mean those tokens.
+
+        Args:
+          string: the text.
+          add_special_tokens: whether the tokenizer adds its special tokens; None adds them unless the text starts with
+            the beginning token already, as rendered chats do.
+          **kwargs: the harness's; without effect.
+        """
+        del kwargs
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self._prefix_text)
+        return self._tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name under which the harness caches prepared prompts."""
+        return self.llm.setup.checkpoint.name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Returns the source of the chat template, for the harness's records; None if no template is asked for."""
+        if isinstance(chat_template, str):
+            raise ValueError(f"the checkpoint has one chat template: leave out its name, {chat_template!r}")
+        return self._tokenizer.chat_template if chat_template else None
+
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Returns a conversation as the checkpoint's template writes it.
+
+        Args:
+          chat_history: messages ``{"role": …, "content": …}``.
+          add_generation_prompt: whether the assistant's answer comes next; else the last message is its beginning.
+        """
+        render = self._tokenizer.render_chat
+        try:
+            text = render(chat_history, add_generation_prompt=add_generation_prompt)
+        except ValueError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            logger.warning("the chat template refuses the system message: it is left out, as the harness does")
+            text = render(others, add_generation_prompt=add_generation_prompt)
+        return text if add_generation_prompt else _open_ended(text, chat_history[-1]["content"])
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Returns the settings in force, which the harness adds to its results."""
+        config = self.llm.config
+        return {
+            "model_dtype": str(config.dtype),
+            "max_length": self.max_length,
+            "kv_dtype": config.kv_dtype,
+            "attention": dataclasses.asdict(config.attention),
+            "retrieval_heads": list(config.num_retrieval),
+        }
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[_Key, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Returns the log-probability of each continuation, and whether greedy decoding gives that continuation."""
+        del kwargs
+        fitted = [self._fit(context, continuation) for _, context, continuation in requests]
+        _warn_of_cuts(
+            [len(context) for _, context, _ in requests], [len(context) for context, _ in fitted], self.max_length
+        )
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        lengths = [len(context) + len(continuation) for context, continuation in fitted]
+        for indices in self._batches(lengths, "loglikelihood", disable_tqdm):
+            outputs = self.llm.score([fitted[i][0] for i in indices], [fitted[i][1] for i in indices])
+            for i, output in zip(indices, outputs, strict=True):
+                answers[i] = (math.fsum(output.logprobs), output.is_greedy)
+                if (key := requests[i][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", key, answers[i])
+        return answers
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """Returns context and continuation; the context loses its beginning if they are too long together."""
+        if not continuation:
+            raise ValueError("a continuation adds no token to its context: there is nothing to score")
+        room = self.max_length - len(continuation)
+        if room < 1:
+            raise ValueError(
+                f"a continuation has {len(continuation)} tokens, but max_model_len is {self.max_length}: raise it"
+            )
+        return context[-room:], continuation
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Returns the log-probability of each text: windows of the model's length score each token once."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        totals = []
+        for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length - 1,  # and the token that the last one predicts
+                context_len=1,
+            )
+            pairs = map(make_disjoint_window, windows)
+            total = math.fsum(
+                float(self.llm.prompt_logprobs(context + scored)[-len(scored) :].sum()) for context, scored in pairs
+            )
+            totals.append(total)
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Returns the model's continuation of each context, up to a stop string, which is cut off."""
+        contexts = [self.tok_encode(request.args[0]) for request in requests]
+        params = [self._sampling_params(request.args[1]) for request in requests]
+        prompts = [context[-self._room(one.max_tokens) :] for context, one in zip(contexts, params, strict=True)]
+        _warn_of_cuts([len(one) for one in contexts], [len(one) for one in prompts], self.max_length)
+        texts = [""] * len(requests)
+        for indices in self._batches([len(prompt) for prompt in prompts], "generate_until", disable_tqdm):
+            outputs = self.llm.generate([prompts[i] for i in indices], [params[i] for i in indices])
+            for i, output in zip(indices, outputs, strict=True):
+                texts[i] = output.text
+                self.cache_hook.add_partial("generate_until", requests[i].args, output.text)
+        return texts
+
+    def _room(self, max_tokens: int) -> int:
+        """Returns the most tokens of a context that leave room for an answer of ``max_tokens``."""
+        room = self.max_length - max_tokens
+        if room < 1:
+            raise ValueError(
+                f"an answer of max_gen_toks={max_tokens} leaves no room for its context, as max_model_len is "
+                f"{self.max_length}: raise it, or lower max_gen_toks"
+            )
+        return room
+
+    def _sampling_params(self, generation_kwargs: Mapping[str, Any]) -> SamplingParams:
+        """Returns the sampling parameters of a task; the harness's ``--seed`` determines their seeds."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        given: dict[str, Any] = dict(normalize_gen_kwargs(dict(generation_kwargs), _DEFAULT_MAX_TOKENS))
+        max_tokens, until = given.pop("max_gen_toks"), given.pop("until")
+        given.pop("do_sample")  # normalize_gen_kwargs has set the temperature to 0 for False
+        if given.get("num_beams") == 1:
+            del given["num_beams"]
+        if unknown := sorted(given.keys() - _SAMPLING):
+            known = ", ".join(sorted({*_SAMPLING, "do_sample", "max_gen_toks", "until"}))
+            raise ValueError(f"unknown generation setting {', '.join(unknown)}; known are {known}")
+        stop = tuple(text for text in until if text)
+        return SamplingParams(
+            max_tokens=max_tokens,
+            stop=stop,
+            stop_token_ids=[token for text in stop for token in self._control_token(text)],
+            seed=random.getrandbits(32),
+            **given,
+        )
+
+    def _control_token(self, text: str) -> list[int]:
+        """Returns the token of a text that is one control token, which generated text never shows; else no token."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids if len(ids) == 1 and self._tokenizer.decode(ids) == "" else []
+
+    def _batches(self, lengths: Sequence[int], title: str, disable_tqdm: bool) -> Iterator[list[int]]:
+        """Yields the indices of the requests of one call, the longest first: one that does not fit fails at once."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        size = ROUNDS * self.llm.setup.sizes.max_num_seqs
+        with tqdm(total=len(order), desc=title, disable=disable_tqdm) as bar:
+            for start in range(0, len(order), size):
+                indices = order[start : start + size]
+                yield indices
+                bar.update(len(indices))
+
+
+def _open_ended(text: str, message: str) -> str:
+    """Returns a rendered conversation up to the end of its last message, for the model to continue."""
+    message = message.strip()
+    if message not in text:
+        raise ValueError("the chat template changes the assistant's message, so that it cannot be continued")
+    return text[: text.rindex(message) + len(message)]
+
+
+def _warn_of_cuts(before: Sequence[int], after: Sequence[int], max_length: int) -> None:
+    cut = sum(old > new for old, new in zip(before, after, strict=True))
+    if cut:
+        logger.warning(
+            f"{cut} of {len(before)} contexts are too long for max_model_len={max_length} and lose their beginning "
+            f"(the longest has {max(before)} tokens)"
+        )

@@ -1,0 +1,315 @@
+"""Flags: those that commands have had stay as they were, and every field of a dataclass of settings is one."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from lserve_jax import calibrate, convert, evaluate, generate
+from lserve_jax.calibration.training import TrainingConfig
+from lserve_jax.cli.common import OneLineParser, run_command
+from lserve_jax.cli.flags import SHARED, add_fields, add_shared, given
+from lserve_jax.config.attention import AttentionConfig, from_preset
+from lserve_jax.config.settings import settings
+from lserve_jax.evaluation import ablations
+from lserve_jax.evaluation.opening import PromptSettings
+from lserve_jax.evaluation.variants import parse_variant
+from lserve_jax.runtime.sampling import SamplingParams
+
+NO_VALUE = ()
+MODEL = {
+    "--model": ("a", "a", "smollm2-135m-instruct"),
+    "--tokenizer": ("a", "a", None),
+    "--dtype": ("float32", "float32", "auto"),
+    "--implementation": ("xla", "xla", "auto"),
+    "--recall-interval": ("4", 4, None),
+    "--head-pattern": ("a", "a", None),
+    "--quiet": (NO_VALUE, True, False),
+}
+# Flag: its argument, the value that it stands for, and the value without the flag.
+FLAGS: dict[str, Mapping[str, tuple[Any, Any, Any]]] = {
+    "generate": {
+        **MODEL,
+        "--max-model-len": ("4", 4, None),
+        "--prefill-chunk": ("4", 4, None),
+        "--prompt": ("a", ["a"], []),
+        "--prompt-file": ("a", ["a"], []),
+        "--system-prompt": ("a", "a", None),
+        "--raw": (NO_VALUE, True, False),
+        "--max-tokens": ("4", 4, 256),
+        "--temperature": ("0.5", 0.5, None),
+        "--top-p": ("0.5", 0.5, None),
+        "--top-k": ("4", 4, None),
+        "--min-p": ("0.5", 0.5, None),
+        "--seed": ("4", 4, None),
+        "--stop": ("a", ["a"], None),
+        "--ignore-eos": (NO_VALUE, True, False),
+        "--attention": ("quest", "quest", "lserve"),
+        "--token-budget": ("4", 4, None),
+        "--page-size": ("4", 4, None),
+        "--sub-page-size": ("4", 4, None),
+        "--selector-interval": ("4", 4, None),
+        "--selector-spread": ("0.5", 0.5, None),
+        "--has-lookahead": (NO_VALUE, True, None),
+        "--no-has-lookahead": (NO_VALUE, False, None),
+        "--sink": ("4", 4, None),
+        "--local": ("4", 4, None),
+        "--prefill-local": ("4", 4, None),
+        "--static-sparsity": ("0.5", 0.5, None),
+        "--dense-layers": ("0,4", (0, 4), None),
+        "--kv-dtype": ("int4", "int4", None),
+        "--json": (NO_VALUE, True, False),
+        "--dry-run": (NO_VALUE, True, False),
+    },
+    "evaluate": {
+        **MODEL,
+        "--tasks": ("a", "a", "niah_single_1,niah_single_2,vt_direct,copy,perplexity"),
+        "--lengths": ("a", "a", "1024,2048"),
+        "--samples": ("4", 4, 20),
+        "--variants": ("a", "a", None),
+        "--ablation": ("a", "a", None),
+        "--base": ("a", "a", ablations.BASE),
+        "--batch": ("8", 8, 4),
+        "--max-num-seqs": ("8", 8, 4),
+        "--seed": ("4", 4, 0),
+        "--raw": (NO_VALUE, True, False),
+        "--word-lengths": (NO_VALUE, True, False),
+        "--haystack": ("a", "a", "prose"),
+        "--longbench": ("a", "a", None),
+        "--qa": ("a", "a", None),
+        "--corpus": ("a", "a", None),
+        "--tail": ("4", 4, 128),
+        "--drift-tokens": ("4", 4, 1024),
+        "--json": (NO_VALUE, True, False),
+    },
+    "calibrate": {
+        **{flag: MODEL[flag] for flag in ("--model", "--tokenizer", "--dtype", "--quiet")},
+        "--method": ("train", "train", "score"),
+        "--sink": ("4", 4, 128),
+        "--local": ("4", 4, 256),
+        "--quota": ("layer", "layer", "model"),
+        "--dense-layers": ("0,4", (0, 4), ()),
+        "--length": ("4", 4, 1536),
+        "--held-out": ("4", 4, 6),
+        "--seed": ("4", 4, 0),
+        "--chunk": ("4", 4, None),
+        "--prefill-chunk": ("4", 4, None),
+        "--no-picture": (NO_VALUE, True, False),
+        "--score": ("random", "random", "best_place"),
+        "--prompts": ("4", 4, 12),
+        "--steps": ("4", 4, 2000),
+        "--learning-rate": ("0.5", 0.5, 0.02),
+        "--regularisation": ("0.5", 0.5, 0.05),
+        "--min-length": ("4", 4, 2048),
+        "--max-length": ("4", 4, None),
+        "--passkeys": ("4", 4, 10),
+    },
+    "convert": {flag: MODEL[flag] for flag in ("--model", "--dtype")},
+}
+COMMANDS = {"generate": generate, "evaluate": evaluate, "calibrate": calibrate, "convert": convert}
+DEST = {"--batch": "max_num_seqs", "--chunk": "prefill_chunk", "--no-has-lookahead": "has_lookahead"}
+# A flag that is not given leaves these to the dataclass; other fields are the model's or the preset's.
+DEFAULTS = {
+    "generate": {"max_tokens": SamplingParams.max_tokens, "ignore_eos": SamplingParams.ignore_eos},
+    "evaluate": dataclasses.asdict(PromptSettings()),
+    "calibrate": dataclasses.asdict(TrainingConfig()),
+    "convert": {},
+}
+
+
+def value_of(command: str, flag: str, *arguments: str) -> Any:
+    """What a command makes of a flag."""
+    required = () if command == "generate" else ("--out", "folder")
+    args = COMMANDS[command].build_parser().parse_args([*required, *arguments])
+    name = DEST.get(flag, flag[2:].replace("-", "_"))
+    value = getattr(args, name)
+    return DEFAULTS[command].get(name) if value is None else value
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_every_flag_keeps_its_spelling_its_default_and_its_meaning(command: str):
+    for flag, (argument, value, default) in FLAGS[command].items():
+        arguments = (flag,) if argument is NO_VALUE else (flag, argument)
+        assert value_of(command, flag, *arguments) == value, flag
+        assert value_of(command, flag) == default, flag
+
+
+def help_of(command: str) -> str:
+    """The help of a command in one line."""
+    return " ".join(COMMANDS[command].build_parser().format_help().split())
+
+
+def test_the_help_of_every_shared_flag_with_a_value_says_its_default():
+    valued = {flag: options["help"] for flag, options in SHARED.items() if "action" not in options}
+    assert [flag for flag, text in valued.items() if "(default: " not in text] == []
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_the_help_can_be_printed(command: str):
+    text = help_of(command)
+    assert "%(" not in text
+    assert "==SUPPRESS==" not in text
+    assert text.count("(default: None)") == 0
+
+
+def test_the_help_of_generate_says_where_a_default_comes_from():
+    text = help_of("generate")
+    for part in (
+        "--token-budget N|all tokens whose pages",
+        "all lifts a preset's budget (default: the preset's, 4096 for lserve)",
+        "(default: the model's own, else 0)",
+        "--dense-layers I,J",
+        "(default: the preset's, none for lserve)",
+        "(default: the preset's, or what suits the budget: 64 from 4096 tokens)",
+        "(default: 256)",
+    ):
+        assert part in text
+
+
+# A value other than the default of each field, as a flag's arguments, as a variant writes it, and as it is.
+FIELDS: dict[str, tuple[tuple[str, ...], str, Any]] = {
+    "token_budget": (("--token-budget", "512"), "512", 512),
+    "page_size": (("--page-size", "32"), "32", 32),
+    "sub_page_size": (("--sub-page-size", "8"), "8", 8),
+    "selector_interval": (("--selector-interval", "2"), "2", 2),
+    "sink": (("--sink", "0"), "0", 0),
+    "local": (("--local", "64"), "64", 64),
+    "prefill_local": (("--prefill-local", "128"), "128", 128),
+    "static_sparsity": (("--static-sparsity", "0"), "0", 0.0),
+    "dense_layers": (("--dense-layers", "0,1"), "0,1", (0, 1)),
+    "kv_dtype": (("--kv-dtype", "int8"), "int8", "int8"),
+    "is_sink_forced": (("--no-is-sink-forced",), "false", False),
+    "selector_spread": (("--selector-spread", "1"), "1", 1.0),
+    "has_lookahead": (("--has-lookahead",), "true", True),
+    "group_reduction": (("--group-reduction", "mean"), "mean", "mean"),
+}
+
+
+def test_every_field_of_attention_is_a_flag_of_generate_and_a_field_of_variants():
+    assert FIELDS.keys() == {one.name for one in dataclasses.fields(AttentionConfig)} - {"preset"}
+    for name, (arguments, text, value) in FIELDS.items():
+        assert getattr(AttentionConfig(), name) != value
+        args = generate.build_parser().parse_args(arguments)
+        assert given(args, AttentionConfig) == {name: value}
+        assert getattr(from_preset("lserve", **given(args, AttentionConfig)), name) == value
+        assert getattr(parse_variant(f"lserve:{name}={text}").config(4096), name) == value
+
+
+def test_a_budget_can_be_lifted_everywhere():
+    args = generate.build_parser().parse_args(["--token-budget", "all"])
+    assert from_preset("lserve", **given(args, AttentionConfig)).token_budget is None
+    assert parse_variant("quest:token_budget=all").config(4096).token_budget is None
+
+
+def test_a_result_of_evaluate_is_stored_with_every_setting_of_its_prompts():
+    assert {one.name for one in dataclasses.fields(PromptSettings)} <= {*evaluate.SETTINGS}
+
+
+def test_what_is_not_named_is_not_given():
+    args = generate.build_parser().parse_args([])
+    assert given(args, AttentionConfig) == {}
+    assert given(args, SamplingParams) == {}
+    args = generate.build_parser().parse_args(["--temperature", "0", "--stop", "a", "--stop", "b", "--no-ignore-eos"])
+    assert given(args, SamplingParams) == {"temperature": 0.0, "stop": ["a", "b"], "ignore_eos": False}
+
+
+def test_sampling_flags_are_the_fields_but_those_that_only_programs_use():
+    assert set(settings(SamplingParams)) == {one.name for one in dataclasses.fields(SamplingParams)} - {
+        "stop_token_ids",
+        "logprobs",
+    }
+
+
+@pytest.mark.parametrize("cls", [AttentionConfig, SamplingParams, PromptSettings, TrainingConfig])
+def test_every_setting_can_become_a_flag(cls: type):
+    parser = OneLineParser(prog="x")
+    add_fields(parser, cls)
+    assert given(parser.parse_args([]), cls) == {}
+
+
+# --- the derivation -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    count: int = field(default=3, metadata={"help": "how many, 100% of them", "metavar": "COUNT"})
+    is_on: bool = field(default=True, metadata={"help": "whether"})
+    unnamed: int = 0
+
+
+def test_a_command_may_have_a_default_and_a_help_of_its_own():
+    parser = OneLineParser(prog="x")
+    add_fields(parser, Example, ("count",), own={"count": {"default": 5, "help": "so many"}})
+    assert given(parser.parse_args([]), Example) == {"count": 5}
+    assert given(parser.parse_args(["--count", "7"]), Example) == {"count": 7}
+    assert "--count COUNT so many (default: 5)" in " ".join(parser.format_help().split())
+
+
+def test_percent_signs_of_a_help_are_printed():
+    parser = OneLineParser(prog="x")
+    add_fields(parser, Example, default="usually {}")
+    text = " ".join(parser.format_help().split())
+    assert "--count COUNT how many, 100% of them (default: usually 3)" in text
+    assert "--is-on, --no-is-on whether (default: usually on)" in text
+    assert "unnamed" not in text
+
+
+def test_a_shared_flag_has_aliases_and_changes():
+    parser = OneLineParser(prog="x")
+    add_shared(parser, "--max-num-seqs/--batch", default=4)
+    assert parser.parse_args([]).max_num_seqs == 4
+    assert parser.parse_args(["--batch", "2"]).max_num_seqs == 2
+
+
+# --- wrong values, exit status ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--sink x", "error: --sink 'x' must be a whole number (--help lists the flags)"),
+        ("--token-budget 5.5", "error: --token-budget '5.5' must be a whole number or all (--help lists the flags)"),
+        ("--token-budget 25%", "error: --token-budget '25%' must be a whole number or all (--help lists the flags)"),
+        ("--static-sparsity half", "error: --static-sparsity 'half' must be a number (--help lists the flags)"),
+        ("--dense-layers 0;1", "error: --dense-layers '0;1' must be layer numbers with commas between, such as 0,1"),
+        ("--group-reduction sum", "error: argument --group-reduction: invalid choice: 'sum'"),
+        ("--has-lookahead=yes", "error: argument --has-lookahead/--no-has-lookahead: ignored explicit argument 'yes'"),
+    ],
+)
+def test_a_text_that_is_no_value_is_one_line_and_status_2(
+    arguments: str, line: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as end:
+        generate.build_parser().parse_args(arguments.split())
+    assert end.value.code == 2
+    (found,) = capsys.readouterr().err.splitlines()
+    assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (ValueError("two\nlines"), 2, "error: two lines\n"),
+        (NotImplementedError("no kernel"), 2, "error: no kernel\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "error: a.txt: No such file or directory\n"),
+        (KeyboardInterrupt(), 130, "so far\n"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line_and_a_status(
+    error: BaseException, status: int, text: str, capsys: pytest.CaptureFixture[str]
+):
+    def command() -> None:
+        raise error
+
+    assert run_command(command, when_stopped="so far") == status
+    assert capsys.readouterr().err == text
+
+
+def test_an_error_of_our_own_is_not_hidden():
+    def command() -> None:
+        raise AssertionError
+
+    with pytest.raises(AssertionError):
+        run_command(command)
