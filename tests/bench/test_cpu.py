@@ -120,7 +120,6 @@ def test_weights_appear_whole_and_are_made_once(tmp_path: Path):
 # --- rounds -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_rounds_are_interleaved_and_begin_with_another_system_each_time(tmp_path: Path, asked: Path):
     run = a_run(tmp_path, [fake(asked, "a"), fake(asked, "b", "llama.cpp")], "--rounds", "2")
     assert run.part("single")
@@ -137,7 +136,6 @@ def test_rounds_are_interleaved_and_begin_with_another_system_each_time(tmp_path
     assert {"sources", "key", "commit", "date", "load", "threads", "model", "library"} <= line.keys()
 
 
-@pytest.mark.slow
 def test_a_second_run_measures_what_is_missing_and_nothing_else(tmp_path: Path, asked: Path):
     systems = [fake(asked, "a"), fake(asked, "b", "llama.cpp")]
     stopped = a_run(tmp_path, systems, "--rounds", "1", "--minutes", "0")
@@ -155,7 +153,6 @@ def test_a_second_run_measures_what_is_missing_and_nothing_else(tmp_path: Path, 
     assert len(lines_of(tmp_path)) == 8
 
 
-@pytest.mark.slow
 def test_a_worker_that_fails_or_hangs_costs_its_own_lines_only(tmp_path: Path, asked: Path):
     systems = [fake(asked, "bad", fails_at=8), fake(asked, "slow", hangs_at=16), fake(asked, "gone", dies=True)]
     run = a_run(tmp_path, [*systems, fake(asked, "good")], "--rounds", "1", "--timeout", "6")
@@ -173,7 +170,6 @@ def test_a_worker_that_fails_or_hangs_costs_its_own_lines_only(tmp_path: Path, a
     assert len(lines_of(tmp_path, "error")) > before
 
 
-@pytest.mark.slow
 def test_fresh_processes_tell_first_tokens_and_memory(tmp_path: Path, asked: Path):
     systems = [fake(asked, "dense", ms=0.1), fake(asked, "peer", "transformers", ms=0.1)]
     run = a_run(tmp_path, systems, "--rounds", "1")

@@ -50,7 +50,6 @@ def _forget_configurations() -> None:
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_run_of_all_parts_writes_a_line_a_result_and_a_second_run_measures_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

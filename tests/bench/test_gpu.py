@@ -44,7 +44,6 @@ def outcomes(lines: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [(*line["key"], line["kind"]) for line in lines if is_outcome(line)]
 
 
-@pytest.mark.slow
 def test_a_crash_and_a_hang_cost_one_task_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -61,7 +60,6 @@ def test_a_crash_and_a_hang_cost_one_task_each(
     assert (tmp_path / gpu.TARGETS).read_text() in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_part_that_runs_over_its_box_is_continued_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     flag = tmp_path / "flag"
     slow = f"Path({str(flag)!r}).exists() or time.sleep(1000)"
@@ -79,7 +77,6 @@ def test_a_part_that_runs_over_its_box_is_continued_by_the_next_run(tmp_path: Pa
     )
 
 
-@pytest.mark.slow
 def test_a_process_that_cannot_start_its_tasks_ends_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     broken = gpu.Part(1.0, lambda *_: ["-c", "raise SystemExit(3)"], lambda _: [])
     monkeypatch.setitem(gpu.PARTS, "broken", broken)
@@ -87,7 +84,6 @@ def test_a_process_that_cannot_start_its_tasks_ends_its_part(tmp_path: Path, mon
     assert read_lines(tmp_path / gpu.RESULTS)[-1]["ended"] == "the process ended with status 3"
 
 
-@pytest.mark.slow
 def test_a_whole_run_and_its_continuation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
