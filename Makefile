@@ -1,12 +1,14 @@
 # Each target does its own set-up from a clean clone. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format typecheck pytest lock clean
+.PHONY: help demo test fast lint format typecheck pytest lock clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 
 PYTHON := .venv/bin/python
 JOBS ?= 2
 ARGS ?=
+# A file of tests stays in one process, with the programs that it compiles, until another process has nothing left.
+PYTEST_FLAGS = -n $(JOBS) --dist worksteal --durations 25 --durations-min 2
 INPUTS := pyproject.toml constraints.txt scripts/install.sh scripts/find_python.sh
 
 # An environment whose interpreter has gone is no environment: its stamps are void.
@@ -20,7 +22,10 @@ help: ## list the targets
 demo: .venv/.installed ## answer a question about a document with the embedded model
 	@$(PYTHON) -m lserve_jax.demo $(ARGS)
 
-test: lint typecheck pytest ## everything that must hold: style, types, tests
+test: lint typecheck pytest ## everything that must hold: style, types, all tests (15 minutes on two cores)
+
+fast: .venv/.installed-dev ## tests while you work: no benchmarks, GPU kernels or slow ones (3 minutes on two cores)
+	@$(PYTHON) -m pytest $(PYTEST_FLAGS) --ignore tests/bench -m "not hopper and not slow and not sweep" $(ARGS)
 
 lint: .venv/.installed-dev ## ruff: rules and format
 	@$(PYTHON) -m ruff check .
@@ -29,8 +34,8 @@ lint: .venv/.installed-dev ## ruff: rules and format
 typecheck: .venv/.installed-dev ## pyright
 	@$(PYTHON) -m pyright
 
-pytest: .venv/.installed-dev ## the tests alone; JOBS=n processes, ARGS="-k name" passes on
-	@$(PYTHON) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+pytest: .venv/.installed-dev ## all tests alone; JOBS=n processes, ARGS="-k name" passes on
+	@$(PYTHON) -m pytest $(PYTEST_FLAGS) $(ARGS)
 
 format: .venv/.installed-dev ## rewrite the sources as `make lint` wants them
 	@$(PYTHON) -m ruff check --fix .

@@ -1,13 +1,17 @@
 """What every test runs under: the CPU unless the caller says otherwise, strict promotion, a compilation cache."""
 
+import ctypes
+import gc
 import hashlib
 import importlib.metadata
 import logging
 import os
 import platform
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +48,82 @@ assert jax.config.jax_numpy_dtype_promotion == "strict", "a plugin imported jax 
 # The same examples on every run: a failure seen once is seen again. No deadline: a first call compiles.
 hypothesis.settings.register_profile("lserve_jax", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("lserve_jax")
+
+
+# --- markers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of Hopper's kernels, which have files of their own."""
+    for item in items:
+        if "hopper" in item.path.stem:
+            item.add_marker(pytest.mark.hopper)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+MEMORY_LIMIT = 2 * 2**30
+"""Bytes per process that runs tests: `make test` runs two of them, also on machines that do other work."""
+_PEAKS: dict[str, int] = {}
+"""The largest resident size of each process that has ended, in bytes, by the name of the worker."""
+
+
+_GROWTH = 300 * 2**20
+"""Bytes by which a process may grow before it gives back what it does not need."""
+_kept = sys.maxsize
+"""What it needed when it last did, or before its first test."""
+
+
+def _resident() -> int:
+    """Returns the size of this process in memory, in bytes; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back() -> Iterator[None]:
+    """Drops compiled programs and returns freed memory to the system, whenever a process has grown.
+
+    JAX keeps every program that was ever compiled, and the C library keeps freed blocks that lie between others. A
+    test that interprets a kernel leaves 110 MiB behind (50 of them programs); a worker grew to 4 GiB over the suite.
+    """
+    global _kept  # noqa: PLW0603
+    _kept = min(_kept, _resident())
+    yield
+    if _resident() > _kept + _GROWTH:
+        jax.clear_caches()
+        gc.collect()
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)  # of glibc
+        _kept = _resident()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a run in which a process has used too much memory; a worker only says how much it has used."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak"] = peak  # type: ignore[attr-defined]
+        return
+    if not _PEAKS:
+        _PEAKS["main"] = peak
+    if max(_PEAKS.values()) > MEMORY_LIMIT and os.environ["JAX_PLATFORMS"] == "cpu":  # CUDA maps gigabytes
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Notes the memory of a worker (of pytest-xdist) that has ended."""
+    _PEAKS[node.gateway.id] = getattr(node, "workeroutput", {}).get("peak", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the peak memory of each process."""
+    peaks = ", ".join(f"{name} {peak / 2**30:.2f} GiB" for name, peak in sorted(_PEAKS.items()))
+    verdict = f": MORE THAN {MEMORY_LIMIT / 2**30:.0f} GiB" * (max(_PEAKS.values()) > MEMORY_LIMIT)
+    terminalreporter.write_line(f"peak memory of each process: {peaks}{verdict}")
+
+
+# --- fixtures --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -204,6 +204,7 @@ def test_the_packages_hold_no_test_code():
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 def test_starting_the_command_imports_nothing_that_it_may_not_need():
     """A third of the imports of a start would be orbax, and Pallas for GPUs."""
     program = "import sys, lserve_jax.generate; print(*sys.modules)"
@@ -213,6 +214,7 @@ def test_starting_the_command_imports_nothing_that_it_may_not_need():
     assert not imported & {"orbax.checkpoint", "jax.experimental.pallas", "optax", "matplotlib", "huggingface_hub"}
 
 
+@pytest.mark.slow
 def test_importing_every_module_initialises_no_device():
     program = "\n".join(
         [

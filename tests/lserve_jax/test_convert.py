@@ -115,6 +115,7 @@ def test_target_that_cannot_be_made_is_refused(tmp_path: Path, capfd: pytest.Cap
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_program_runs_as_a_module(tmp_path: Path):
     command = [sys.executable, "-m", "lserve_jax.convert", "--model", "no-such-model", "--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -47,6 +47,7 @@ def test_tiny_checkpoint_gives_the_logits_and_greedy_tokens_of_transformers(name
     assert greedy(llm, tokens, len(theirs["greedy"])) == theirs["greedy"].tolist()
 
 
+@pytest.mark.slow
 def test_smollm2_gives_the_logits_of_transformers(smollm2: LLM) -> None:
     theirs = golden("smollm2/golden.npz")
     ours = np.asarray(smollm2.logits(theirs["tokens"].tolist()))
@@ -64,6 +65,7 @@ def test_smollm2_gives_the_logits_of_transformers(smollm2: LLM) -> None:
     assert all(error <= TOLERANCE for error in errors.values()), errors  # a NaN fails too
 
 
+@pytest.mark.slow
 def test_smollm2_gives_the_greedy_tokens_of_transformers(smollm2: LLM) -> None:
     theirs = golden("smollm2/golden.npz")
     assert greedy(smollm2, theirs["chat_tokens"], len(theirs["greedy"])) == theirs["greedy"].tolist()

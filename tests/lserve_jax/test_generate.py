@@ -216,6 +216,7 @@ def test_help_is_printed_in_full(run: Callable[..., Result]):
     assert "--selector-interval" in result.out
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_had_enough_ends_the_command_without_noise():
     command = [sys.executable, "-m", "lserve_jax.generate", "--model", MODEL, *SIZES, "--prompt", PROMPT, "--quiet"]
     reader, writer = os.pipe()
@@ -464,10 +465,11 @@ def test_an_unwritable_cache_folder_for_the_embedded_model_is_refused_in_one_lin
 ):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr("lserve_jax.weights.embedded._installed_file", lambda: None)
+    monkeypatch.setattr("lserve_jax.weights.embedded.PACKAGE", "a_package_that_is_not_installed")
     check_refusal(run("--prompt", PROMPT, model="smollm2-135m-instruct"), str(tmp_path / "file"), "XDG_CACHE_HOME")
 
 
+@pytest.mark.slow
 def test_a_refusal_as_a_program_has_status_2_and_one_line():
     command = [sys.executable, "-m", "lserve_jax.generate", "--model", MODEL, *SIZES, "--prompt", "x" * 500]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

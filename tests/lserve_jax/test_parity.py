@@ -136,6 +136,7 @@ def test_each_part_of_each_layer_matches_transformers(name: str) -> None:
     assert {part: error for part, error in errors.items() if error > TOLERANCE["part"]} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_smollm2_logits_match_transformers(embedded_gguf: Path) -> None:
     theirs = golden("smollm2/golden.npz")

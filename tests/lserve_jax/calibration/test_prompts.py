@@ -20,9 +20,11 @@ def tokenizer(embedded_gguf: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def raw(tokenizer: Tokenizer) -> Tokenizer:
+def raw(embedded_gguf: Path) -> Tokenizer:
     """The same vocabulary without a chat format."""
-    return Tokenizer(tokenizer._backend, special_tokens={}, eos_token_ids=(), chat_template=None, source="raw")
+    metadata = dict(GGUFFile(embedded_gguf).metadata)
+    del metadata["tokenizer.chat_template"]
+    return Tokenizer.from_gguf(metadata)
 
 
 @pytest.fixture(scope="module")

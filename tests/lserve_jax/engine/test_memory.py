@@ -1,5 +1,6 @@
 """The memory plan, checked against arithmetic by hand and against what is really allocated."""
 
+import gc
 import json
 import os
 import re
@@ -213,6 +214,7 @@ def check_million(rows: dict[str, str], pages: int) -> None:
     assert re.fullmatch(r"[\d,]+ tokens x 1 sequence\(s\)", rows["largest context"])
 
 
+@pytest.mark.slow
 def test_dry_run_of_a_million_tokens_needs_a_name_alone():
     rows, errors = dry_run("--model", "llama-3.1-8b", *MILLION)
     check_million(rows, 15_625)
@@ -221,6 +223,7 @@ def test_dry_run_of_a_million_tokens_needs_a_name_alone():
     ]
 
 
+@pytest.mark.slow
 def test_dry_run_of_a_million_tokens_needs_a_folder_with_a_configuration_alone(tmp_path: Path, shared_patterns: Path):
     (tmp_path / "config.json").write_text(json.dumps(known_configs()["llama-3.1-8b"]))
     pattern = str(shared_patterns / "Meta-Llama-3.1-8B-Instruct")
@@ -230,6 +233,7 @@ def test_dry_run_of_a_million_tokens_needs_a_folder_with_a_configuration_alone(t
 
 
 def test_a_plan_starts_no_memory_of_the_device():
+    gc.collect()  # what other tests left is not to go while this one counts
     before = len(jax.live_arrays())
     plan_of(llama_8b(0.5), 1_000_000)
     assert len(jax.live_arrays()) == before

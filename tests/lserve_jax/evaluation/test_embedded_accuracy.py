@@ -15,7 +15,7 @@ SPARSE = "lserve:token_budget=25%+kv_dtype=int8"
 @pytest.mark.usefixtures("embedded_gguf")
 def test_a_quarter_of_the_context_half_the_heads_streaming_and_8_bits_answer_as_dense_attention(tmp_path: Path):
     tasks, variants = "niah_single_2,vt_direct,copy", f"dense,{SPARSE}"
-    sizes = ["--lengths", "1024", "--samples", "6", "--batch", "6"]
+    sizes = ["--lengths", "1024", "--samples", "3", "--batch", "3"]
     out = tmp_path / "out"
     assert main(["--tasks", tasks, "--variants", variants, *sizes, "--out", str(out), "--quiet", "--json"]) == 0
     cells: dict[tuple[str, str], Any] = {}

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from lserve_jax import LLM, SamplingParams, harness
-from lserve_jax.evaluation.harness_model import ROUNDS
+from lserve_jax.text.chat_template import ChatTemplate
 
 ROOT = Path(__file__).parents[3]
 MODEL = str(ROOT / "tests" / "golden" / "tiny" / "llama3")
@@ -104,7 +104,7 @@ def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
 
 def by_logits(llm: LLM, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """The definition: log-softmax of the logits before each token, and whether each token is the likeliest."""
-    logits = np.asarray(jax.nn.log_softmax(llm.logits(context + continuation), axis=-1))[len(context) - 1 : -1]
+    logits = log_softmax(np.asarray(llm.logits(context + continuation)), axis=-1)[len(context) - 1 : -1]
     chosen = logits[np.arange(len(continuation)), continuation]
     return float(chosen.sum()), bool((logits.argmax(-1) == continuation).all())
 
@@ -144,11 +144,16 @@ def test_a_text_is_scored_in_windows_each_token_once(lm: Any, llm: LLM):
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_answers_keep_their_order_whatever_order_they_are_computed_in(lm: Any, llm: LLM):
+def test_answers_keep_their_order_whatever_order_they_are_computed_in(
+    lm: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch
+):
     pairs = [("x" * length, "y" * (1 + length % 3)) for length in (3, 40, 1, 20, 11, 33, 2, 9, 5)] * 4
-    assert len(pairs) > ROUNDS * llm.setup.sizes.max_num_seqs
+    score, calls = llm.score, []
+    monkeypatch.setattr(llm, "score", lambda *arguments: calls.append(arguments) or score(*arguments))
     got = lm.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
-    expected = [by_logits(llm, lm.tok_encode(a), lm.tok_encode(b)) for a, b in pairs]
+    assert len(calls) > 1
+    computed = {pair: by_logits(llm, *map(lm.tok_encode, pair)) for pair in set(pairs)}
+    expected = [computed[pair] for pair in pairs]
     np.testing.assert_allclose([value for value, _ in got], [value for value, _ in expected], rtol=1e-4)
     settings = {"until": [], "max_gen_toks": 4}
     texts = lm.generate_until(instances("generate_until", *((a, settings) for a, _ in pairs)), disable_tqdm=True)
@@ -216,15 +221,29 @@ def test_what_cannot_be_is_refused_in_one_line(lm: Any, kind: str, arguments: tu
     assert "\n" not in str(caught.value)
 
 
-def test_generation_settings_become_ours(lm: Any):
+def test_generation_settings_become_ours(lm: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    def params_of(settings: dict[str, Any]) -> SamplingParams:
+        lm.generate_until(instances("generate_until", ("hello", settings)), disable_tqdm=True)
+        return asked.pop()
+
+    asked: list[SamplingParams] = []
+    generate = llm.generate
+
+    def recording(prompts: Any, params: Any) -> Any:
+        asked.extend(params)
+        return generate(prompts, params)
+
+    monkeypatch.setattr(llm, "generate", recording)
     given = {"until": ["\n", "<|im_end|>", ""], "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5}
-    params = lm._sampling_params(given | {"max_new_tokens": 9, "num_beams": 1})
+    params = params_of(given | {"max_new_tokens": 9, "num_beams": 1})
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.7, 0.9, 5, 9)
     assert params.stop == ("\n", "<|im_end|>")
     assert params.stop_token_ids == tuple(lm.tok_encode("<|im_end|>"))  # no text shows it
     assert given["until"] == ["\n", "<|im_end|>", ""]
-    greedy = lm._sampling_params({"until": "x", "do_sample": False, "temperature": 0.0})
-    assert (greedy.temperature, greedy.stop, greedy.max_tokens) == (0.0, ("x",), 256)
+    greedy = params_of({"until": "x", "max_gen_toks": 5, "do_sample": False, "temperature": 0.0})
+    assert (greedy.temperature, greedy.stop, greedy.max_tokens) == (0.0, ("x",), 5)
+    with pytest.raises(ValueError, match="an answer of max_gen_toks=256 leaves no room"):
+        params_of({"until": "x"})
 
 
 def test_draws_follow_the_harness_seed(lm: Any, tasks: Path):
@@ -261,15 +280,14 @@ def test_chats_are_rendered_as_the_checkpoint_has_them(lm: Any, llm: LLM, tasks:
 def test_a_template_that_refuses_system_messages_gets_none(
     lm: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    template = llm.tokenizer._template()  # type: ignore[union-attr]
-    render = template.render
+    render = ChatTemplate.render
 
-    def refuse(messages: Any, **options: Any) -> str:
+    def refuse(self: ChatTemplate, messages: Any, **options: Any) -> str:
         if messages[0]["role"] == "system":
             raise ValueError("tiny: the chat template failed: no system messages")
-        return render(messages, **options)
+        return render(self, messages, **options)
 
-    monkeypatch.setattr(template, "render", refuse)
+    monkeypatch.setattr(ChatTemplate, "render", refuse)
     chat = [{"role": "user", "content": "hello"}]
     with caplog.at_level(logging.WARNING, "lserve_jax"):
         told = lm.apply_chat_template([{"role": "system", "content": "Be brief."}, *chat])
@@ -277,16 +295,19 @@ def test_a_template_that_refuses_system_messages_gets_none(
     assert "refuses the system message" in caplog.text
 
 
-def test_a_text_that_begins_with_the_beginning_token_gets_no_second_one(lm: Any, monkeypatch: pytest.MonkeyPatch):
-    flags = []
+def test_a_text_that_begins_with_the_beginning_token_gets_no_second_one(
+    lm: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch
+):
+    assert llm.tokenizer is not None
+    begin, flags = llm.tokenizer.decode([lm.prefix_token_id], skip_special_tokens=False), []
 
     def encode(text: str, *, add_special_tokens: bool) -> list[int]:
         flags.append(add_special_tokens)
         return [1]
 
-    monkeypatch.setattr(lm._tokenizer, "encode", encode)
+    monkeypatch.setattr(llm.tokenizer, "encode", encode)
     lm.tok_encode("hello")
-    lm.tok_encode(f"{lm._prefix_text}hello")
+    lm.tok_encode(f"{begin}hello")
     lm.tok_encode("hello", add_special_tokens=False)
     assert flags == [True, False, False]
 
@@ -309,7 +330,6 @@ def test_each_call_saves_its_results(lm: Any, llm: LLM, monkeypatch: pytest.Monk
     """An evaluation that is stopped keeps what it had: the hook hears of every call's results."""
     kept: list[Any] = []
     monkeypatch.setattr(lm, "cache_hook", type("Hook", (), {"add_partial": lambda self, *row: kept.append(row)})())
-    monkeypatch.setattr("lserve_jax.evaluation.harness_model.ROUNDS", 1)
     score, calls = llm.score, []
 
     def failing(*arguments: Any) -> Any:
@@ -320,8 +340,11 @@ def test_each_call_saves_its_results(lm: Any, llm: LLM, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(llm, "score", failing)
     with pytest.raises(RuntimeError, match="stopped"):
-        lm.loglikelihood(instances("loglikelihood", *(("abc"[:n], "d") for n in (1, 2, 3))), disable_tqdm=True)
-    assert [(kind, key) for kind, key, _ in kept] == [("loglikelihood", ("abc", "d")), ("loglikelihood", ("ab", "d"))]
+        lm.loglikelihood(instances("loglikelihood", *(("a" * n, "d") for n in range(1, 40))), disable_tqdm=True)
+    assert kept and len(kept) == len(calls[0][0])
+    assert [(kind, key) for kind, key, _ in kept] == [
+        ("loglikelihood", ("a" * n, "d")) for n in range(39, 39 - len(kept), -1)
+    ]
     asked = ("abc", {"until": ["\n"], "max_gen_toks": 4})
     (text,) = lm.generate_until(instances("generate_until", asked), disable_tqdm=True)
     assert kept[-1] == ("generate_until", asked, text)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from lserve_jax.evaluation import haystack
 from lserve_jax.evaluation.haystack import Hay, cut, insert, open_haystack
 from lserve_jax.evaluation.length import fit
 from lserve_jax.evaluation.matching import matching_start, string_match_all, string_match_part
@@ -58,18 +57,21 @@ def test_tasks_hide_their_needles_in_the_users_texts(name: str, tmp_path: Path) 
         ({}, "no text in it"),
         ({"a.txt": b" \n"}, "no text in it"),
         ({"a.txt": b"ok.", "b.md": b"ab\xff"}, "b.md is not UTF-8 text (byte 2)"),
-        ({"a.txt": b"x" * 50, "b.txt": b"y" * 60}, "0 MiB of text, at most 0 MiB are read"),
+        ({"a.txt": 32 * 2**20, "b.txt": 33 * 2**20}, "65 MiB of text, at most 64 MiB are read"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused_in_a_line(
-    content: dict[str, bytes] | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: dict[str, bytes | int] | None, message: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(haystack, "_MAX_BYTES", 100)
     folder = tmp_path / "texts"
     if content is not None:
         folder.mkdir()
         for name, data in content.items():
-            (folder / name).write_bytes(data)
+            with (folder / name).open("wb") as file:
+                if isinstance(data, int):  # a hole of so many bytes, which takes no room on the disk
+                    file.truncate(data)
+                else:
+                    file.write(data)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         open_haystack(folder)
     assert str(folder) in str(error.value)

@@ -101,6 +101,7 @@ def test_a_sample_is_a_function_of_its_request(name: str) -> None:
     assert len({sample.references for sample in (make(name, index=index) for index in range(8))}) >= 6
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_in_every_process() -> None:
     program = (
         "import hashlib; from tests.lserve_jax.evaluation.test_tasks import TASKS, make;"

@@ -1,8 +1,7 @@
 """Compiled programs: compiled once, in the background where nobody waits, and again after a failure."""
 
 import threading
-import time
-from concurrent.futures import wait
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +11,35 @@ import pytest
 
 from lserve_jax.runtime.programs import Call, Programs
 
+GUARD_S = 600.0
+"""How long a test waits for what must happen, before it fails; a busy machine takes a while."""
+FOREVER_S = threading.TIMEOUT_MAX
+
 
 def double(x: jax.Array) -> jax.Array:
     return 2 * x
+
+
+def tracing(event: threading.Event) -> Callable[[jax.Array], jax.Array]:
+    """A program that says when it is compiled."""
+
+    def step(x: jax.Array) -> jax.Array:
+        event.set()
+        return x
+
+    return step
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets how long programs wait for each other: for ever, or not at all, so that no test is a race of clocks."""
+
+    def set_to(*, patience: float = FOREVER_S, head_start: float = FOREVER_S) -> None:
+        monkeypatch.setattr("lserve_jax.runtime.programs._PATIENCE_S", patience)
+        monkeypatch.setattr("lserve_jax.runtime.programs._HEAD_START_S", head_start)
+
+    set_to()
+    return set_to
 
 
 def test_a_program_is_compiled_once_and_its_name_told():
@@ -26,16 +51,18 @@ def test_a_program_is_compiled_once_and_its_name_told():
     assert programs.compile_seconds > 0
 
 
-def test_a_program_is_loaded_before_the_next_begins():
+def test_a_program_is_loaded_before_the_next_begins(waits: Callable[..., None]):
     """Two at once would take the interpreter's lock from each other."""
     order: list[str] = []
+    begun = threading.Event()
 
     def first(x: jax.Array) -> jax.Array:
-        time.sleep(0.2)
+        begun.wait(0.2)  # in vain: long enough for a second one that does not wait to begin
         order.append("first")
         return x
 
     def second(x: jax.Array) -> jax.Array:
+        begun.set()
         order.append("second")
         return x
 
@@ -44,66 +71,61 @@ def test_a_program_is_loaded_before_the_next_begins():
     assert order == ["first", "second"]
 
 
-def test_a_started_program_is_waited_for_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lserve_jax.runtime.programs._PATIENCE_S", 0.1)
+def test_a_started_program_is_waited_for_only_where_it_is_needed(waits: Callable[..., None]):
+    waits(patience=0.0)
     entered, leave = threading.Event(), threading.Event()
 
     def slow(x: jax.Array) -> jax.Array:
         entered.set()
-        assert leave.wait(60)
+        assert leave.wait(GUARD_S)
         return x + 1
 
     programs = Programs()
     slow_call = Call("slow", jax.jit(slow), (np.ones(2, np.float32),), {})
     fast_call = Call("double", jax.jit(double), (np.ones(2, np.float32),), {})
     programs.start([slow_call, fast_call])
-    assert entered.wait(60)
+    assert entered.wait(GUARD_S)
     assert programs.run(fast_call).tolist() == [2, 2]
     leave.set()
     assert programs.run(slow_call).tolist() == [2, 2]
 
 
-def test_a_program_may_wait_until_another_has_run():
+def test_a_program_may_wait_until_another_has_run(waits: Callable[..., None]):
     """The first token's own work is not to share the interpreter's lock with what comes after it."""
     x, programs, traced = (np.ones(1, np.float32),), Programs(), threading.Event()
-
-    def later(x: jax.Array) -> jax.Array:
-        traced.set()
-        return x
-
-    first, then = Call("double", jax.jit(double), x, {}), Call("later", jax.jit(later), x, {})
+    first, then = Call("double", jax.jit(double), x, {}), Call("later", jax.jit(tracing(traced)), x, {})
     programs.start([first, then], later=["later"])
     programs.compile([first])
     assert not traced.wait(0.2)
     programs.run(first)
-    assert traced.wait(2.0)
+    assert traced.wait(GUARD_S)
     assert programs.run(then).tolist() == [1]
 
 
-def test_no_program_waits_for_one_that_does_not_run(monkeypatch: pytest.MonkeyPatch):
-    """What is asked for begins at once, and the rest soon."""
-    monkeypatch.setattr("lserve_jax.runtime.programs._HEAD_START_S", 30.0)
+def test_what_is_asked_for_begins_at_once(waits: Callable[..., None]):
+    """The program before it never runs, and it would wait for that for ever."""
     x, programs = (np.ones(1, np.float32),), Programs()
     calls = [Call(name, jax.jit(double), x, {}) for name in ("double", "again")]
     programs.start(calls, later=["again"])
-    begin = time.perf_counter()
     assert programs.run(calls[1]).tolist() == [2]
-    assert time.perf_counter() - begin < 10
-    monkeypatch.setattr("lserve_jax.runtime.programs._HEAD_START_S", 0.1)
-    others = [Call(name, jax.jit(double), x, {}) for name in ("third", "fourth")]
-    programs.start(others, later=["fourth"])
-    wait([program.compiled for program in programs._programs.values()], timeout=10)
-    assert all(program.compiled.done() for program in programs._programs.values())
 
 
-def test_a_failed_run_holds_nothing_back(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lserve_jax.runtime.programs._HEAD_START_S", 30.0)
-    x, programs = (np.ones(1, np.float32),), Programs()
-    calls = [Call(name, jax.jit(double), x, {}) for name in ("double", "again")]
-    programs.start(calls, later=["again"])
+def test_no_program_waits_long_for_one_that_does_not_run(waits: Callable[..., None]):
+    waits(head_start=0.1)
+    x, programs, traced = (np.ones(1, np.float32),), Programs(), threading.Event()
+    programs.start(
+        [Call("double", jax.jit(double), x, {}), Call("again", jax.jit(tracing(traced)), x, {})], later=["again"]
+    )
+    assert traced.wait(GUARD_S)
+
+
+def test_a_failed_run_holds_nothing_back(waits: Callable[..., None]):
+    x, programs, traced = (np.ones(1, np.float32),), Programs(), threading.Event()
+    first = Call("double", jax.jit(double), x, {})
+    programs.start([first, Call("again", jax.jit(tracing(traced)), x, {})], later=["again"])
     with pytest.raises(TypeError):
-        programs.run(calls[0]._replace(args=(np.ones(3, np.float32),)))
-    assert not wait([programs._programs["again"].compiled], timeout=10).not_done
+        programs.run(first._replace(args=(np.ones(3, np.float32),)))
+    assert traced.wait(GUARD_S)
 
 
 def test_arguments_may_be_gone_while_a_program_compiles():

@@ -1,9 +1,14 @@
+import itertools
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from lserve_jax.text.chat_template import ChatTemplate
+from lserve_jax.text import jinja_budget
+from lserve_jax.text.chat_template import SLACK, ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
 BIG = "{% set x = 'x' * 1000000 %}"  # near the largest text allowed
@@ -155,8 +160,36 @@ def test_the_sandbox_is_shut(template: str):
         "{% for i in range(90000) %}" + "x" * 1000 + "{% endfor %}",
     ],
 )
-def test_a_malicious_template_is_stopped_soon(template: str):
-    start = time.perf_counter()
-    with pytest.raises(ValueError, match=r"^file\.jinja: the chat template (failed|is not valid Jinja): "):
+def test_a_malicious_template_is_stopped_soon(template: str, monkeypatch: pytest.MonkeyPatch):
+    """Work is counted in calls, which are the same on a busy machine: a few per step or character that is allowed."""
+    assert jinja_budget.MAX_STEPS <= 1_000_000
+    monkeypatch.setattr(jinja_budget, "MAX_STEPS", 100_000)
+    message = rf"^file\.jinja: the chat template (failed|is not valid Jinja): .*({REFUSED})"
+    with pytest.raises(ValueError, match=message), counted_calls() as calls:
         render(template)
-    assert time.perf_counter() - start < 20  # seconds; the slowest takes 3
+    assert next(calls) < 100 * jinja_budget.MAX_STEPS + 10 * SLACK
+
+
+REFUSED = "|".join(
+    [
+        r"more than [\d,]+ (loop turns and calls|characters written)",
+        r"a value of [\d,]+ characters or items where [\d,]+ are allowed",
+        r"the number -?\d+ handed to a function where at most 10,000 is allowed",
+        r"a format with a width above 9,999 or taken from an argument",
+        r"maximum recursion depth exceeded",
+        r"access to attribute '(expandtabs|translate)' of 'str' object is unsafe",
+        r"'lipsum' is undefined",
+        r"No filter named 'wordwrap'",
+    ]
+)
+
+
+@contextmanager
+def counted_calls() -> Iterator[Iterator[int]]:
+    """Counts how often functions of Python and C are entered or left, which the next number then says."""
+    calls, before = itertools.count(), sys.getprofile()
+    sys.setprofile(lambda *_: next(calls) and None)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(before)
