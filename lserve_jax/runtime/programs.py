@@ -38,7 +38,7 @@ class Call(NamedTuple):
 
 
 class _Program(NamedTuple):
-    """A program; ``is_due`` ends its wait before compilation, ``next_is_due`` (set once it has run) that of the next."""
+    """A program; ``is_due`` ends its wait before compilation, ``next_is_due`` (set after its run) that of the next."""
 
     compiled: Future[Any]
     is_due: threading.Event
