@@ -1,4 +1,4 @@
-"""The parts of a Llama-family layer that are neither attention nor weights: projections, norms and rotary positions."""
+"""Parts of the Llama family besides attention and rotary positions: projections, norms, and the loop over layers."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -79,7 +79,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x²) + epsilon) · scale`` over the last axis; the mean in float32."""
+    """``x / sqrt(mean(x²) + epsilon) · scale`` over the last axis, with the mean in float32."""
 
     epsilon: float
     dtype: jnp.dtype

@@ -125,7 +125,7 @@ def _load_tensor(read: ReadTensor, tensor: Tensor, dtype: np.dtype, index: tuple
     if index is not None:
         axis, order = index
         held = np.take(held, order, axis)
-    return jax.device_put(np.array(held, dtype))  # a copy, because jax may keep it and `read` may return mapped memory
+    return jax.device_put(np.array(held, dtype))  # a copy: jax may keep it, and ``read`` may return mapped memory
 
 
 def set_leaf(params: Params, path: tuple[str, ...], value: Any) -> None:
