@@ -213,7 +213,7 @@ class Engine:
             self.programs.compile(self._first_calls(plan))
 
     def _start_first(self, plan: Prefill) -> None:
-        """Starts to compile all programs of a request; after a prompt of one chunk, decoding comes last."""
+        """Starts to compile all programs of a request; decoding waits for the first token of a one-chunk prompt."""
         calls = self._first_calls(plan)
         self.programs.start(calls, later=[call.name for call in calls[2:]] if plan.is_last else ())
 

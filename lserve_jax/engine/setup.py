@@ -175,7 +175,7 @@ def model_settings(checkpoint: Checkpoint, head_pattern: str | Path | None = Non
 def _head_classes(
     checkpoint: Checkpoint, policy: AttentionConfig, head_pattern: str | Path | None, assume_streaming: bool
 ) -> HeadClasses | None:
-    """Returns the head classes of the policy and the pattern; None (all retrieval) if there is no pattern."""
+    """Returns the head classes of the policy and the pattern; None (all retrieval) without sparsity or a pattern."""
     layers, heads = checkpoint.config.num_layers, checkpoint.config.num_kv_heads
     if policy.static_sparsity == 0:
         return None
