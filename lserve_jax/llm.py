@@ -27,8 +27,9 @@ type OnProgress = Callable[[str, int, int], None]
 class LLM:
     """A model, its KV cache and its compiled steps.
 
-    Sequences are batched continuously; results depend on neither batch-mates nor their order. Several streams may be
-    open at once and share the batch. One thread at a time: a second one that enters gets a `RuntimeError`.
+    Sequences are batched continuously; results depend neither on the other sequences of a batch nor on their order.
+    Several streams may be open at once and share the batch. A thread that enters while another is inside gets a
+    `RuntimeError`.
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class LLM:
 
         Args:
           model: folder, GGUF file, converted checkpoint, hub id, or the name of the embedded model.
-          tokenizer: folder or GGUF file to take the tokenizer from instead.
-          on_progress: called as the work goes on, see `OnProgress`.
+          tokenizer: folder or GGUF file with the tokenizer; None takes that of the model.
+          on_progress: called as the work proceeds, see `OnProgress`.
           **settings: see `lserve_jax.engine.setup.prepare`: ``attention`` (preset), ``kv_dtype``, ``max_model_len``,
             ``max_num_seqs``, ``head_pattern``, ``token_budget``, … .
 
         Raises:
-          ValueError: for a model or setting that cannot be, in one line; before any weight is loaded, where possible.
+          ValueError: if a model or setting is invalid, in one line; if possible, before any weight is loaded.
         """
         self._start(prepare(model, **settings), tokenizer, on_progress, None)
 
@@ -62,13 +63,13 @@ class LLM:
         on_progress: OnProgress | None = None,
         expected_tokens: int | None = None,
     ) -> "LLM":
-        """Returns the model that `lserve_jax.engine.setup.prepare` has opened, loaded.
+        """Returns the loaded model of a setup.
 
         Args:
-          setup: what was opened.
-          tokenizer: as for `LLM`, or one that is open already.
+          setup: the result of `lserve_jax.engine.setup.prepare`.
+          tokenizer: as for `LLM`, or an open tokenizer.
           on_progress: as for `LLM`.
-          expected_tokens: of the prompt that will come first: its programs are compiled while weights load.
+          expected_tokens: tokens of the first prompt, whose programs are compiled while weights load.
         """
         llm = cls.__new__(cls)
         llm._start(setup, tokenizer, on_progress, expected_tokens)
@@ -114,22 +115,22 @@ class LLM:
 
     @property
     def compile_seconds(self) -> float:
-        """Seconds spent compiling so far."""
+        """Returns the seconds spent compiling so far."""
         return self.engine.programs.compile_seconds
 
     @property
     def implementations(self) -> tuple[Choice, ...]:
-        """Which implementation each attention op took in the programs compiled so far, and why others refused."""
+        """Returns the implementation of each attention op in the programs compiled so far, and why others refused."""
         return self.engine.programs.choices
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """The tokens at which the model ends a text or a turn: the tokenizer's, then the checkpoint's."""
+        """Returns the tokens at which the model ends a text or a turn: the tokenizer's, then the checkpoint's."""
         own = () if self.tokenizer is None else self.tokenizer.eos_token_ids
         return tuple(dict.fromkeys((*own, *self.config.model.eos_token_ids)))
 
     def default_sampling_params(self) -> SamplingParams:
-        """Returns the checkpoint's own sampling settings (generation_config.json), greedy where it names none."""
+        """Returns the sampling settings in the checkpoint's ``generation_config.json``, greedy if it names none."""
         return default_sampling_params(self.setup.checkpoint)
 
     def generate(
@@ -141,7 +142,7 @@ class LLM:
 
         Args:
           prompts: strings or lists of token ids; one or several.
-          sampling_params: one for all, or one each; None takes `default_sampling_params`.
+          sampling_params: one for all, or one per prompt; None takes `default_sampling_params`.
 
         Raises:
           ValueError: if a prompt is empty or too long, or the numbers of prompts and settings differ; nothing has run.
@@ -173,7 +174,7 @@ class LLM:
         return self.generate([self.render_chat(messages)], sampling_params)[0]  # type: ignore[arg-type]
 
     def render_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the token ids of a conversation in the checkpoint's own chat format, ready for the answer."""
+        """Returns the token ids of a conversation in the checkpoint's chat format, up to the start of the answer."""
         return self._need_tokenizer("a chat").apply_chat_template(list(messages))
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[TextChunk]:
@@ -185,7 +186,7 @@ class LLM:
     def stream_output(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[tuple[TextChunk, RequestOutput | None]]:
-        """Yields chunks as `stream` does, and at the last one the finished output."""
+        """Yields chunks as `stream` does, and with the last one the finished output."""
         generation = self._generation(prompt, sampling_params or self.default_sampling_params())
         for _ in self._run([generation]):
             is_done = generation.finish_reason is not None
@@ -199,17 +200,17 @@ class LLM:
     def prompt_logprobs(self, token_ids: Prompt) -> np.ndarray:
         """Returns the log-probabilities [T - 1] float32 of a prompt's tokens from the second on.
 
-        Natural logarithms, each given all tokens before; through prefill: streaming heads are at work, page selection
-        is not (see `score`).
+        These are natural logarithms, each given all tokens before it. They come from prefill, in which streaming heads
+        are active and page selection is not (see `score`).
         """
         with self._alone() as engine:
             return engine.prompt_logprobs(self._encode(token_ids))
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[ScoreOutput]:
-        """Returns what the model thinks of given continuations of prompts, in order.
+        """Returns the model's scores of given continuations of prompts, in order.
 
-        A prompt goes through prefill and its continuation through decode steps, as if the model had generated it: page
-        selection is at work as in generation.
+        A prompt goes through prefill and its continuation through decode steps, as if the model had generated it, so
+        page selection is active as in generation.
 
         Raises:
           ValueError: if either is empty, they are too long together, or their numbers differ; nothing has run.
@@ -248,8 +249,8 @@ class LLM:
         return self.tokenizer
 
     def _encode(self, prompt: Prompt, *, is_start: bool = True) -> tuple[int, ...]:
-        """Returns the tokens of a prompt, each one of the model's vocabulary; ``is_start`` if nothing stands before."""
-        if not len(prompt):  # before encoding: a tokenizer may put a token before even an empty text
+        """Returns the tokens of a prompt, all in the model's vocabulary; ``is_start`` if no text precedes it."""
+        if not len(prompt):  # before encoding, because a tokenizer may add a token even to an empty text
             raise ValueError("the prompt is empty: give at least one token")
         if isinstance(prompt, str):
             ids = self._need_tokenizer("a text prompt").encode(prompt, add_special_tokens=is_start)
@@ -262,7 +263,7 @@ class LLM:
         return tuple(int(token) for token in ids)
 
     def _generation(self, prompt: Prompt, params: SamplingParams) -> Generation:
-        """Returns a request whose prompt is encoded and whose stop tokens include the model's own."""
+        """Returns a request whose prompt is encoded and whose stop tokens include the model's end tokens."""
         ids = self._encode(prompt)
         if params.stop:
             self._need_tokenizer("a stop string")
@@ -273,7 +274,7 @@ class LLM:
         return Generation(request, self.tokenizer, self.compile_seconds)
 
     def _run(self, generations: Sequence[Generation]) -> Iterator[None]:
-        """Runs requests to their end, yielding after each device call."""
+        """Runs requests to their end; yields after each device call."""
         for brought in self.session.run(generations):
             for one in brought:
                 if one.is_prefill:

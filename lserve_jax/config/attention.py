@@ -11,7 +11,7 @@ from lserve_jax.config.settings import settings
 KV_DTYPES = ("bfloat16", "float32", "int8", "int4")
 REDUCTIONS = ("max", "mean")
 ALL = "all"
-"""The ``token_budget`` of `from_preset` and of the command lines that reads all pages."""
+"""The value of ``token_budget``, in `from_preset` and on command lines, that reads all pages."""
 _OF_BUDGET = "the preset's, or what suits the budget: {} from 4096 tokens"
 
 
@@ -19,9 +19,9 @@ _OF_BUDGET = "the preset's, or what suits the budget: {} from 4096 tokens"
 class AttentionConfig:
     """Which tokens and pages attention reads, and how pages are stored (LServe sections 3.2–3.5).
 
-    Dense attention is a setting of it. ``preset`` names the preset that a configuration started from; the "help" of
-    every other field says what the field does, and is what ``--help`` prints. A ``token_budget`` of None reads all
-    pages. See `pallas_kernels.page_select` for the fields of the page selector.
+    Dense attention is one setting of it. ``preset`` names the preset that a configuration started from. The "help" of
+    every other field says what the field does; ``--help`` prints it. A ``token_budget`` of None reads all pages. See
+    `pallas_kernels.page_select` for the fields of the page selector.
     """
 
     preset: str = "lserve"
@@ -136,26 +136,26 @@ class AttentionConfig:
 
     @property
     def sink_pages(self) -> int:
-        """Pages at the start that are always selected: the first one, which holds the attention sinks.
+        """Returns how many pages at the start are always selected: 1, the page of the attention sinks, or 0.
 
-        Forcing all pages of ``sink`` would take a third of a small budget (4 pages of 16); where they matter, the
-        selector finds them.
+        Forcing all pages of ``sink`` would take a third of a small budget (4 pages of 16 tokens); the selector finds
+        them where they matter.
         """
         return int(self.is_sink_forced and self.sink > 0)
 
     @property
     def forced_pages(self) -> int:
-        """Pages that every selection holds: the first and those written since the last selection."""
+        """Returns how many pages every selection contains: the first, and those written since the last selection."""
         return self.sink_pages + (self.selector_interval + self.page_size - 2) // self.page_size + 1
 
     @property
     def prefill_window(self) -> int:
-        """Newest tokens whose pages a prefill keeps: also those that the first decode step looks back on."""
+        """Returns the newest tokens whose pages a prefill keeps, including those that the first decode step reads."""
         return max(self.prefill_local, self.local)
 
     @property
     def num_selected(self) -> int | None:
-        """Pages per selection; None for all."""
+        """Returns the pages per selection; None for all."""
         return None if self.token_budget is None else self.token_budget // self.page_size
 
 
@@ -183,20 +183,20 @@ _SMALL_PAGES: tuple[tuple[int, dict[str, Any]], ...] = (
     (2048, {"page_size": 16, "sub_page_size": 4, "has_lookahead": True}),
     (4096, {"page_size": 32, "sub_page_size": 8}),
 )
-"""Budget in tokens, and the fields that replace the defaults below it: a selection needs many pages."""
+"""Token budgets, and the fields that replace the defaults below each: a selection needs many pages."""
 
 
 def from_preset(preset: str, /, *, of_model: Mapping[str, Any] | None = None, **overrides: Any) -> AttentionConfig:
     """Returns a preset with some fields replaced.
 
-    Where neither preset nor overrides name a page size, it follows from the budget: 64 tokens; 32 at budgets below
-    4096; 16 with lookahead at budgets below 2048, with sub-pages of 2 below 512 (docs/accuracy.md).
+    If neither preset nor overrides name a page size, it follows from the budget: 64 tokens per page; 32 at budgets
+    below 4096; 16 with lookahead at budgets below 2048, with sub-pages of 2 below 512 (docs/accuracy.md).
 
     Args:
       preset: a key of `PRESETS`.
       of_model: fields that suit the model; they replace the preset's if the preset lets heads stream.
-      **overrides: fields by name. None means "not named" and keeps the value that the field would have without it;
-        ``token_budget="all"`` reads all pages whatever the preset's budget.
+      **overrides: fields by name. A field that is None counts as not named. ``token_budget="all"`` reads all pages,
+        whatever the preset's budget is.
 
     Raises:
       ValueError: if the preset or a field is unknown, or a value is out of range.
@@ -219,7 +219,7 @@ def from_preset(preset: str, /, *, of_model: Mapping[str, Any] | None = None, **
 
 
 def default_pages(preset: str, token_budget: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the page fields that suit a budget; none where the preset or ``chosen`` names a page size."""
+    """Returns the page fields that suit a budget, empty if the preset or ``chosen`` names a page size."""
     chosen = {**PRESETS[preset], **chosen}
     if chosen.keys() & {"page_size", "sub_page_size"}:
         return {}

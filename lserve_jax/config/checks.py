@@ -1,11 +1,11 @@
-"""The check of whole numbers, said once for every setting."""
+"""The one check of whole numbers for all settings."""
 
 from numbers import Integral
 from typing import Any
 
 
 def require_whole(name: str, value: Any, least: int = 1) -> int:
-    """Returns the value as a plain `int`; ValueError unless it is a whole number from ``least``."""
+    """Returns the value as a plain `int`; raises `ValueError` unless it is a whole number from ``least``."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number from {least}")
     return int(value)

@@ -1,4 +1,4 @@
-"""Which KV heads keep the whole context (retrieval) and which only sink and window (streaming)."""
+"""The classes of KV heads: retrieval heads keep the whole context, streaming heads only sink and window."""
 
 import json
 import math
@@ -19,8 +19,8 @@ class HeadClasses:
     """The class of every KV head, as the order in which the weights are loaded.
 
     Attributes:
-        order: per layer, the checkpoint's KV heads: retrieval heads first, ascending inside each class.
-        num_retrieval: per layer, how many of them are retrieval heads: 0 to all.
+      order: per layer, the checkpoint's KV heads: retrieval heads first, ascending inside each class.
+      num_retrieval: per layer, how many of them are retrieval heads: 0 to all.
     """
 
     order: tuple[tuple[int, ...], ...]
@@ -29,7 +29,7 @@ class HeadClasses:
     def __post_init__(self) -> None:
         if not self.order or len(self.order) != len(self.num_retrieval):
             got = f"{len(self.order)} and {len(self.num_retrieval)}"
-            raise ValueError(f"order and num_retrieval must have one entry a layer, got {got}")
+            raise ValueError(f"order and num_retrieval must have one entry per layer, got {got}")
         for layer, (heads, count) in enumerate(zip(self.order, self.num_retrieval, strict=True)):
             if not 0 <= count <= self.num_kv_heads:
                 raise ValueError(f"layer {layer}: num_retrieval must be 0 to {self.num_kv_heads}, got {count}")
@@ -40,17 +40,17 @@ class HeadClasses:
 
     @property
     def num_layers(self) -> int:
-        """Returns L."""
+        """Returns the number of layers."""
         return len(self.order)
 
     @property
     def num_kv_heads(self) -> int:
-        """Returns K."""
+        """Returns the number of KV heads per layer."""
         return len(self.order[0])
 
     @property
     def is_permuted(self) -> bool:
-        """Returns whether any layer's heads are loaded in another order than the checkpoint's."""
+        """Returns whether the order of heads in any layer differs from the checkpoint's."""
         return any(heads != tuple(range(self.num_kv_heads)) for heads in self.order)
 
     @classmethod
@@ -60,12 +60,12 @@ class HeadClasses:
 
 
 def load_gates(folder: Path, num_layers: int, num_kv_heads: int) -> NDArray[np.float64]:
-    """Returns the gate of every KV head, `[L, K]`, clipped to [0, 1], from a folder in DuoAttention's format.
+    """Returns the gate of every KV head, [L, K], clipped to [0, 1], from a folder in DuoAttention's format.
 
-    Training leaves some published gates slightly outside [0, 1] (-0.0014 to 1.0), hence the clip.
+    Clipping is needed because training leaves some published gates slightly outside [0, 1] (-0.0014 to 1.0).
 
     Raises:
-        ValueError: the file is missing, is not a rectangle of finite numbers, or belongs to a model of another shape.
+      ValueError: if the file is missing, is not a rectangle of finite numbers, or belongs to a model of another shape.
     """
     path = Path(folder) / GATES_FILE
     rows, problems = _parse_rows(path)
@@ -79,12 +79,12 @@ def load_gates(folder: Path, num_layers: int, num_kv_heads: int) -> NDArray[np.f
 
 
 def load_settings(folder: Path) -> dict[str, Any]:
-    """Returns what a pattern's ``config.json`` names under ``attention``: the fields of `AttentionConfig` that suit it.
+    """Returns the fields of `AttentionConfig` that suit a pattern, from ``attention`` in its ``config.json``.
 
-    A pattern is good for the windows that it was found with. Patterns from elsewhere name none, and then it is empty.
+    A pattern suits the windows that it was found with. Patterns of other projects name none; the result is then empty.
 
     Raises:
-        ValueError: the file cannot be read as such, in one line.
+      ValueError: if the file, or its ``attention``, is not a JSON object; in one line.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
@@ -99,7 +99,7 @@ def load_settings(folder: Path) -> dict[str, Any]:
 
 
 def _parse_rows(path: Path, max_problems: int = 5) -> tuple[list[list[float]], list[str]]:
-    """Returns the file's numbers by line, and what is wrong with single values (the first few)."""
+    """Returns the numbers of each line, and the first ``max_problems`` problems of single values."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -121,7 +121,7 @@ def _parse_rows(path: Path, max_problems: int = 5) -> tuple[list[list[float]], l
 
 
 def _finite(field: str) -> float:
-    """Returns the number that a field spells; NaN where it spells none, or an infinity."""
+    """Returns a field as a number; NaN if it is not a finite number."""
     try:
         value = float(field)
     except ValueError:
@@ -130,18 +130,18 @@ def _finite(field: str) -> float:
 
 
 def classify(gates: NDArray[np.floating], static_sparsity: float, quota: str = "model") -> HeadClasses:
-    """Returns the classes that make exactly `round(static_sparsity * heads)` heads streaming: the lowest gates.
+    """Returns classes that make the ``round(static_sparsity * heads)`` heads with the lowest gates streaming heads.
 
-    `heads` is `L * K` for quota "model" (the default), or `K` in each layer for quota "layer". Among heads whose gates
-    are equal, the one that comes first by (layer, head) is the retrieval head. This is LServe's rule, `gate >= the
-    s-quantile of the gates` (arXiv 2502.14866), with an order in place of the noise by which the released code breaks
-    ties. That early heads win is what gives the published counts: 1, 1, 3, 2, 2, 4... retrieval heads a layer for
-    Llama-3-8B-Instruct-Gradient-1048k at 0.5, where three heads tie at the threshold.
+    ``heads`` is ``L * K`` for quota "model" (the default), or ``K`` in each layer for quota "layer". Among heads with
+    equal gates, the first by (layer, head) is the retrieval head. This is LServe's rule, ``gate >= the s-quantile of
+    the gates`` (arXiv 2502.14866), except that order breaks ties; the released code breaks them by noise. This order
+    gives the published counts, 1, 1, 3, 2, 2, 4... retrieval heads per layer, for Llama-3-8B-Instruct-Gradient-1048k at
+    0.5, where three heads tie at the threshold.
 
     Args:
-        gates: `[L, K]`, finite.
-        static_sparsity: the share of streaming heads, 0 to 1. `round` is Python's: halves go to the even number.
-        quota: "model" ranks all heads together, so that layers differ; "layer" gives each layer the same count.
+      gates: [L, K], finite.
+      static_sparsity: the share of streaming heads, 0 to 1. `round` is Python's: it rounds halves to the even number.
+      quota: "model" ranks all heads together, so that layers differ; "layer" gives each layer the same count.
     """
     if gates.ndim != 2 or not gates.size or not np.isfinite(gates).all():
         raise ValueError(f"gates must be finite and [layers, KV heads], got shape {gates.shape}")
@@ -158,7 +158,7 @@ def classify(gates: NDArray[np.floating], static_sparsity: float, quota: str = "
 
 
 def _highest(gates: NDArray[np.floating], static_sparsity: float) -> NDArray[np.bool_]:
-    """Returns which of `gates` [n] are among the `n - round(static_sparsity * n)` highest; earlier ones win ties."""
+    """Returns which of ``gates`` [n] are among the ``n - round(static_sparsity * n)`` highest; the first win ties."""
     ranked = np.argsort(-gates, kind="stable")
     kept = ranked[: gates.size - round(static_sparsity * gates.size)]
     return np.isin(np.arange(gates.size), kept)

@@ -1,4 +1,4 @@
-"""Reads Hugging Face's `config.json` into a `ModelConfig`: one table of architectures, every problem in one line."""
+"""Reads Hugging Face's ``config.json`` into a `ModelConfig`: one table of architectures, all problems in one line."""
 
 import math
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ from lserve_jax.config.model import (
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What sets one model type of Hugging Face apart from the others; a row of `ARCHITECTURES`.
+    """How one model type of Hugging Face differs from the others; a row of `ARCHITECTURES`.
 
-    A bias is there "always", "never", or where the checkpoint's `attention_bias` / `mlp_bias` says so ("config"). The
-    sliding window counts "never", whenever it is not null ("given"), or with `use_sliding_window` ("switched").
+    A bias exists "always", "never", or if the checkpoint's ``attention_bias`` / ``mlp_bias`` is true ("config"). The
+    sliding window applies "never", if it is not null ("given"), or if ``use_sliding_window`` is true ("switched").
     """
 
     hf_class: str
@@ -37,7 +37,7 @@ class Architecture:
     eos_token_id: int | None = None
 
 
-# Keys are `model_type`; the defaults are those of the configuration classes of transformers.
+# Keys are values of ``model_type``; the defaults are those of the configuration classes of transformers.
 ARCHITECTURES = {
     "llama": Architecture(
         hf_class="LlamaForCausalLM",
@@ -59,25 +59,25 @@ ARCHITECTURES = {
         head_dim=128,
     ),
 }
-DEFAULT_WINDOW = 4096  # what transformers assumes where a window counts and its key is absent
+DEFAULT_WINDOW = 4096  # what transformers assumes if a window applies and its key is absent
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def read_hf(
     config: Mapping[str, Any], *, source: str, generation_config: Mapping[str, Any] | None = None
 ) -> ModelConfig:
-    """The configuration that a Hugging Face `config.json` describes.
+    """Returns the configuration that a Hugging Face ``config.json`` describes.
 
-    Old (`rope_theta`, `rope_scaling`, `torch_dtype`) and new (`rope_parameters`, `dtype`) spellings are read.
+    Reads old (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and new (``rope_parameters``, ``dtype``) spellings.
 
     Args:
-        config: the parsed `config.json`.
-        source: the file's name, which every error begins with.
-        generation_config: the parsed `generation_config.json`; its end-of-sequence tokens win.
+      config: the parsed ``config.json``.
+      source: the file's name, with which every error begins.
+      generation_config: the parsed ``generation_config.json``; its end-of-sequence tokens win.
 
     Raises:
-        ValueError: an architecture or RoPE kind that is not known, missing keys (all of them), values of the
-            wrong type, or a feature that this model code does not have.
+      ValueError: if the architecture or RoPE kind is unknown, keys are missing (all are named), values have the wrong
+        type, or the checkpoint needs a feature that this model code does not have.
     """
     model_type = _model_type(config, source)
     architecture = ARCHITECTURES[model_type]
@@ -118,9 +118,9 @@ def read_hf(
 
 
 class _Reader:
-    """Reads typed values from a parsed `config.json`, noting every problem instead of stopping at the first.
+    """Reads typed values from a parsed ``config.json`` and records every problem instead of stopping at the first.
 
-    After a problem a harmless value is returned; `raise_problems` then keeps it from being used.
+    After a problem, methods return a harmless value; `raise_problems` keeps it from being used.
     """
 
     def __init__(self, config: Mapping[str, Any], prefix: str = "", problems: list[str] | None = None) -> None:
@@ -130,7 +130,7 @@ class _Reader:
         self.problems: list[str] = [] if problems is None else problems
 
     def section(self, key: str) -> "_Reader":
-        """A reader of the mapping under `key` (empty where it is absent or null); it notes its problems here."""
+        """Returns a reader of the mapping under ``key`` (empty if absent or null) that records its problems here."""
         value = self.config.get(key) or {}
         if not isinstance(value, Mapping):
             self.problems.append(f"{self.prefix}{key} must be a mapping, got {value!r}")
@@ -140,7 +140,7 @@ class _Reader:
         return reader
 
     def size(self, key: str, default: int | None = None) -> int:
-        """The positive integer under `key`; None as default makes the key required (null counts as absent)."""
+        """Returns the positive integer under ``key``, required if ``default`` is None (null counts as absent)."""
         value = self.config.get(key)
         if value is None:
             return self._absent(key, default, 1)
@@ -149,7 +149,7 @@ class _Reader:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """The positive number under `key`; None as default makes the key required (null counts as absent)."""
+        """Returns the positive number under ``key``, required if ``default`` is None (null counts as absent)."""
         value = self.config.get(key)
         if value is None:
             return self._absent(key, default, 1.0)
@@ -158,25 +158,25 @@ class _Reader:
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
-        """The positive number under `key`, or None where it is absent or null."""
+        """Returns the positive number under ``key``, or None if it is absent or null."""
         return None if self.config.get(key) is None else self.number(key)
 
     def flag(self, key: str, default: bool) -> bool:
-        """The boolean under `key`."""
+        """Returns the boolean under ``key``."""
         value = self.config.get(key)
         if value is None:
             return default
         return value if isinstance(value, bool) else self._wrong(key, "true or false", value, default)
 
     def text(self, key: str, default: str) -> str:
-        """The string under `key`."""
+        """Returns the string under ``key``."""
         value = self.config.get(key)
         if value is None:
             return default
         return value if isinstance(value, str) else self._wrong(key, "a string", value, default)
 
     def token_ids(self, key: str, default: int | None) -> tuple[int | None, ...]:
-        """The token ids under `key`, a number or a list of them; `(default,)` where it is absent or null."""
+        """Returns the token ids under ``key``, a number or a list; ``(default,)`` if it is absent or null."""
         value = self.config.get(key)
         if value is None:
             return (default,)
@@ -186,7 +186,7 @@ class _Reader:
         return tuple(ids)
 
     def raise_problems(self, source: str) -> None:
-        """Raises one ValueError that begins with `source` and names every missing key and every problem."""
+        """Raises one `ValueError` that begins with ``source`` and names every missing key and every problem."""
         problems = [f"missing required keys: {', '.join(dict.fromkeys(self.missing))}"] if self.missing else []
         problems += dict.fromkeys(self.problems)
         if problems:
@@ -208,7 +208,7 @@ def _is_token_id(value: object) -> bool:
 
 
 def _model_type(config: Mapping[str, Any], source: str) -> str:
-    """The row of `ARCHITECTURES` that a config names, by `architectures` or, where that is absent, `model_type`."""
+    """Returns the key of `ARCHITECTURES` that ``config`` names by "architectures" or, if absent, by "model_type"."""
     by_class = {row.hf_class: model_type for model_type, row in ARCHITECTURES.items()}
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and named else config.get("model_type")
@@ -221,19 +221,19 @@ def _model_type(config: Mapping[str, Any], source: str) -> str:
 
 
 def _even_share(reader: _Reader, hidden_size: int, num_heads: int) -> int:
-    """The head size where the config gives none."""
+    """Returns the head size that applies if the config gives none."""
     if reader.config.get("head_dim") is None and hidden_size % num_heads:
         reader.problems.append(f"num_attention_heads ({num_heads}) must divide hidden_size ({hidden_size})")
     return max(hidden_size // num_heads, 1)
 
 
 def _rope_section(reader: _Reader) -> _Reader:
-    """The mapping that holds the RoPE parameters; the old spelling wins where both are there, as in transformers."""
+    """Returns the mapping of RoPE parameters; the old spelling wins over the new one, as in transformers."""
     return reader.section("rope_scaling" if reader.config.get("rope_scaling") else "rope_parameters")
 
 
 def _rope(reader: _Reader, max_position: int) -> dict[str, Any]:
-    """The arguments of `RopeConfig`; an unknown kind is noted as a problem."""
+    """Returns the arguments of `RopeConfig`; records an unknown kind as a problem."""
     section = _rope_section(reader)
     kind = section.text("rope_type", section.text("type", "default"))
     values: dict[str, Any] = {
@@ -244,7 +244,7 @@ def _rope(reader: _Reader, max_position: int) -> dict[str, Any]:
         reader.problems.append(f"RoPE kind {kind!r} is not supported; known kinds: {', '.join(ROPE_KINDS)}")
         return {"theta": values["theta"]}
     if kind in ("llama3", "yarn"):
-        # As in transformers, a key at the top level wins over the section's; the whole range where both are absent.
+        # As in transformers, the key at the top level wins over the section's; without either, the whole range counts.
         in_section = section.size("original_max_position_embeddings", max_position)
         values["original_max_position"] = reader.size("original_max_position_embeddings", in_section)
     if kind == "linear":
@@ -257,7 +257,7 @@ def _rope(reader: _Reader, max_position: int) -> dict[str, Any]:
 
 
 def _yarn(section: _Reader, ratio: float) -> dict[str, Any]:
-    """Yarn's own arguments, absent ones as transformers takes them (an explicit null factor is the length ratio)."""
+    """Returns yarn's arguments, with the defaults of transformers (an explicit null factor is the length ratio)."""
     return {
         "factor": section.number("factor", ratio if "factor" in section.config else None),
         "beta_fast": section.number("beta_fast", 32.0),
@@ -270,14 +270,14 @@ def _yarn(section: _Reader, ratio: float) -> dict[str, Any]:
 
 
 def _rope_range(rope: Mapping[str, Any], max_position: int) -> int:
-    """The tokens that the rotary embedding is made for (Qwen's model cards turn yarn on without raising the range)."""
+    """Returns the tokens that the rotary embedding covers (Qwen's model cards enable yarn and keep the old range)."""
     if rope.get("kind") != "yarn":
         return max_position
     return max(max_position, int(min(rope["factor"] * rope["original_max_position"], LARGEST_INT)))
 
 
 def _sliding_window(architecture: Architecture, reader: _Reader, num_layers: int) -> int | None:
-    """The window in tokens where some layer attends through one, otherwise None."""
+    """Returns the window in tokens if any layer uses one, otherwise None."""
     if architecture.window == "given":
         return None if reader.config.get("sliding_window", 0) is None else reader.size("sliding_window", DEFAULT_WINDOW)
     if architecture.window == "never" or not reader.flag("use_sliding_window", False):
@@ -314,7 +314,7 @@ def _eos_token_ids(
 
 
 def _refuse_unsupported(reader: _Reader) -> None:
-    """Notes what a checkpoint of a known architecture may ask for and this model code does not do."""
+    """Records what a checkpoint of a known architecture needs and this model code does not support."""
     config = reader.config
     activation = reader.text("hidden_act", "silu")
     if activation != "silu":

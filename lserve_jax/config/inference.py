@@ -12,12 +12,12 @@ DTYPES = ("bfloat16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """How the pages of some KV heads of a layer are kept, whatever is read of them.
+    """How a layer stores the pages of one class of KV heads, independent of what it reads.
 
     Attributes:
       num_kv_heads: heads with such pages, at least 1.
       dtype: element type: "bfloat16", "float32", "int8" or "int4".
-      has_statistics: whether the bounds of each sub-page's keys lie beside them, for page selection.
+      has_statistics: whether the bounds of each sub-page's keys are stored too, for page selection.
     """
 
     num_kv_heads: int
@@ -27,7 +27,7 @@ class Storage:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What one query reads of the pages that are kept.
+    """What one query reads of the stored pages.
 
     Attributes:
       sink: first tokens that streaming heads see.
@@ -42,11 +42,11 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """What a layer keeps and what it reads. Layers of one kind share one trace, and their caches one shape.
+    """What a layer stores and what it reads. Layers of one kind share one trace and one cache shape.
 
     Attributes:
-      retrieval: storage of retrieval heads, which keep every page of a sequence; None where the layer has none.
-      streaming: storage of streaming heads, which keep the pages of sink and window; None where the layer has none.
+      retrieval: storage of retrieval heads, which keep every page of a sequence; None if the layer has none.
+      streaming: storage of streaming heads, which keep the pages of sink and window; None if the layer has none.
       prefill: what a token of a prompt reads.
       decode: what a generated token reads.
     """
@@ -72,11 +72,11 @@ class InferenceConfig:
     """The static argument of `init_cache`, `prefill_step` and `decode_step`; hashable.
 
     Attributes:
-      model: what the checkpoint says.
+      model: the checkpoint's dimensions and switches.
       attention: the sparsity policy.
-      heads: which KV heads are retrieval and which streaming heads; None makes all retrieval heads.
-      dtype: of weights and activations, "bfloat16" or "float32"; "auto" is the checkpoint's.
-      implementation: kernels' backend name; None takes the first that accepts.
+      heads: the class of every KV head; None makes all of them retrieval heads.
+      dtype: type of weights and activations, "bfloat16" or "float32"; "auto" is the checkpoint's.
+      implementation: name of the kernels' backend; None takes the first that accepts.
     """
 
     model: ModelConfig
@@ -110,26 +110,26 @@ class InferenceConfig:
 
     @property
     def num_retrieval(self) -> tuple[int, ...]:
-        """Retrieval KV heads, layer by layer."""
+        """Returns the number of retrieval heads of each layer."""
         assert self.heads is not None
         return self.heads.num_retrieval
 
     @property
     def kv_dtype(self) -> str:
-        """Element type of retrieval heads' pages: "bfloat16", "float32", "int8" or "int4"."""
+        """Returns the element type of retrieval heads' pages: "bfloat16", "float32", "int8" or "int4"."""
         return self.dtype if self.attention.kv_dtype == "auto" else self.attention.kv_dtype
 
     @property
     def streaming_dtype(self) -> str:
-        """Element type of streaming heads' pages: of 8 bits where others have 4.
+        """Returns the element type of streaming heads' pages: 8 bits if that of retrieval heads has 4.
 
-        They hold sink and window alone, so that the other half of the bits would save nothing that grows.
+        These pages hold only sink and window, so 4 bits would save nothing that grows with the context.
         """
         return "int8" if self.kv_dtype == "int4" else self.kv_dtype
 
     @property
     def is_rotated(self) -> bool:
-        """Whether pages hold keys and values rotated (`pallas_kernels.rotate`): with "int4", those of all heads."""
+        """Returns whether pages hold rotated keys and values (`pallas_kernels.rotate`): with "int4", for all heads."""
         return self.kv_dtype == "int4"
 
     @cached_property
@@ -138,7 +138,7 @@ class InferenceConfig:
         return tuple(map(self._kind, range(self.model.num_layers)))
 
     def kind(self, layer: int) -> LayerKind:
-        """Returns what a layer keeps and reads."""
+        """Returns the kind of one layer."""
         return self.kinds[layer]
 
     def _kind(self, layer: int) -> LayerKind:

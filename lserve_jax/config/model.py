@@ -8,14 +8,14 @@ from typing import Any
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
-# What "auto" computes in, by the dtype the checkpoint was saved in. float16 becomes bfloat16, which has the range that
-# long residual streams need; a checkpoint that names no dtype is float32, as transformers reads it.
+# The type that "auto" computes in, by the dtype of the checkpoint. float16 becomes bfloat16, which has the range that
+# long residual streams need. A checkpoint that names no dtype is float32, as in transformers.
 AUTO_DTYPES = {"bfloat16": "bfloat16", "float16": "bfloat16", "float32": "float32"}
 
 
 DEFAULT_THETA = 10000.0
 LARGEST_INT = 2**31 - 1  # positions and token ids are int32
-LARGEST_NUMBER = 1e30  # beyond any frequency base, and its products still fit into a float
+LARGEST_NUMBER = 1e30  # above any frequency base; its products still fit into a float
 
 
 def is_positive_int(value: object) -> bool:
@@ -32,12 +32,12 @@ def is_positive_number(value: object) -> bool:
 class RopeConfig:
     """Rotary position embedding of a checkpoint: its kind and the numbers that kind needs.
 
-    `kind` is "default", "linear", "llama3" or "yarn". `original_max_position` (tokens) is set for llama3 and yarn,
-    `low_freq_factor` and `high_freq_factor` matter for llama3, the fields after them for yarn. An `attention_factor`
-    of None means that yarn's is derived from `factor` (and `mscale` over `mscale_all_dim` where both are given).
+    ``kind`` is "default", "linear", "llama3" or "yarn". llama3 and yarn set ``original_max_position`` (tokens), llama3
+    uses ``low_freq_factor`` and ``high_freq_factor``, and yarn uses the fields after them. If ``attention_factor`` is
+    None, yarn derives it from ``factor`` (and ``mscale`` over ``mscale_all_dim`` if both are given).
 
     Raises:
-        ValueError: an unknown kind, or numbers that the kind cannot have.
+      ValueError: if the kind is unknown, or cannot have these numbers.
     """
 
     kind: str = "default"
@@ -75,12 +75,13 @@ class RopeConfig:
 class ModelConfig:
     """A model's dimensions and switches, hashable, so that it can be a static argument of a jitted function.
 
-    `max_context` counts tokens. It is the checkpoint's `max_position_embeddings`; for yarn, which stretches the
-    rotary embedding to `factor` times its original range, at least that; and at most an active sliding window, since
-    up to there full attention and sliding-window attention are the same function. `dtype` is what "auto" computes in.
+    ``max_context`` counts tokens. It is the checkpoint's ``max_position_embeddings``. Yarn raises it to at least
+    ``factor`` times the original range, to which it stretches the rotary embedding. An active sliding window bounds it,
+    because full attention and sliding-window attention are the same function up to the window. ``dtype`` is the type
+    that "auto" computes in.
 
     Raises:
-        ValueError: sizes that are not positive integers or do not divide; every problem in one line.
+      ValueError: if sizes are not positive integers or do not divide; every problem in one line.
     """
 
     architecture: str
@@ -126,6 +127,6 @@ class ModelConfig:
     ) -> "ModelConfig":
         """Deprecated name of `lserve_jax.read_hf`."""
         warnings.warn("ModelConfig.from_hf is deprecated: call lserve_jax.read_hf", FutureWarning, stacklevel=2)
-        # By name: what reads checkpoints' files stands on top of this module.
+        # Imported by name, because `lserve_jax.config.hf` imports this module.
         reader = importlib.import_module("lserve_jax.config.hf")
         return reader.read_hf(config, source=source, generation_config=generation_config)

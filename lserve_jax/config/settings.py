@@ -46,7 +46,7 @@ KINDS: dict[Any, Kind] = {
     str | None: _WORD,
     str | Sequence[str]: _WORD,
 }
-"""By the type of a field."""
+"""The kind of values of each type of field."""
 
 
 def settings(cls: type) -> dict[str, Field[Any]]:
@@ -71,7 +71,7 @@ def read(setting: Field[Any], text: str) -> Any:
 
 
 def describe_default(setting: Field[Any], value: Any, template: str = "{}") -> str:
-    """Returns a default in words: the setting's own wording, else ``template``, with the value in the place of "{}"."""
+    """Returns a default in words: the setting's "default", else ``template``, with the value in the place of "{}"."""
     return setting.metadata.get("default", template).format(_write(value))
 
 

@@ -12,17 +12,17 @@ from lserve_jax.config.pages import most_streaming_pages, retrieval_pages
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Everything that fixes the shapes of compiled steps besides model and attention.
+    """The sizes that fix the shapes of compiled steps, together with model and attention.
 
     Attributes:
       max_model_len: tokens per sequence, prompt and generation together.
       max_num_seqs: sequences that decode together; each has a slot, a row of the batch.
       prefill_chunk: prompt tokens per prefill call.
-      steps_per_call: decode steps per call, between two looks of the host.
+      steps_per_call: decode steps per call, after which the host acts.
       max_stop_tokens: stop tokens per request.
 
     Raises:
-      ValueError: if a size is no whole number from 1; every problem in one line.
+      ValueError: if a size is not a whole number from 1; every problem in one line.
     """
 
     max_model_len: int
@@ -36,7 +36,7 @@ class Sizes:
 
 
 def check_sizes(**sizes: Any) -> None:
-    """Raises ValueError unless every size is a whole number from 1; the message names all that are not."""
+    """Raises `ValueError` unless every size is a whole number from 1; the message names all that are not."""
     problems = []
     for name, value in sizes.items():
         try:
@@ -54,8 +54,8 @@ def most_pages(attention: AttentionConfig, sizes: Sizes, length: int, prompt: in
       attention: page size and windows.
       sizes: how many tokens one call adds.
       length: tokens of the sequence at its end.
-      prompt: tokens of its prompt while that is being read, which looks back further; 0 afterwards.
-      keeps_all: whether the pool keeps every page of a sequence, or those of sink and window.
+      prompt: tokens of its prompt during prefill, whose window is longer; 0 afterwards.
+      keeps_all: whether the pool keeps every page of a sequence, or only those of sink and window.
     """
     page, every = attention.page_size, retrieval_pages(length, attention.page_size)
     if keeps_all:
@@ -67,21 +67,21 @@ def most_pages(attention: AttentionConfig, sizes: Sizes, length: int, prompt: in
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSizes:
-    """Pages of each layer's pools; 0 of a pool that no layer has."""
+    """Pages per layer of each pool; 0 for a pool that no layer has."""
 
     retrieval: int
     streaming: int
 
     @classmethod
     def of(cls, config: InferenceConfig, sizes: Sizes) -> Self:
-        """Returns the pools with which ``sizes.max_num_seqs`` sequences of full length can decode together.
+        """Returns the pools that ``sizes.max_num_seqs`` sequences of full length need to decode together.
 
-        One of them may be in its prefill, which looks back further in the streaming pool.
+        One of them may be in its prefill, whose window in the streaming pool is longer.
         """
         attention, length = config.attention, sizes.max_model_len
         retrieval = sizes.max_num_seqs * most_pages(attention, sizes, length, 0, keeps_all=True)
         decode, prefill = (most_pages(attention, sizes, length, prompt, keeps_all=False) for prompt in (0, length))
-        # Kernels copy key statistics eight rows at a time: where a page has fewer, the pool holds whole eights.
+        # Kernels copy eight rows of key statistics at once: if a page has fewer, the pool's rows are a multiple of 8.
         subs = attention.page_size // attention.sub_page_size
         unit = max(8 // math.gcd(8, heads * subs) for heads in config.num_retrieval)
         has_retrieval, has_streaming = any(config.num_retrieval), any(kind.streaming for kind in config.kinds)

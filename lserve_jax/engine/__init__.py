@@ -1,1 +1,1 @@
-"""The host's side of generation: requests, page allocation, scheduling, and the loop that drives the device."""
+"""The host side of generation: requests, page allocation, scheduling, and the loop that drives the device."""

@@ -1,7 +1,7 @@
-"""Which physical pages of the two KV-cache pools each sequence holds (LServe, arXiv 2502.14866).
+"""Allocates physical pages of the two KV-cache pools to sequences (LServe, arXiv 2502.14866).
 
 The retrieval pool keeps every page of a sequence. The streaming pool keeps only pages that the attention sink or the
-local window of a query still to come can touch. Page ids count for all layers at once.
+local window of a future query can touch. A page id is valid in all layers at once.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from lserve_jax.engine.request import Sequence
 
 
 class PagePool:
-    """The free list of one pool's pages, ids `0 … num_pages - 1`; the page given back last is taken first.
+    """The free list of one pool's pages, ids ``0 … num_pages - 1``; the page freed last is taken first.
 
     Attributes:
       num_pages: pages of the pool.
@@ -30,11 +30,11 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        """Returns how many pages nobody holds."""
+        """Returns how many pages are free."""
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """Returns `count` pages that nobody holds. The caller has made sure that there are as many."""
+        """Returns ``count`` free pages. The caller must ensure that there are enough."""
         if not 0 <= count <= self.num_free:
             raise ValueError(f"cannot take {count} pages: {self.num_free} of {self.num_pages} are free")
         pages = [self._free.pop() for _ in range(count)]
@@ -43,10 +43,10 @@ class PagePool:
         return pages
 
     def give_back(self, pages: Iterable[int]) -> None:
-        """Frees `pages`; all or none.
+        """Frees all of ``pages``, or none if it raises.
 
         Raises:
-            ValueError: a page is foreign to this pool, free already, or named twice.
+          ValueError: if a page is not of this pool, already free, or given twice.
         """
         pages = list(pages)
         if len(set(pages)) != len(pages):
@@ -62,9 +62,9 @@ class PagePool:
 
 
 class PageAllocator:
-    """The owner of both pools; it alone writes the page tables of sequences.
+    """The allocator of both pools; only it writes the page tables of sequences.
 
-    A pool is None where the model has no heads of that kind; the tables of that kind then stay empty.
+    A pool is None if the model has no heads of that class; the tables of that class then stay empty.
     """
 
     def __init__(self, *, retrieval: PagePool | None, streaming: PagePool | None, sink: int, page_size: int) -> None:
@@ -74,13 +74,14 @@ class PageAllocator:
         self.page_size = page_size
 
     def reserve(self, sequence: Sequence, start: int, count: int, window: int) -> bool:
-        """Returns whether the tables now suit a call of queries `start … start + count - 1`; False changed nothing.
+        """Returns whether the tables have the pages for a call of queries ``start … start + count - 1``.
 
-        The retrieval table then holds every page up to the last query's, and the streaming table exactly the pages that
-        one of the queries sees; what else it held has gone back. False means that a pool lacks pages.
+        If True, the retrieval table has every page up to the last query's, and the streaming table exactly the pages
+        that one of the queries sees; its other pages are freed. False means that a pool lacks pages and that nothing
+        has changed.
 
-        During a prefill `window` must be `max(prefill_local, local)`: with a shorter prefill window, the pages that the
-        first decode step looks back on would be gone before the prefill ends.
+        During a prefill, ``window`` must be ``max(prefill_local, local)``: with a shorter prefill window, pages that
+        the first decode step reads would be freed before the prefill ends.
         """
         assert count >= 1 and window >= 1, (count, window)
         assert start + count <= sequence.retrieval_table.size * self.page_size, "past the sequence's own last page"
@@ -96,16 +97,16 @@ class PageAllocator:
         return True
 
     def release_unseen(self, sequence: Sequence, position: int, window: int) -> None:
-        """Gives back the pages that the query at `position`, the next to come, cannot see.
+        """Frees the pages that the next query, at ``position``, cannot see.
 
-        Those are streaming pages that its sink and window no longer touch, and pages of both pools beyond `position`
-        that the last call reserved and, ending early, did not fill.
+        Those are streaming pages that its sink and window no longer touch, and pages of both pools beyond ``position``
+        that the last call reserved and did not fill because it ended early.
         """
         for pool, table, wanted in self._wanted(sequence, position, 1, window):
             _give_back(pool, table, np.flatnonzero(~wanted & (table != NO_PAGE)))
 
     def free(self, sequence: Sequence) -> None:
-        """Gives back everything that `sequence` holds."""
+        """Frees all pages of ``sequence``."""
         for pool, table in self._tables(sequence):
             _give_back(pool, table, np.flatnonzero(table != NO_PAGE))
 
@@ -120,7 +121,7 @@ class PageAllocator:
     ) -> Iterator[tuple[PagePool, NDArray[np.int32], NDArray[np.bool_]]]:
         """Yields each pool with the sequence's table and the logical pages that the queries need in it."""
         for pool, table in self._tables(sequence):
-            # A window as long as the context keeps everything.
+            # A window as long as the context keeps every page.
             reach = start + count if pool.keeps_all else window
             yield (
                 pool,
@@ -139,10 +140,10 @@ def _give_back(pool: PagePool, table: NDArray[np.int32], logical: NDArray[np.int
 def stack_tables(
     sequences: Iterable[Sequence], max_num_seqs: int, num_pages: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Returns fresh retrieval and streaming page tables `[max_num_seqs, num_pages]` of a batch, one row per slot.
+    """Returns new retrieval and streaming page tables [max_num_seqs, num_pages] of a batch, one row per slot.
 
-    Rows of other slots and columns past a sequence's own table are -1. The arrays are copies, so that a device call in
-    flight never sees a later change.
+    Rows of other slots and columns past the end of a sequence's table are -1. The arrays are copies, so that a running
+    device call never sees a later change.
     """
     retrieval, streaming = np.full((2, max_num_seqs, num_pages), NO_PAGE, np.int32)
     for sequence in sequences:

@@ -1,4 +1,4 @@
-"""The loop between scheduler and device: one plan, one call of a compiled program, one record of what came of it."""
+"""One step of the engine: a plan of the scheduler, a call of a compiled program, and a record of its result."""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -24,22 +24,22 @@ from lserve_jax.runtime.steps import DecodeState, decode_loop, prefill_step, sam
 from pallas_kernels import PageTables
 
 SHORT_CHUNK = 64
-"""Chunk size for prompts that fit into it: a program of its own, so that a short prompt does not cost a long chunk."""
+"""Chunk size of a separate program for prompts that fit into it, so that a short prompt does not cost a long chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a call brought for one sequence.
+    """The result of a call for one sequence.
 
     Attributes:
       sequence: the sequence, already advanced.
       tokens: new tokens that it generated, in order.
-      logprobs: their log-probabilities under the model's own distribution.
-      choices: what sampling chose in their place, where they were forced; else the same.
+      logprobs: their log-probabilities under the model's unmodified distribution.
+      choices: the sampled tokens, which differ from ``tokens`` only where those were forced.
       seconds: wall time of the call without compilation.
       is_prefill: whether it was a prefill call.
-      pages_held: pages of both pools that the sequence held during the call.
-      recall: [L] of the call's first decode step (see `recall_step`), where it is measured.
+      pages_held: pages per pool, retrieval and streaming, that the sequence used during the call.
+      recall: [L] of the call's first decode step (see `recall_step`), if it is measured.
     """
 
     sequence: Sequence
@@ -53,11 +53,11 @@ class Progress:
 
 
 type Accept = Callable[[Sequence, list[int]], tuple[int, str | None]]
-"""Sequence and its new tokens → how many of them to keep (at least 1), and why it is finished (None if it is not)."""
+"""(sequence, its new tokens) → (how many of them to keep, at least 1; why the sequence is finished, or None)."""
 
 
 class Engine:
-    """Continuous batching over the compiled steps, once it is loaded. Not thread-safe."""
+    """Continuous batching over the compiled steps, available after `load`. Not thread-safe."""
 
     def __init__(
         self,
@@ -69,15 +69,15 @@ class Engine:
         has_recall: bool = False,
         on_compile: Callable[[str], None] | None = None,
     ) -> None:
-        """Makes an engine that can compile; `load` lets it run.
+        """Creates an engine that can compile; `load` makes it ready to run.
 
         Args:
           params: the weights as `jax.ShapeDtypeStruct`.
           config: model, attention and number types.
           sizes: sequences, context and calls.
           pools: pages of the cache.
-          has_recall: measure the recall of page selection at the first decode step of every call.
-          on_compile: is told the names of programs when their compilation begins.
+          has_recall: whether to measure the recall of page selection at the first decode step of every call.
+          on_compile: called with the names of programs when their compilation begins.
         """
         self.params = params
         self.config = config
@@ -90,7 +90,7 @@ class Engine:
         self._max_pages = retrieval_pages(sizes.max_model_len, config.attention.page_size)
 
     def expect(self, request: Request) -> None:
-        """Begins to compile what a request will need, also before `load`: its weights may be read meanwhile."""
+        """Starts to compile the programs of a request; before `load`, this overlaps with the reading of the weights."""
         sequence = Sequence.from_request(
             request, max_model_len=self.sizes.max_model_len, page_size=self.config.attention.page_size
         )
@@ -99,18 +99,18 @@ class Engine:
         self._start_first(Prefill(sequence, 0, count))
 
     def load(self, params: Params) -> None:
-        """Takes the weights in place of the abstract ones, and makes the cache."""
+        """Replaces the abstract weights by ``params`` and allocates the cache."""
         self.params = params
         self._restore_cache()
 
     def add(self, request: Request) -> Sequence:
-        """Returns the waiting sequence of a request; ValueError if it can never run."""
+        """Returns the waiting sequence of a request; raises `ValueError` if it can never run."""
         if len(request.sampling.stop_token_ids) > self.sizes.max_stop_tokens:
             raise ValueError(f"a request may have {self.sizes.max_stop_tokens} stop tokens at most")
         return self.scheduler.add(request)
 
     def step(self, accept: Accept) -> list[Progress]:
-        """Returns what the next call brought, for every sequence in it; an empty list when nothing is left to do."""
+        """Returns the result of the next call for every sequence in it; an empty list if nothing is left to do."""
         self._restore_cache()
         plan = self.scheduler.schedule()
         if plan is None:
@@ -119,7 +119,7 @@ class Engine:
             return [self._prefill(plan, accept)] if isinstance(plan, Prefill) else self._decode(plan, accept)
 
     def prompt_logits(self, prompt: tuple[int, ...]) -> np.ndarray:
-        """Returns the logits [T, V] float32 of every token of a prompt, by the same path as generation."""
+        """Returns the logits [T, V] float32 of every token of a prompt, through the same path as generation."""
         return np.concatenate([np.asarray(logits)[0, : plan.count] for plan, logits in self._prompt_chunks(prompt)])
 
     def prompt_logprobs(self, prompt: tuple[int, ...]) -> np.ndarray:
@@ -159,18 +159,18 @@ class Engine:
         return jax.eval_shape(self.new_cache)
 
     def _restore_cache(self) -> None:
-        """Makes a new cache where a failed call took the old one with it. If memory lacks now, the next call tries."""
+        """Allocates a new cache if a failed call destroyed the old one. If memory lacks now, the next call retries."""
         leaves = jax.tree.leaves(self.cache)
         if all(isinstance(leaf, jax.Array) and not leaf.is_deleted() for leaf in leaves):
             return
-        self.cache = self._abstract_cache()  # what is left of the old one goes before the new one comes
+        self.cache = self._abstract_cache()  # frees the rest of the old cache before the new one is allocated
         self.cache = jax.jit(self.new_cache)()
 
     @contextmanager
     def _ending_all_on_failure(self) -> Iterator[None]:
-        """Around a device call and its record: what fails in it, or interrupts it, leaves the engine usable.
+        """Ends all sequences if a device call or its record fails or is interrupted, so that the engine stays usable.
 
-        Sequences may then have advanced on the device and not here, and the donated cache may be gone, so all end.
+        Sequences may then have advanced on the device but not on the host, and the donated cache may be lost.
         """
         try:
             yield
@@ -203,9 +203,9 @@ class Engine:
         )
 
     def _compile_for(self, plan: Prefill) -> None:
-        """Compiles all that a request needs at its first chunk: together it takes little longer than the longest.
+        """Compiles all programs of a request at its first chunk: together they take little longer than the longest.
 
-        Of a prompt of one chunk, the first token does not wait for the decode program.
+        If the prompt fits into one chunk, the first token does not wait for the decode program.
         """
         if plan.is_last:
             self._start_first(plan)
@@ -213,19 +213,19 @@ class Engine:
             self.programs.compile(self._first_calls(plan))
 
     def _start_first(self, plan: Prefill) -> None:
-        """Begins to compile all that a request needs; decoding after the first token, if one chunk brings that."""
+        """Starts to compile all programs of a request; decoding waits for the first token of a one-chunk prompt."""
         calls = self._first_calls(plan)
         self.programs.start(calls, later=[call.name for call in calls[2:]] if plan.is_last else ())
 
     def _first_calls(self, plan: Prefill) -> list[Call]:
-        """Returns calls of all programs that a request needs from its first chunk on, in the order of their need."""
+        """Returns calls of all programs that a request needs, in the order in which it needs them."""
         logits = jax.ShapeDtypeStruct((1, self.config.model.vocab_size), np.float32)
         calls = [self._prefill_call(plan), self._sample_call(logits, plan.sequence)]
         is_decoding = plan.sequence.max_length > plan.sequence.prompt_length + 1
         return [*calls, self._decode_call(Decode((), ()))] if is_decoding else calls
 
     def _run_prefill(self, plan: Prefill, *, has_all_logits: bool = False) -> tuple[jax.Array, float]:
-        """Returns the chunk's logits and the seconds that it took; the cache then holds the chunk."""
+        """Returns the chunk's logits and seconds, and writes the chunk to the cache."""
         (logits, self.cache), seconds = self._timed(self._prefill_call(plan, has_all_logits=has_all_logits))
         return logits, seconds
 
@@ -279,7 +279,7 @@ class Engine:
         return results
 
     def _recall(self, plan: Decode) -> np.ndarray:
-        """Returns the recall [L, slots] of the step that comes next."""
+        """Returns the recall [L, max_num_seqs] of the next step."""
         state, tables = self._decode_state(plan), self._tables(plan.sequences)
         lengths = np.where(np.asarray(state.remaining) > 0, state.lengths, 0)
         args = (self.params, self.cache, state.tokens, lengths, state.decode_steps, tables)
@@ -307,7 +307,7 @@ class Engine:
             tokens[slot], lengths[slot] = sequence.tokens[-1], len(sequence.tokens)
             steps[slot], remaining[slot] = sequence.decode_steps, limit
             stops[slot, : len(sampling.stop_token_ids)] = list(sampling.stop_token_ids)
-        columns: list[Any] = [tokens, lengths, steps, remaining, stops]  # NumPy: the call puts them on the device
+        columns: list[Any] = [tokens, lengths, steps, remaining, stops]  # NumPy: the call copies them to the device
         return DecodeState(*columns)
 
     def _tables(self, sequences: Iterable[Sequence]) -> PageTables:
@@ -322,27 +322,27 @@ class Engine:
         return rows
 
     def _timed(self, call: Call) -> tuple[Any, float]:
-        """Returns the result of a call, ready, and its seconds without compilation."""
+        """Returns the finished result of a call, and its seconds without compilation."""
         self.programs.compile([call])
         begin = time.perf_counter()
         return self.programs.run(call), time.perf_counter() - begin
 
 
 def _pages_held(sequence: Sequence) -> tuple[int, int]:
-    """Returns how many pages of the retrieval and of the streaming pool a sequence holds."""
+    """Returns how many pages of the retrieval and of the streaming pool a sequence uses."""
     tables = sequence.retrieval_table, sequence.streaming_table
     retrieval, streaming = (int((table >= 0).sum()) for table in tables)
     return retrieval, streaming
 
 
 def _sampling(sequence: Sequence) -> SamplingParams:
-    """Returns the sampling parameters that scheduling leaves opaque."""
+    """Returns a sequence's sampling parameters, of which the scheduler knows only the limits."""
     assert isinstance(sequence.request.sampling, SamplingParams)
     return sequence.request.sampling
 
 
 def _forced(sequences: Collection[Sequence | None], steps: int) -> np.ndarray:
-    """Returns the tokens [steps, B] int32 that the next steps of each sequence must take; -1 where they are free."""
+    """Returns the forced tokens [steps, B] int32 of each sequence's next steps; -1 where sampling decides."""
     rows = np.full((steps, len(sequences)), -1, np.int32)
     for column, sequence in enumerate(sequences):
         if sequence is not None:

@@ -1,4 +1,4 @@
-"""Generation: one request's host side, and the loop that lets several share the engine."""
+"""The host side of one request (`Generation`), and the loop in which requests share the engine (`Session`)."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,9 +21,9 @@ from lserve_jax.text.tokenizer import Tokenizer
 
 
 class Session:
-    """The loop over an engine: every device call advances all requests there are.
+    """The loop over an engine: every device call advances all open requests.
 
-    One thread at a time may be inside; a second one that enters gets one clear error, and what the first does goes on.
+    One thread at a time may be inside. A second thread gets one clear error and does not disturb the first.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -38,12 +38,12 @@ class Session:
         return not self._generations and self.engine.scheduler.is_idle
 
     def run(self, generations: Sequence["Generation"]) -> Iterator[list[Progress]]:
-        """Runs requests to their end and yields what each device call brought, for other runs' requests too.
+        """Yields the results of each device call until these requests end, those of other runs' requests included.
 
-        When closed or failing, ends what is left of its own requests.
+        If closed, or if it fails, it ends the rest of its requests.
 
         Raises:
-          Exception: what the host's work of one of these requests raised; requests of other runs go on.
+          Exception: if the host work of one of these requests raised it; requests of other runs go on.
           RuntimeError: if another thread is inside, or a call for several requests failed in another run.
         """
         sequences: list[EngineSequence] = []
@@ -69,10 +69,10 @@ class Session:
 
     @contextmanager
     def entered(self) -> Iterator[Engine]:
-        """Gives the engine to the one thread that is inside.
+        """Yields the engine to the one thread that is inside.
 
         Raises:
-          RuntimeError: if there is one already.
+          RuntimeError: if another thread is inside.
         """
         if not self._is_entered.acquire(blocking=False):
             raise RuntimeError(
@@ -86,7 +86,7 @@ class Session:
             self._abort_ended()
 
     def _step(self) -> list[Progress]:
-        """Makes one device call and hands each request what it brought."""
+        """Returns the results of one device call, after each request has recorded its result."""
 
         def accept(sequence: EngineSequence, tokens: list[int]) -> tuple[int, str | None]:
             return self._generations[sequence.request.id].accept(tokens)
@@ -98,7 +98,7 @@ class Session:
         return brought
 
     def _abort_ended(self) -> None:
-        """Takes requests whose run has ended out of the engine, or leaves that to the thread that is inside."""
+        """Removes requests whose run has ended from the engine, or leaves that to the thread that is inside."""
         while self._ended and self._is_entered.acquire(blocking=False):
             try:
                 for request_id in list(self._ended):
@@ -110,12 +110,12 @@ class Session:
 
 
 class Generation:
-    """One request on its way: its text, its log-probabilities, its times.
+    """The host side of one request: its text, its log-probabilities, its times.
 
     Attributes:
-      request: what was asked for.
+      request: the request.
       finish_reason: why it finished; None while it runs.
-      error: what its host work (text, stop strings) raised; it then finished with "error".
+      error: the error of its host work (text, stop strings); it then finished with "error".
       token_ids: tokens so far.
     """
 
@@ -123,9 +123,9 @@ class Generation:
         """Begins a request.
 
         Args:
-          request: what is asked for.
-          tokenizer: makes text of tokens; None where none is wanted.
-          compile_seconds: all that were spent compiling before.
+          request: the request.
+          tokenizer: converts tokens to text; None if no text is wanted.
+          compile_seconds: all seconds spent compiling before.
         """
         assert isinstance(request.sampling, SamplingParams)
         self.request = request
@@ -145,9 +145,9 @@ class Generation:
         self._pages_held = (0, 0)
 
     def accept(self, tokens: list[int]) -> tuple[int, str | None]:
-        """Returns how many of the new tokens count, and why the request is finished, if it is.
+        """Returns how many of the new tokens count, and why the request is finished, or None.
 
-        An error of this request's text ends this request alone.
+        An error in this request's text ends only this request.
         """
         for kept, token in enumerate(tokens, start=1):
             self.token_ids.append(token)
@@ -156,13 +156,13 @@ class Generation:
         return len(tokens), None
 
     def _is_end(self, token: int) -> bool:
-        """Takes in one token; returns whether it finishes the request."""
+        """Returns whether one token finishes the request, after adding it to the text."""
         if token in self.params.stop_token_ids:
             self.finish_reason = "stop"
         elif self._stream is not None:
             try:
                 self._new_text.append(self._stream.push(token))
-            except Exception as error:  # noqa: BLE001 - whatever it is, it must not end other requests
+            except Exception as error:  # noqa: BLE001 - no error may end other requests
                 self.error, self.finish_reason = error, "error"
                 return True
             if self._stream.stopped:
@@ -170,9 +170,9 @@ class Generation:
         return self.finish_reason is not None
 
     def note(self, progress: Progress, compile_seconds: float) -> None:
-        """Takes in log-probabilities and times of a call, and what the sequence held when it finished.
+        """Records log-probabilities and times of a call, and the pages of the sequence when it finished.
 
-        ``compile_seconds`` are all that were spent compiling so far.
+        ``compile_seconds`` are all seconds spent compiling so far.
         """
         sequence = progress.sequence
         self._logprobs += progress.logprobs
@@ -201,7 +201,7 @@ class Generation:
         return chunk
 
     def output(self, costs: "Costs") -> RequestOutput:
-        """Returns the finished request."""
+        """Returns the output of the finished request."""
         assert self.finish_reason is not None
         return RequestOutput(
             prompt_token_ids=self.request.prompt,
@@ -213,7 +213,7 @@ class Generation:
         )
 
     def score(self, costs: "Costs") -> ScoreOutput:
-        """Returns the finished request, whose continuation was forced."""
+        """Returns the scores of the finished request, whose continuation was forced."""
         return ScoreOutput(
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self._logprobs),
@@ -241,7 +241,7 @@ class Generation:
 
 
 class Costs:
-    """What pages of a model take and what decoding reads of them, for the statistics of requests."""
+    """The bytes of a model's pages, and how many of them decoding reads, for the statistics of requests."""
 
     def __init__(self, config: InferenceConfig) -> None:
         self.config = config
@@ -249,7 +249,7 @@ class Costs:
 
     @cached_property
     def page_reads(self) -> PageReads:
-        """Page reads of one decoded token."""
+        """Returns the page reads per decoded token."""
         attention = self.config.attention
         return PageReads(
             page_size=attention.page_size,
@@ -263,7 +263,7 @@ class Costs:
 
 
 def _mean_of_measured(rows: list[np.ndarray]) -> np.ndarray:
-    """Returns the mean of rows [n], element by element and without NaN; NaN where nothing is left, empty of no rows."""
+    """Returns the elementwise mean of rows [n] without NaN; NaN where all rows have NaN, empty if there are no rows."""
     if not rows:
         return np.empty(0)
     table = np.stack(rows)

@@ -1,4 +1,4 @@
-"""What a model, a context and a sparsity policy need in memory, known before anything is loaded."""
+"""The memory that a model, a context and a sparsity policy need, computed before anything is loaded."""
 
 import os
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from lserve_jax.weights.tensors import abstract_params
 
 _GIB = 2**30
 _HEADROOM = 0.9
-"""Share of the free memory that weights and cache may take; the rest is for a step's temporaries."""
+"""Share of the free memory that weights and cache may use; the rest is for the temporaries of a step."""
 
 
 def tree_bytes(tree: object) -> int:
@@ -32,7 +32,7 @@ def page_bytes(config: InferenceConfig) -> tuple[int, int]:
 
 
 def dense_bf16_bytes(config: InferenceConfig, tokens: int) -> int:
-    """Returns what the keys and values of ``tokens`` tokens take in bfloat16 without any sparsity."""
+    """Returns the bytes of the keys and values of ``tokens`` tokens in bfloat16 without any sparsity."""
     model = config.model
     return tokens * model.num_layers * model.num_kv_heads * model.head_dim * 2 * jnp.dtype(jnp.bfloat16).itemsize
 
@@ -52,16 +52,16 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Weights and both pools."""
+        """Returns the bytes of weights and both pools."""
         return self.weight_bytes + self.retrieval_bytes + self.streaming_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether weights and cache leave enough of the memory to run in."""
+        """Returns whether weights and cache leave enough memory for the steps."""
         return self.total_bytes <= self.available_bytes * _HEADROOM
 
     def require_fit(self) -> None:
-        """Raises ValueError naming the largest context that fits, if this one does not."""
+        """Raises `ValueError` if this context does not fit; the message names the largest one that does."""
         if self.fits:
             return
         remedy = (
@@ -76,7 +76,7 @@ class MemoryPlan:
         )
 
     def describe(self) -> str:
-        """Returns the plan as a table for people."""
+        """Returns the plan as a readable table."""
         config, length, sequences = self.config, self.sizes.max_model_len, self.sizes.max_num_seqs
         dense = dense_bf16_bytes(config, sequences * length)
         cache = self.retrieval_bytes + self.streaming_bytes
@@ -99,12 +99,12 @@ class MemoryPlan:
 
 
 def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int | None = None) -> MemoryPlan:
-    """Returns what ``sizes.max_num_seqs`` sequences of ``sizes.max_model_len`` tokens need. Loads nothing.
+    """Returns the memory for ``sizes.max_num_seqs`` sequences of ``sizes.max_model_len`` tokens. Loads nothing.
 
     Args:
       config: model, sparsity and number types.
       sizes: sequences, context and calls.
-      available_bytes: memory to plan for; None asks the device.
+      available_bytes: memory to plan for; None takes the free memory of the device.
     """
     available = free_memory() if available_bytes is None else available_bytes
     weights = tree_bytes(abstract_params(config.model, config.dtype))
@@ -134,7 +134,7 @@ def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int |
 
 
 def free_memory() -> int:
-    """Returns the bytes that the default device can still give: a GPU's own limit, or the host's free memory."""
+    """Returns the free bytes of the default device: those within a GPU's limit, or the host's free memory."""
     statistics = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
@@ -142,7 +142,7 @@ def free_memory() -> int:
 
 
 def host_memory(root: Path = Path("/")) -> int:
-    """Returns the host's free bytes, or what a container's limit (cgroup v2) leaves of them; ``root`` is for tests."""
+    """Returns the host's free bytes within a container's limit (cgroup v2), if any; ``root`` is for tests."""
     meminfo, group = root / "proc/meminfo", root / "sys/fs/cgroup"
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

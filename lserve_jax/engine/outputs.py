@@ -1,11 +1,11 @@
-"""What a generation gives back: text, tokens, and how it went."""
+"""The results of a generation: text, tokens and statistics."""
 
 from dataclasses import dataclass
 from typing import Self
 
 
 class TextChunk(str):
-    """New text of a stream, with the tokens that brought it; text may lag behind tokens until it is certain.
+    """New text of a stream, with its tokens; text may lag behind tokens until it is certain.
 
     Attributes:
       token_ids: the tokens since the last chunk.
@@ -15,35 +15,34 @@ class TextChunk(str):
 
     @classmethod
     def of(cls, text: str, token_ids: tuple[int, ...]) -> Self:
-        """Returns the chunk."""
+        """Returns the chunk of ``text`` and ``token_ids``."""
         chunk = cls(text)
         chunk.token_ids = token_ids
         return chunk
 
     @property
     def text(self) -> str:
-        """The text as a plain `str`."""
+        """Returns the text as a plain `str`."""
         return str(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestMetrics:
-    """How one request went; times in seconds, without compilation.
+    """Statistics of one request; times are in seconds, without compilation.
 
     Attributes:
-      ttft_s: from submission to the first token, waiting for other requests included.
-      prefill_s: in the prefill calls of this request.
-      decode_s: in the decode calls that it took part in.
-      decoded_tokens: tokens that those decode calls gave this request.
-      pages_read_ratio: KV pages read while decoding, over what dense attention would have read; None if nothing was
-        decoded.
-      attention_recall: the share of the true attention mass that the selected pages held, mean over the layers below;
-        None if it was not measured or nothing was left out.
-      attention_recall_by_layer: the same layer by layer, mean over sampled decode steps and retrieval heads; NaN in
-        layers that read everything.
-      retrieval_bytes: of the retrieval pages held at the end, statistics included.
-      streaming_bytes: of the streaming pages held at the end.
-      dense_bf16_bytes: of the same tokens' keys and values in bfloat16 without sparsity.
+      ttft_s: time from submission to the first token, waiting for other requests included.
+      prefill_s: time in the prefill calls of this request.
+      decode_s: time in the decode calls in which this request took part.
+      decoded_tokens: tokens that those decode calls generated for this request.
+      pages_read_ratio: KV pages read during decoding, relative to dense attention; None if nothing was decoded.
+      attention_recall: the share of the true attention mass that lies in the selected pages, mean over the layers
+        below; None if it was not measured or every page was read.
+      attention_recall_by_layer: the same per layer, mean over sampled decode steps and retrieval heads; NaN in layers
+        that read every page.
+      retrieval_bytes: bytes of the retrieval pages at the end, statistics included.
+      streaming_bytes: bytes of the streaming pages at the end.
+      dense_bf16_bytes: bytes of the same tokens' keys and values in bfloat16 without sparsity.
     """
 
     ttft_s: float
@@ -60,13 +59,13 @@ class RequestMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOutput:
-    """A continuation that was given, and what the model thought of it.
+    """A given continuation, and the model's scores for it.
 
     Attributes:
       token_ids: the continuation.
-      logprobs: the log-probability (natural logarithm) of each of its tokens, given all before it.
-      greedy_token_ids: the likeliest token at each of these places.
-      metrics: how it went; ``decoded_tokens`` are those after the first, which the prefill scores.
+      logprobs: the log-probability (natural logarithm) of each of its tokens, given all tokens before it.
+      greedy_token_ids: the likeliest token at each of these positions.
+      metrics: statistics; ``decoded_tokens`` are those after the first, which the prefill scores.
     """
 
     token_ids: tuple[int, ...]
@@ -76,7 +75,7 @@ class ScoreOutput:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether greedy decoding would have given this continuation."""
+        """Returns whether greedy decoding would generate this continuation."""
         return self.token_ids == self.greedy_token_ids
 
 
@@ -87,10 +86,10 @@ class RequestOutput:
     Attributes:
       prompt_token_ids: the prompt.
       token_ids: the generated tokens, a stop token included.
-      text: what they say, without special tokens and cut before a stop string; empty where the model has no tokenizer.
+      text: their text, without special tokens and cut before a stop string; empty if the model has no tokenizer.
       finish_reason: "stop" (a stop token or string), or "length".
-      logprobs: the log-probability of each generated token under the model's own distribution, if asked for.
-      metrics: how it went.
+      logprobs: the log-probability of each generated token under the model's unmodified distribution, if requested.
+      metrics: statistics of the request.
     """
 
     prompt_token_ids: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""How many pages decoding read, from lengths alone: the selector's choice varies, its size does not."""
+"""How many pages decoding reads, computed from lengths alone: selections vary in content but not in size."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class PageReads:
 
     Attributes:
       page_size, sink, local, selector_interval: as in `AttentionConfig`.
-      heads: for each layer, its retrieval heads, its streaming heads, and the pages of a selection (None for all).
+      heads: per layer, the numbers of retrieval heads, of streaming heads, and of pages per selection (None for all).
     """
 
     page_size: int
@@ -26,10 +26,10 @@ class PageReads:
     heads: tuple[tuple[int, int, int | None], ...]
 
     def ratio(self, prompt_length: int, decode_steps: int) -> float | None:
-        """Returns pages read over pages that dense attention would read, over a sequence's decode steps.
+        """Returns the pages read during a sequence's decode steps, relative to dense attention; None without a step.
 
-        None if there was none. Step t attends from token ``prompt_length + t``; it selected pages at the last step that
-        is a multiple of the interval, and reads those that have begun since as well.
+        Step t attends from token ``prompt_length + t``. It reads the pages selected at the last step that is a multiple
+        of the interval, and those that have begun since.
         """
         if decode_steps < 1:
             return None

@@ -1,4 +1,4 @@
-"""What a caller asks for, and how far the engine has got with it."""
+"""The request of a caller, and its progress in the engine."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class Limits(Protocol):
-    """All that the engine's host side needs to know of sampling parameters."""
+    """The part of the sampling parameters that the engine's host side needs."""
 
     @property
     def max_tokens(self) -> int:
@@ -24,7 +24,7 @@ class Limits(Protocol):
 
 
 def require_room(prompt_tokens: int, max_model_len: int) -> None:
-    """Raises ValueError if a prompt alone is longer than the context."""
+    """Raises `ValueError` if a prompt alone is longer than the context."""
     if prompt_tokens > max_model_len:
         raise ValueError(
             f"prompt has {prompt_tokens} tokens, but max_model_len is {max_model_len}: "
@@ -37,11 +37,11 @@ class Request:
     """A prompt to continue.
 
     Attributes:
-        id: unique among the requests that a scheduler holds.
-        prompt: token ids, at least one.
-        sampling: opaque here except for its limits.
-        forced: tokens that the continuation takes whatever is sampled, for scoring; ``max_tokens`` of them, or none.
-        arrival: seconds on the caller's clock, for its statistics; scheduling goes by the order of `add`.
+      id: unique among the unfinished requests of a scheduler.
+      prompt: token ids, at least one.
+      sampling: opaque here except for its limits.
+      forced: tokens that replace the sampled ones, for scoring; ``max_tokens`` of them, or none.
+      arrival: seconds on the caller's clock, for its statistics; the order of `Scheduler.add` decides scheduling.
     """
 
     id: int
@@ -59,7 +59,7 @@ class Request:
 
 
 class Status(Enum):
-    """Where a sequence stands; it only ever moves downwards."""
+    """The state of a sequence; it changes only to a later one in this list."""
 
     WAITING = "waiting"
     PREFILLING = "prefilling"
@@ -69,21 +69,21 @@ class Status(Enum):
 
 @dataclass(kw_only=True, eq=False)
 class Sequence:
-    """A request in work. Only the scheduler and its allocator change it.
+    """A request in progress. Only the scheduler and its allocator change it.
 
-    The newest token's key and value are written when it is fed back, so a decoding sequence has one token more than
-    it has in the cache, and the last token of all never enters the cache.
+    The next step writes the newest token's key and value. A decoding sequence therefore has one token more than the
+    cache, and the last token of a sequence never enters the cache.
 
     Attributes:
-        request: what was asked for.
-        max_length: tokens, prompt included, at which generation ends for its length.
-        retrieval_table, streaming_table: the physical page of each logical page (`position // page_size`), -1 where
-            none is held; as long as this sequence can ever need.
-        tokens: the prompt and what was generated after it.
-        num_cached: how many tokens from the start have their keys and values in the cache.
-        decode_steps: decode steps since the prefill: the phase of the page selector.
-        slot: the row of the device's batch while prefilling or decoding.
-        finish_reason: why it finished: "stop", "length", "abort".
+      request: the request.
+      max_length: tokens, prompt included, at which generation ends with "length".
+      retrieval_table, streaming_table: the physical page of each logical page (``position // page_size``), -1 if it has
+        none; as long as this sequence can ever need.
+      tokens: the prompt and the tokens generated after it.
+      num_cached: how many tokens from the start have their keys and values in the cache.
+      decode_steps: decode steps since the prefill: the phase of the page selector.
+      slot: the row of the device's batch during prefill and decoding.
+      finish_reason: why it finished: "stop", "length", "abort".
     """
 
     request: Request
@@ -102,10 +102,10 @@ class Sequence:
 
     @classmethod
     def from_request(cls, request: Request, *, max_model_len: int, page_size: int) -> Self:
-        """Returns a waiting sequence, its generation cut where the context ends.
+        """Returns a waiting sequence, whose generation ends at the end of the context.
 
-        `max_model_len` bounds prompt and generation together. A prompt that fills it exactly still gets the one token
-        that its own prefill yields, since nothing more is read for it.
+        ``max_model_len`` bounds prompt and generation together. A prompt that fills it exactly still gets the one token
+        that its prefill yields, because that token needs no room in the cache.
         """
         prompt = len(request.prompt)
         max_length = max(prompt + 1, min(prompt + request.sampling.max_tokens, max_model_len))

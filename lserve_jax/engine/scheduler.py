@@ -1,9 +1,9 @@
-"""What the device does next: the next chunk of a prompt, or decode steps for everyone.
+"""Plans the next device call: the next chunk of a prompt, or decode steps for all decoding sequences.
 
-Requests are served first come, first served, and nothing is ever preempted: a request is admitted only when a slot is
-free and both pools can hold its prompt and its whole generation. That wastes pages on generations that stop early, but
-a sequence's pages never move, no work is ever redone, and a sequence's time does not depend on who comes after it.
-Nobody overtakes a request that waits for pages, so none starves.
+Requests are served first come, first served, and nothing is ever preempted: a request is admitted only if a slot is
+free and both pools have room for its prompt and its whole generation. That wastes pages on generations that stop early,
+but a sequence's pages never move, no work is ever repeated, and later requests do not affect a sequence's time. No
+request overtakes one that waits for pages, so none starves.
 """
 
 from collections import deque
@@ -17,7 +17,7 @@ from lserve_jax.engine.request import Request, Sequence, Status, require_room
 
 @dataclass(frozen=True)
 class Prefill:
-    """One call: tokens `start … start + count - 1` of one sequence's prompt."""
+    """One call: tokens ``start … start + count - 1`` of one sequence's prompt."""
 
     sequence: Sequence
     start: int
@@ -25,25 +25,25 @@ class Prefill:
 
     @property
     def is_last(self) -> bool:
-        """Returns whether this chunk ends the prompt, so that its last logits yield the first token."""
+        """Returns whether this chunk ends the prompt, so that its last logits yield the first generated token."""
         return self.start + self.count == self.sequence.prompt_length
 
 
 @dataclass(frozen=True)
 class Decode:
-    """One call: up to `num_steps` decode steps of every decoding sequence, sequence i no more than `limits[i]`."""
+    """One call: up to ``num_steps`` decode steps of every decoding sequence, at most ``limits[i]`` of sequence i."""
 
     sequences: tuple[Sequence, ...]
     limits: tuple[int, ...]
 
     @property
     def num_steps(self) -> int:
-        """Returns the steps of the sequence that has most to go."""
+        """Returns the largest of the limits."""
         return max(self.limits, default=0)
 
 
 class Scheduler:
-    """Orders requests and keeps their pages; `schedule`, run the plan, then `record_…`, until it is idle."""
+    """Orders requests and manages their pages. The caller repeats `schedule`, a run of the plan, and `record_…`."""
 
     def __init__(self, sizes: Sizes, attention: AttentionConfig, pools: PoolSizes) -> None:
         self.sizes = sizes
@@ -65,10 +65,10 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, request: Request) -> Sequence:
-        """Returns the waiting sequence of `request`, which joins the end of the queue.
+        """Returns the waiting sequence of ``request``, which joins the end of the queue.
 
         Raises:
-            ValueError: its id is in use, its prompt exceeds the context, or the pools could not hold it even alone.
+          ValueError: if its id is in use, its prompt exceeds the context, or the pools are too small for it alone.
         """
         if request.id in self._live:
             raise ValueError(f"request {request.id}: this id is in use by an unfinished request")
@@ -81,10 +81,10 @@ class Scheduler:
         return sequence
 
     def schedule(self) -> Prefill | Decode | None:
-        """Returns the next device call with its pages reserved; None when nothing is left to do.
+        """Returns the next device call with its pages reserved; None if nothing is left to do.
 
-        A prefill goes first: every sequence that it adds makes all later decode calls fuller. Slots bound how
-        many prefills can delay a decode call.
+        A prefill goes first: every sequence that it adds fills the batch of all later decode calls. The number of slots
+        bounds how many prefills can delay a decode call.
         """
         sequence = self._prefilling() or self._admit()
         if sequence is not None:
@@ -100,9 +100,9 @@ class Scheduler:
         return Decode(tuple(self.running), limits)
 
     def record_prefill(self, plan: Prefill, token: int | None = None, finish_reason: str | None = None) -> None:
-        """Notes that the chunk is in the cache; the prompt's last chunk brings the first generated `token`.
+        """Records that the chunk is in the cache; the prompt's last chunk yields the first generated ``token``.
 
-        The sequence finishes with `finish_reason` if given, else with "length" if no more tokens are due.
+        The sequence finishes with ``finish_reason`` if given, else with "length" if it may have no more tokens.
         """
         sequence = plan.sequence
         assert sequence.status is Status.PREFILLING and sequence.num_cached == plan.start
@@ -115,9 +115,9 @@ class Scheduler:
             self._finish_if(sequence, finish_reason)
 
     def record_decode(self, sequence: Sequence, tokens: list[int], finish_reason: str | None = None) -> None:
-        """Notes the `tokens` that `sequence` generated in a decode call, one a step; it may have stopped early.
+        """Records the ``tokens`` that ``sequence`` generated in a decode call, one per step; it may have ended early.
 
-        The sequence finishes with `finish_reason` if given, else with "length" if no more tokens are due.
+        The sequence finishes with ``finish_reason`` if given, else with "length" if it may have no more tokens.
         """
         assert sequence.status is Status.DECODING and 1 <= len(tokens) <= sequence.remaining
         sequence.decode_steps += len(tokens)
@@ -125,7 +125,7 @@ class Scheduler:
         self._finish_if(sequence, finish_reason)
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """Ends `sequence`; its pages and its slot are free again."""
+        """Ends ``sequence`` and frees its pages and its slot."""
         assert sequence.status is not Status.FINISHED, "finished twice"
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
@@ -140,7 +140,7 @@ class Scheduler:
         sequence.finish_reason = reason
 
     def abort(self, request_id: int) -> bool:
-        """Ends a request between two calls; returns False where it has finished already (or was never added)."""
+        """Ends a request between two calls; returns False if it has already finished or was never added."""
         if request_id not in self._live:
             return False
         self.finish(self._live[request_id], "abort")
@@ -155,7 +155,7 @@ class Scheduler:
         return next((sequence for sequence in self.running if sequence.status is Status.PREFILLING), None)
 
     def _admit(self) -> Sequence | None:
-        """Returns the head of the queue, moved to a free slot, if all that it may ever need is uncommitted."""
+        """Returns the head of the queue, moved to a free slot, if uncommitted pages suffice for its whole length."""
         if not self.waiting or not self._free_slots:
             return None
         sequence = self.waiting[0]
@@ -197,7 +197,7 @@ class Scheduler:
         return [(name, pool) for name, pool in pools if pool is not None]
 
     def _need(self, pool: PagePool, sequence: Sequence) -> int:
-        """Returns the most pages of a pool that a sequence will hold from now on; its last token is never cached."""
+        """Returns the most pages of a pool that a sequence will use from now on; its last token is never cached."""
         prompt = 0 if sequence.status is Status.DECODING else sequence.prompt_length
         length = sequence.max_length - 1
         return most_pages(self.attention, self.sizes, length, prompt, keeps_all=pool.keeps_all)

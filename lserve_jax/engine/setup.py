@@ -1,4 +1,4 @@
-"""From what a user names — a model, a preset, sizes — to everything that an engine needs, with nothing loaded yet."""
+"""Resolves what a user names (a model, a preset, sizes) to everything that an engine needs; loads nothing."""
 
 import logging
 from collections.abc import Iterator
@@ -33,9 +33,9 @@ _GPU_PREFILL_CHUNK = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A model opened but not loaded, all settings in force, and the memory that they take.
+    """A model that is opened but not loaded, all its settings, and the memory that they need.
 
-    ``warnings`` are for whoever goes on with it: what is legal but hardly meant.
+    ``warnings`` name settings that are valid but hardly intended; `warn` logs them.
     """
 
     checkpoint: Checkpoint
@@ -46,12 +46,12 @@ class Setup:
 
     @property
     def sizes(self) -> Sizes:
-        """Sequences, context and calls of the engine."""
+        """Returns the sequences, context and calls of the engine."""
         return self.plan.sizes
 
     @cached_property
     def implementations(self) -> tuple[Choice, ...]:
-        """What the ops take, and why others refused (see `lserve_jax.runtime.implementations`)."""
+        """Returns the implementations of the ops, and why others refused (see `lserve_jax.runtime.implementations`)."""
         return implementations(self.config, self.sizes, self.plan.pools)
 
     def warn(self) -> None:
@@ -80,30 +80,30 @@ def prepare(
     Args:
       model: see `open_checkpoint`.
       attention: preset name.
-      head_pattern: folder with head gates in DuoAttention's format, and perhaps settings that suit the model (see
-        `lserve_jax.config.heads.load_settings`); None takes the pattern that ships for this model.
+      head_pattern: folder with head gates in DuoAttention's format, and optionally settings that suit the model (see
+        `lserve_jax.config.heads.load_settings`); None takes the pattern that ships with the package for this model.
       dtype: "auto", "bfloat16" or "float32".
-      max_model_len: tokens of a sequence; None takes the model's own.
+      max_model_len: tokens per sequence; None takes the model's maximum.
       max_num_seqs: sequences that decode together.
-      prefill_chunk: prompt tokens a prefill call; None suits the device.
-      steps_per_call: decode steps between two looks of the host.
-      implementation: kernels' backend; None or "auto" chooses.
-      assume_streaming: for a plan without weights: where there is no pattern, let any heads stream.
-      recall_interval: measure the recall of page selection at every so many decode steps, which are then also the
-        steps of a call; None does not, and costs nothing. An interval that is no multiple of ``selector_interval``
-        sees selections of every age.
+      prefill_chunk: prompt tokens per prefill call; None takes a value that suits the device.
+      steps_per_call: decode steps per call, after which the host acts.
+      implementation: the kernels' backend; None or "auto" takes the first that accepts.
+      assume_streaming: whether any heads stream if there is no pattern: for a plan without weights.
+      recall_interval: decode steps from one measurement of the recall of page selection to the next, which are then
+        also the steps per call; None measures nothing and costs nothing. An interval that is not a multiple of
+        ``selector_interval`` measures selections of every age.
       **options: fields of `AttentionConfig` that replace the preset's and the pattern's; None keeps theirs, and
         ``token_budget="all"`` lifts a preset's budget.
 
     Raises:
-      ValueError: for anything that cannot be, in one line.
+      ValueError: if a model or setting is invalid, in one line.
     """
     named = {"max_model_len": max_model_len, "prefill_chunk": prefill_chunk, "recall_interval": recall_interval}
     named = {name: value for name, value in named.items() if value is not None}
     check_sizes(max_num_seqs=max_num_seqs, steps_per_call=steps_per_call, **named)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
-    from_preset(attention, **options)  # what is wrong with them is found before a checkpoint is opened
+    from_preset(attention, **options)  # reports invalid options before a checkpoint is opened
     checkpoint = open_checkpoint(model)
     policy = from_preset(attention, of_model=model_settings(checkpoint, head_pattern), **options)
     heads = _head_classes(checkpoint, policy, head_pattern, assume_streaming)
@@ -124,10 +124,10 @@ def prepare(
 
 
 def _warnings(setup: Setup, *, has_pattern: bool) -> Iterator[str]:
-    """Yields what is legal but hardly meant.
+    """Yields a warning for each setting that is valid but hardly intended.
 
     Raises:
-      NotImplementedError: if the implementation that is named refuses: before anything is loaded.
+      NotImplementedError: if the named implementation refuses; this happens before anything is loaded.
     """
     name, config, model = setup.checkpoint.name, setup.config, setup.checkpoint.config
     if config.attention.static_sparsity > 0 and not has_pattern:
@@ -144,7 +144,7 @@ def _warnings(setup: Setup, *, has_pattern: bool) -> Iterator[str]:
 
 
 def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:
-    """Returns the checkpoint's own sampling settings (generation_config.json), greedy where it names none."""
+    """Returns the sampling settings in the checkpoint's ``generation_config.json``, greedy if it names none."""
     given = checkpoint.generation_config
     if not given.get("do_sample", False):
         return SamplingParams()
@@ -156,10 +156,10 @@ def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:
 
 
 def model_settings(checkpoint: Checkpoint, head_pattern: str | Path | None = None) -> dict[str, Any]:
-    """Returns the fields of `AttentionConfig` that a head pattern recommends (see `prepare` for which one it is).
+    """Returns the fields of `AttentionConfig` that a head pattern recommends (`prepare` says which pattern it is).
 
     Raises:
-      ValueError: if they are none, in one line that names the file.
+      ValueError: if they are not valid fields, in one line that names the file.
     """
     with _pattern_folder(checkpoint, head_pattern) as folder:
         if folder is None:
@@ -175,21 +175,21 @@ def model_settings(checkpoint: Checkpoint, head_pattern: str | Path | None = Non
 def _head_classes(
     checkpoint: Checkpoint, policy: AttentionConfig, head_pattern: str | Path | None, assume_streaming: bool
 ) -> HeadClasses | None:
-    """Returns the head classes that the policy and the pattern make; None, all retrieval, where there is no pattern."""
+    """Returns the head classes of the policy and the pattern; None (all retrieval) without sparsity or a pattern."""
     layers, heads = checkpoint.config.num_layers, checkpoint.config.num_kv_heads
     if policy.static_sparsity == 0:
         return None
     with _pattern_folder(checkpoint, head_pattern) as folder:
         if folder is not None:
             return classify(load_gates(folder, layers, heads), policy.static_sparsity)
-    if assume_streaming:  # which heads does not matter to a plan: all layers have pools of the same number of pages
+    if assume_streaming:  # which heads stream does not affect a plan: all layers have pools with the same page count
         return classify(np.zeros((layers, heads)), policy.static_sparsity)
     return None
 
 
 @contextmanager
 def _pattern_folder(checkpoint: Checkpoint, head_pattern: str | Path | None) -> Iterator[Path | None]:
-    """Yields the named folder, or that of the pattern that ships with the package for a model of this name, or None."""
+    """Yields the named folder, else the folder of the pattern that ships with the package for this model, or None."""
     if head_pattern is not None:
         yield Path(head_pattern)
         return

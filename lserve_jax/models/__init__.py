@@ -1,4 +1,4 @@
-"""Model families in Flax: stateless, without a cache of their own."""
+"""Model families in Flax: stateless modules that hold no cache."""
 
 import importlib
 import warnings
@@ -10,13 +10,13 @@ __all__ = ["Llama"]
 
 
 def __getattr__(name: str) -> Any:
-    """Returns what has moved."""
+    """Returns a name that has moved to another module."""
     if name == "abstract_params":
         warnings.warn(
             "lserve_jax.models.abstract_params is deprecated: import it from lserve_jax.weights",
             FutureWarning,
             stacklevel=2,
         )
-        # By name: checkpoints stand above models.
+        # Imported by name, because `lserve_jax.weights` imports this package.
         return importlib.import_module("lserve_jax.weights").abstract_params
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Shapes of published models by name, for memory plans and benches that need no weights (`known.json`)."""
+"""Shapes of published models by name, for memory plans and benches that need no weights (``known.json``)."""
 
 import json
 from functools import cache
@@ -8,5 +8,5 @@ from typing import Any
 
 @cache
 def known_configs() -> dict[str, dict[str, Any]]:
-    """The `config.json` facts of each known model by its lower-case name; treat them as read-only."""
+    """Returns the ``config.json`` of each known model by its lower-case name; treat it as read-only."""
     return json.loads(resources.files("lserve_jax.models").joinpath("known.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The parts of a Llama-family layer that are neither attention nor weights: projections, norms and rotary positions."""
+"""Parts of the Llama family besides attention and rotary positions: projections, norms, and the loop over layers."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 _MIN_CPU_ROWS = 4
-"""XLA's CPU product of fewer bfloat16 rows than this runs at 1 GFLOP/s (36 ms, not 3, for the demo's logits)."""
+"""With fewer bfloat16 rows, XLA's product on CPUs runs at 1 GFLOP/s (36 ms instead of 3 ms for the demo's logits)."""
 
 
 def project(
@@ -16,14 +16,14 @@ def project(
 ) -> jax.Array:
     """Returns ``x @ kernel.T``.
 
-    Outputs times inputs is how checkpoints hold matrices, and on CPUs faster than the transpose for any number of rows
-    (0.12 ms, not 0.16, for 4 rows and 1536 x 576; 0.69, not 0.81, for 512 rows; two cores with AMX).
+    Checkpoints store matrices as outputs times inputs. On CPUs this layout is faster than the transpose for any number
+    of rows (0.12 ms instead of 0.16 ms for 4 rows and 1536 x 576; 0.69 instead of 0.81 for 512; two cores with AMX).
 
     Args:
       x: [..., D].
       kernel: [F, D], of the dtype of ``x``.
-      out_dtype: of the result; None takes that of ``x``. On CPUs it is not rounded to that of ``x`` in between.
-      is_stored_wide: whether no device rounds it: for what goes to memory as it is, as logits do.
+      out_dtype: dtype of the result; None takes that of ``x``. CPUs do not round to the dtype of ``x`` in between.
+      is_stored_wide: whether other devices do not round either: for results stored in ``out_dtype``, such as logits.
 
     Returns:
       [..., F]; accumulated in float32.
@@ -44,7 +44,7 @@ def project(
     def elsewhere(rows: jax.Array, kernel: jax.Array) -> jax.Array:
         if out_dtype is None or is_stored_wide:
             return product(rows, kernel, out_dtype)
-        return product(rows, kernel).astype(out_dtype)  # with what follows: nothing wide is stored
+        return product(rows, kernel).astype(out_dtype)  # XLA fuses the cast with its consumer: nothing wide is stored
 
     if x.dtype == jnp.float32 or (missing <= 0 and out_dtype is None):
         result = elsewhere(rows, kernel)
@@ -54,7 +54,7 @@ def project(
 
 
 class Linear(nn.Module):
-    """An affine map of the last ``in_axes`` axes to ``features``, of which heads may be one. Kernel outputs first."""
+    """An affine map of the last ``in_axes`` axes to the axes ``features``. Its kernel is outputs times inputs."""
 
     features: Sequence[int]
     use_bias: bool
@@ -79,7 +79,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x²) + epsilon) · scale`` over the last axis; the mean in float32."""
+    """``x / sqrt(mean(x²) + epsilon) · scale`` over the last axis, with the mean in float32."""
 
     epsilon: float
     dtype: jnp.dtype
@@ -94,14 +94,14 @@ class RMSNorm(nn.Module):
 
 
 def each_layer[X, S, R](x: X, states: Iterable[S], run: Callable[[int, X, S], tuple[X, R]]) -> tuple[X, tuple[R, ...]]:
-    """Returns what the last layer makes of ``x``, and what each layer gives beside it: the one loop over layers.
+    """Returns the output of the last layer, and the result of each layer: the one loop over layers.
 
-    Unrolled when traced: each layer has weights and a cache of its own, which a scan would copy.
+    Tracing unrolls it: a scan would copy the weights and the cache of each layer.
 
     Args:
-      x: what enters the first layer.
+      x: the input of the first layer.
       states: one entry per layer.
-      run: number of the layer, what enters it, and its entry → what leaves it, and its result.
+      run: (number of the layer, its input, its entry) → (its output, its result).
     """
     results = []
     for layer, state in enumerate(states):

@@ -1,4 +1,4 @@
-"""The model as functions of its parameters: begin, one layer, end; and all of it with one trace per kind of layer."""
+"""The model as functions of its parameters: begin, one layer, end; and the whole with one trace per kind of layer."""
 
 from typing import Any, cast
 
@@ -20,11 +20,11 @@ def run_model(
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Returns the hidden states [B, T, D] of tokens [B, T] after the final norm, and the new state of each layer.
 
-    Layers of one `LayerKind` are traced once: tracing is most of a start whose programs lie in the compilation cache.
+    Layers of one `LayerKind` are traced once: tracing takes most of a start whose programs hit the compilation cache.
 
     Args:
-      params: the model's parameters, heads permuted as ``config.heads`` says.
-      state: one entry per layer, what ``attend`` keeps.
+      params: the model's parameters, heads in the order of ``config.heads``.
+      state: one entry per layer, the state of ``attend``.
       tokens: [B, T] int32.
       positions: [B, T] int32 absolute positions.
       attend: the attention; it gets the layer's `LayerKind`.
@@ -52,7 +52,7 @@ def begin(
 def run_layer(
     params: Params, config: InferenceConfig, layer: int, x: jax.Array, rope: RopeTables, state: Any, attend: Attend
 ) -> tuple[jax.Array, Any]:
-    """Returns the hidden states [B, T, D] after one layer, and what ``attend`` makes of ``state``."""
+    """Returns the hidden states [B, T, D] after one layer, and the state that ``attend`` returns."""
     return _layer(params[f"layers_{layer}"], config, config.kind(layer), x, rope, state, attend)
 
 

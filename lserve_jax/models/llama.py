@@ -19,12 +19,12 @@ type RopeTables = tuple[jax.Array, jax.Array]
 
 
 class Attend(Protocol):
-    """What the model knows of attention: queries, keys and values in; outputs and the layer's next state out."""
+    """The model's view of attention: queries, keys and values in; outputs and the layer's next state out."""
 
     def __call__(self, kind: Any, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """Returns outputs [B, T, N, H] and the new state, for q [B, T, N, H] and k, v [B, T, K, H] after RoPE.
 
-        ``kind`` is what the caller of the model says of the layer: a `LayerKind` in every compiled step.
+        ``kind`` is the caller's description of the layer: a `LayerKind` in every compiled step.
         """
         ...
 
@@ -61,7 +61,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns [..., D] for ``x`` [..., D]."""
         c = self.config
-        # On CPUs not rounded before they are multiplied: more exact, and faster.
+        # On CPUs, gate and up are not rounded before their product: this is more exact, and faster.
         gate, up = (
             Linear((c.intermediate_size,), c.mlp_bias, self.dtype, out_dtype=jnp.dtype("float32"), name=name)(x)
             for name in ("gate_proj", "up_proj")
@@ -90,7 +90,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder-only transformer without state of its own: caches and attention kernels live in ``attend``."""
+    """A stateless decoder-only transformer: caches and attention kernels are behind ``attend``."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -113,14 +113,14 @@ class Llama(nn.Module):
         attend: Attend,
         kinds: Sequence[Hashable] | None = None,
     ) -> tuple[jax.Array, tuple[Any, ...]]:
-        """Returns hidden states [B, T, D] after the final norm, and the new state, one entry a layer.
+        """Returns hidden states [B, T, D] after the final norm, and the new state, one entry per layer.
 
         Args:
           tokens: [B, T] int32 token ids.
           positions: [B, T] int32 absolute positions.
-          state: what ``attend`` keeps for each layer.
+          state: the state of ``attend``, one entry per layer.
           attend: the attention, see `Attend`.
-          kinds: what ``attend`` is to know of each layer; None gives it the layer's number.
+          kinds: what ``attend`` gets as ``kind`` for each layer; None takes the layer's number.
         """
         x, rope = self.begin(tokens, positions)
         kinds = range(len(self.layers)) if kinds is None else kinds
@@ -130,17 +130,17 @@ class Llama(nn.Module):
         return self.end(x), new_state
 
     def begin(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, RopeTables]:
-        """Returns what the layers take: embeddings [B, T, D] and rotary tables."""
-        # Behind a barrier: else XLA's CPU computes sines anew for every head of every layer (6% of a prefill).
+        """Returns the inputs of the layers: embeddings [B, T, D] and rotary tables."""
+        # Without the barrier, XLA on CPUs recomputes the sines for every head of every layer (6% of a prefill).
         rope = jax.lax.optimization_barrier(rope_tables(self.config.rope, self.config.head_dim, positions))
         return self.embed(tokens), rope
 
     def end(self, x: jax.Array) -> jax.Array:
-        """Returns the hidden states [..., D] that logits come from."""
+        """Returns hidden states [..., D] after the final norm."""
         return self.final_norm(x)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Returns logits [..., V] float32 of hidden states [..., D]; never rounded to bfloat16, in which many tie."""
+        """Returns logits [..., V] float32 of hidden states [..., D]; rounded to bfloat16, many of them would tie."""
         if self.config.tie_embeddings:
             return project(hidden, self.embed.embedding, jnp.dtype("float32"), is_stored_wide=True)
         return self.lm_head(hidden)

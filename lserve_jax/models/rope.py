@@ -1,4 +1,4 @@
-"""Rotary position embedding in its kinds: plain, linear, llama3, yarn."""
+"""The kinds of rotary position embedding: plain, linear, llama3, yarn."""
 
 import math
 
@@ -10,12 +10,12 @@ from lserve_jax.config.model import RopeConfig
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """Returns the angular frequencies [head_dim // 2] (radians a token, float32) and the factor on cos and sin.
+    """Returns the angular frequencies [head_dim // 2] (radians per token, float32) and the factor on cos and sin.
 
-    Kinds: ``default`` (Su et al. 2021), ``linear`` (position interpolation), ``llama3`` (Llama 3.1: long wavelengths
-    stretched, a smooth ramp between), ``yarn`` (Peng et al. 2023, section 3: a ramp over dimensions, and attention
-    temperature). Rounded to float32 step by step, as in training: at position p, one last digit of a frequency is p of
-    them in the angle.
+    Kinds: "default" (Su et al. 2021), "linear" (position interpolation), "llama3" (Llama 3.1: it stretches long
+    wavelengths, with a smooth ramp between), "yarn" (Peng et al. 2023, section 3: a ramp over dimensions, and attention
+    temperature). Every operation rounds to float32, as in training: position p multiplies an error in the last digit of
+    a frequency by p.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = 1 / (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
@@ -42,7 +42,7 @@ def _yarn_frequencies(rope: RopeConfig, frequencies: np.ndarray, head_dim: int) 
     original = rope.original_max_position
 
     def dimension(turns: float) -> float:
-        """The dimension that makes this many turns in the original context."""
+        """Returns the dimension that makes this many turns in the original context."""
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)

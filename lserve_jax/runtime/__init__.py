@@ -1,1 +1,1 @@
-"""What is compiled: pure functions of pytrees over the paged KV cache."""
+"""Compiled code: pure functions of pytrees over the paged KV cache."""

@@ -1,4 +1,4 @@
-"""The one seam between model and cache: `attend` callables that write to and read from the paged KV cache."""
+"""The one interface between model and cache: ``attend`` callables that write to and read from the paged KV cache."""
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,15 @@ from pallas_kernels import PageTables, decode_attention, kv_write, page_select, 
 
 
 def _window(reading: Reading, tables: PageTables, page_size: int) -> tuple[int, int]:
-    """Returns sink and window, cut to what the page tables can hold: nothing may grow with a setting past that."""
+    """Returns sink and window, cut to the length of the page tables, so that a larger setting costs nothing."""
     longest = tables.streaming.shape[1] * page_size
     return min(reading.sink, longest), min(reading.local, longest)
 
 
 def as_stored(config: InferenceConfig, x: jax.Array) -> jax.Array:
-    """Returns queries, keys or values [..., H] in the basis in which pages hold keys and values; outputs back from it.
+    """Returns queries, keys or values [..., H] in the basis of the pages, or outputs in the basis of the model.
 
-    The rotation of 4-bit pages is its own inverse. Page selection stays in the model's own basis, where its bounds are
+    The rotation of 4-bit pages is self-inverse. Page selection stays in the basis of the model, where its bounds are
     tighter.
     """
     return rotate(x) if config.is_rotated else x
@@ -35,7 +35,7 @@ def prefill_attend(
     def attend(
         kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
-        # Written first, read after: the order that lets XLA update the donated pages in place.
+        # The write comes before the read: this order lets XLA update the donated pages in place.
         own = k if config.is_rotated else None
         q, k, v = (as_stored(config, x) for x in (q, k, v))
         kv = kv_write(*(k, v, state.kv, tables, starts, counts), k_bounded=own, implementation=config.implementation)
@@ -53,14 +53,14 @@ def prefill_attend(
 
 
 def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Array, decode_steps: jax.Array) -> Attend:
-    """Returns the attention of one new token a sequence.
+    """Returns the attention of one new token per sequence.
 
     Args:
       config: static settings.
       tables: page tables [B, max_pages].
-      lengths: [B] tokens of each sequence with the new one; 0 for an empty slot.
-      decode_steps: [B] decode steps of each sequence since its prefill: pages are selected at every
-        ``selector_interval``-th, beginning with step 0.
+      lengths: [B] tokens of each sequence, the new one included; 0 for an empty slot.
+      decode_steps: [B] decode steps of each sequence since its prefill: every ``selector_interval``-th step, from step
+        0 on, selects pages.
     """
     attention = config.attention
 
@@ -74,7 +74,7 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
             *(k, v, state.kv, tables, lengths - is_used, is_used), k_bounded=own, implementation=config.implementation
         )
         selected, num_selected = None, kind.decode.num_selected
-        # Where a selection has room for every page of a sequence, or of the pool, all are read.
+        # If a selection has room for every page of a sequence, or of the pool, all pages are read.
         held = tables.retrieval.shape[1]
         if state.selected is not None and num_selected is not None and held > num_selected:
             assert kv.retrieval is not None

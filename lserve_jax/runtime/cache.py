@@ -1,4 +1,4 @@
-"""The KV cache: a pytree of page pools, one entry a layer, taken donated and returned by every step."""
+"""The KV cache: a pytree of page pools, one entry per layer, which every step takes donated and returns."""
 
 import warnings
 from typing import NamedTuple
@@ -15,10 +15,10 @@ _BITS = {"int8": 8, "int4": 4}
 
 
 class LayerCache(NamedTuple):
-    """One layer: its pools, and the pages that each slot's retrieval heads chose last.
+    """One layer: its pools, and the last page selection of each slot's retrieval heads.
 
-    ``selected`` is [max_num_seqs, K_retrieval, width] int32 (see `pallas_kernels.page_select`), or None where the layer
-    reads every page, and where a selection has room for the whole pool.
+    ``selected`` is [max_num_seqs, K_retrieval, width] int32 (see `pallas_kernels.page_select`), or None if the layer
+    reads every page or a selection has room for the whole pool.
     """
 
     kv: LayerKV
@@ -36,20 +36,20 @@ def init_cache(
     streaming_pages: int,
     slots: int | None = None,
 ) -> KVCache:
-    """Returns an empty cache, one `LayerCache` a layer. Usable under `jax.eval_shape`.
+    """Returns an empty cache, one `LayerCache` per layer. Usable under `jax.eval_shape`.
 
-    Pages are shared by all sequences; who holds which is the host's business (`lserve_jax.engine.allocator`). Nothing
-    need be cleared when a page changes hands.
+    All sequences share the pages; the host decides which sequence gets which page (`lserve_jax.engine.allocator`). A
+    page that passes to another sequence need not be cleared.
 
     Args:
       config: model, head classes and element type of the pages.
-      max_num_seqs: sequences of a decode batch, each with a slot.
-      retrieval_pages: pages of each layer's retrieval pool; 0 where no layer has one.
-      streaming_pages: pages of each layer's streaming pool; 0 where no layer has one.
+      max_num_seqs: sequences per decode batch, each with a slot.
+      retrieval_pages: pages of each layer's retrieval pool; 0 if no layer has one.
+      streaming_pages: pages of each layer's streaming pool; 0 if no layer has one.
       slots: deprecated name of ``max_num_seqs``.
 
     Raises:
-      ValueError: if a size is below 1, or a pool that some layer has gets no page.
+      ValueError: if a size is below 1, or a pool that a layer needs has no page.
     """
     if slots is not None:
         warnings.warn("init_cache(slots=) is deprecated: say max_num_seqs=", FutureWarning, stacklevel=2)
@@ -67,7 +67,7 @@ def _layer(
         streaming=_pool(config, kind.streaming, "streaming_pages", streaming_pages),
     )
     num_selected = kind.decode.num_selected
-    if num_selected is None or num_selected >= retrieval_pages:  # a list as long as the pool would choose nothing
+    if num_selected is None or num_selected >= retrieval_pages:  # a list as long as the pool selects nothing
         return LayerCache(kv, None)
     attention = config.attention
     width = selection_width(num_selected, attention.selector_interval, attention.page_size)

@@ -1,4 +1,4 @@
-"""Which implementation each attention op takes in the compiled steps, and why others refused: traced, not guessed."""
+"""Which implementation each attention op takes in the compiled steps, and why others refused, found by tracing."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from pallas_kernels import Choice, PageTables, observe_choices
 
 
 def implementations(config: InferenceConfig, sizes: Sizes, pools: PoolSizes) -> tuple[Choice, ...]:
-    """Returns what was chosen for each op in a prefill and in a decode step, each choice once.
+    """Returns the implementations of each op in a prefill and in a decode step, each once.
 
     Traces the attention of one layer of each kind with the shapes of the engine; compiles and runs nothing.
 
@@ -38,7 +38,7 @@ def implementations(config: InferenceConfig, sizes: Sizes, pools: PoolSizes) -> 
 
 
 def by_op(choices: Sequence[Choice]) -> dict[str, str]:
-    """Returns the implementation of each op; names are joined by "+" where layers of different kinds differ."""
+    """Returns the implementation of each op; "+" joins the names if kinds of layers differ."""
     found: dict[str, list[str]] = {}
     for choice in choices:
         names = found.setdefault(choice.op, [])
@@ -48,7 +48,7 @@ def by_op(choices: Sequence[Choice]) -> dict[str, str]:
 
 
 def describe(choices: Sequence[Choice]) -> str:
-    """Returns one line for people: which ops each implementation computes, and why others refused."""
+    """Returns one readable line: which ops each implementation computes, and why others refused."""
     ops: dict[str, list[str]] = {}
     for op, names in by_op(choices).items():
         ops.setdefault(names, []).append(op)

@@ -1,7 +1,7 @@
-"""Compiled programs, each compiled once and ahead of its first call: no time of a call includes its own compilation.
+"""Programs that are compiled once, ahead of their first call: the time of a call never includes its compilation.
 
-Compiling and loading programs holds the interpreter's lock much of the time, and so is done in the order of need: what
-is needed later begins when what is needed first has been compiled or, if it must, has run.
+Compiling and loading a program holds the interpreter's lock for much of the time. Programs are therefore compiled in
+the order of need: each waits, for a limited time, until the one before it has been compiled or, if required, has run.
 """
 
 import threading
@@ -15,20 +15,21 @@ import jax
 from pallas_kernels import Choice, observe_choices
 
 _PATIENCE_S = 3.0
-"""How long a program waits for the compilation of the one that is needed before it. One that lies in the persistent
-cache is loaded by then; what must really be compiled had better begin beside it."""
+"""How long a program waits for the compilation of the one that is needed before it. By then, a hit in the persistent
+cache is loaded. A program that must be compiled takes longer, and the next one is then better compiled beside it."""
 
 _HEAD_START_S = 0.5
-"""How long a program that is needed later leaves the interpreter to the run of the one before it. If that has not run
-by then, it waits for something else, such as weights."""
+"""How long the compilation of a program that is needed later is delayed, so that it does not slow the run of the one
+before it. If that has not run by then, it waits for something else, such as weights."""
 
 
 _CHOICES: dict[Hashable, tuple[Choice, ...]] = {}
-"""What each trace chose. JAX keeps traces for the whole process, and so does this, which is read when one is reused."""
+"""The implementations that each trace took. JAX keeps traces for the whole process, so this table, which is read when
+JAX reuses a trace, also does."""
 
 
 class Call(NamedTuple):
-    """A jitted ``step`` with arguments, under the name of the program that their shapes make."""
+    """A jitted ``step`` with its arguments, and the name of the program for their shapes."""
 
     name: str
     step: Any
@@ -37,7 +38,7 @@ class Call(NamedTuple):
 
 
 class _Program(NamedTuple):
-    """A program under way; ``next_is_due`` is set once it has run, for the one that is needed after it."""
+    """A program; ``is_due`` ends its wait before compilation, ``next_is_due`` (set after its run) that of the next."""
 
     compiled: Future[Any]
     is_due: threading.Event
@@ -45,10 +46,10 @@ class _Program(NamedTuple):
 
 
 class Programs:
-    """A table of compiled steps by name; calling a name with other shapes than it was compiled for is an error.
+    """A table of compiled steps by name; a call whose shapes differ from those of the compilation is an error.
 
     Attributes:
-      compile_seconds: how long callers have waited for programs.
+      compile_seconds: how long callers have waited for compilations.
     """
 
     def __init__(self, on_compile: Callable[[str], None] | None = None) -> None:
@@ -59,22 +60,22 @@ class Programs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The programs that have been asked for so far."""
+        """Returns the names of the programs that were requested so far."""
         return tuple(self._programs)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """Which implementation each op took in the programs that have been compiled so far."""
+        """Returns the implementation that each op took in the programs compiled so far."""
         done = [one.compiled for one in self._programs.values() if one.compiled.done() and not one.compiled.exception()]
         return tuple(dict.fromkeys(choice for compiled in done for choice in compiled.result()[1]))
 
     def start(self, calls: Sequence[Call], *, later: Collection[str] = ()) -> None:
-        """Begins to compile the programs of calls that are new, in the order in which they are needed.
+        """Starts to compile the new programs among ``calls``, in the order in which they are needed.
 
-        Those that take long are compiled side by side: a compilation uses about one core.
+        Long compilations run in parallel: each uses about one core.
 
         Args:
-          calls: what will be run.
+          calls: the calls that will run.
           later: names of programs that are not needed before those in front of them have run: see `_HEAD_START_S`.
         """
         missing = [call for call in calls if self._is_missing(call.name)]
@@ -91,12 +92,12 @@ class Programs:
             self._programs[call.name] = before
 
     def _is_missing(self, name: str) -> bool:
-        """Returns whether a program is new, or failed to compile: what it failed for may have passed."""
+        """Returns whether a program is new, or failed to compile: the cause of the failure may have passed."""
         program = self._programs.get(name)
         return program is None or (program.compiled.done() and program.compiled.exception() is not None)
 
     def compile(self, calls: Sequence[Call]) -> None:
-        """Compiles the programs of calls that are not compiled yet."""
+        """Compiles the programs of ``calls`` that are not compiled yet."""
         self.start(calls)
         begin, programs = time.perf_counter(), [self._programs[call.name] for call in calls]
         if all(program.compiled.done() for program in programs):
@@ -107,7 +108,7 @@ class Programs:
         self.compile_seconds += time.perf_counter() - begin
 
     def run(self, call: Call) -> Any:
-        """Returns the result of a call, ready; its program is compiled first if it is not."""
+        """Returns the finished result of a call; compiles its program first if necessary."""
         self.compile([call])
         program = self._programs[call.name]
         try:
@@ -117,14 +118,14 @@ class Programs:
 
 
 def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the shapes of arguments: they themselves may be donated to another program while theirs is compiled."""
+    """Returns the shapes of arguments: during this compilation, another program may take the arguments as donated."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), args)
 
 
 def _compile(
     step: Any, args: tuple[Any, ...], static: dict[str, Any], before: Future[Any] | None, is_due: threading.Event | None
 ) -> tuple[Any, tuple[Choice, ...]]:
-    """Returns the compiled program, and which implementation each op took in it."""
+    """Returns the compiled program, and the implementation that each op took in it."""
     if before is not None and wait([before], timeout=_PATIENCE_S).done and is_due is not None:
         is_due.wait(_HEAD_START_S)
     leaves, structure = jax.tree.flatten(args)
@@ -132,6 +133,6 @@ def _compile(
     trace = (step, structure, shapes, tuple(sorted(static.items())))
     with observe_choices() as choices:
         lowered = step.lower(*args, **static)
-    if choices:  # none where JAX had this trace already
+    if choices:  # empty if JAX reused this trace
         _CHOICES[trace] = tuple(dict.fromkeys(choices))
     return lowered.compile(), _CHOICES.get(trace, ())

@@ -1,6 +1,6 @@
-"""Recall of page selection: the share of the true attention mass that the pages read hold.
+"""Recall of page selection: the share of the true attention mass that lies in the pages read.
 
-A probe beside the real step: it computes dense attention scores, in a program of its own that nothing else pays for.
+It computes dense attention scores in a separate program, so that generation without it costs no more.
 """
 
 from functools import partial
@@ -26,14 +26,14 @@ def attention_recall(
 
         mass[b, k] = mean_n Σ_{j in selected pages} softmax_{j < lengths[b]}(q[b, n] · k[j] / sqrt(H))[j]
 
-    NaN for an empty slot. One head of one sequence is computed at a time: its scores [G, S] are all that lives at once.
+    NaN for an empty slot. Heads are computed one by one, so that only the scores [G, S] of one head are in memory.
 
     Args:
       q: [B, K · G, H] queries of the retrieval heads, after RoPE, in the basis of the pool's keys
         (`lserve_jax.runtime.attend.as_stored`).
       pool: the retrieval pool.
       table: its page table [B, max_pages] int32.
-      lengths: [B] int32 tokens of each sequence with the current one; 0 for an empty slot.
+      lengths: [B] int32 tokens of each sequence, the current one included; 0 for an empty slot.
       selected: [B, K, n] int32 logical pages, padded with -1 (what `pallas_kernels.page_select` returns).
     """
     batch, heads = selected.shape[:2]
@@ -71,8 +71,8 @@ def recall_step(
     """Returns the recall [L, B] float32 of a decode step, mean over retrieval heads, and the cache.
 
     NaN where nothing is selected: in layers without a selection, while all pages fit into it, and in empty slots. The
-    arguments are those of `decode_step`, which may be called with the cache afterwards as if this had not been: what
-    is written here it writes again.
+    arguments are those of `decode_step`. It may be called next with the returned cache and the same arguments, and
+    gives the same result as without this call, because it writes the same values again.
     """
     inner = decode_attend(config, tables, lengths, decode_steps)
 

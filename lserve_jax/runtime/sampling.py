@@ -1,7 +1,8 @@
-"""The choice of the next token: greedy, or drawn with temperature, top-k, top-p and min-p, each request with its own.
+"""Sampling of the next token: greedy, or drawn with the temperature, top-k, top-p and min-p of each request.
 
-Nothing sorts the vocabulary. Top-k and top-p are one question, "which is the highest logit such that those not below it
-weigh enough", where a token weighs 1 or its probability; bisection over the bits of the logits answers it in 32 sums.
+Nothing sorts the vocabulary. Top-k and top-p are the same search for the highest threshold such that the tokens at or
+above it have enough weight, where the weight of a token is 1 or its probability. Bisection over the bits of the logits
+finds the threshold in 32 sums.
 """
 
 import math
@@ -21,15 +22,15 @@ _OF_MODEL = "the model's own, else {}"
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is continued; the "help" of a field says what the field does, and is what ``--help`` prints.
+    """How one request is continued. The "help" of a field says what the field does; ``--help`` prints it.
 
     Attributes:
-      stop: One string is accepted as well.
-      stop_token_ids: Tokens at which the text ends, besides the model's own.
-      logprobs: Whether the output has the log-probabilities of its tokens.
+      stop: one string is accepted as well.
+      stop_token_ids: tokens at which the text ends, in addition to the model's end tokens.
+      logprobs: whether the output has the log-probabilities of its tokens.
 
     Raises:
-      ValueError: Values are out of range; the message lists all of them.
+      ValueError: if values are out of range; the message lists all of them.
     """
 
     max_tokens: int = field(default=256, metadata={"help": "the most tokens to generate, at least 1"})
@@ -67,7 +68,7 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self):
-        """Checks the values; `stop` and `stop_token_ids` become tuples."""
+        """Checks the values; ``stop`` and ``stop_token_ids`` become tuples."""
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else _as_tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
         has_seed = self.seed is None or _is_whole(self.seed, 0, MAX_SEED)
@@ -90,7 +91,7 @@ class SamplingParams:
 
 
 class SamplingState(NamedTuple):
-    """The sampling parameters of a batch, one row a request.
+    """The sampling parameters of a batch, one row per slot.
 
     Attributes:
       temperature: [B] float32.
@@ -108,14 +109,14 @@ class SamplingState(NamedTuple):
 
     @classmethod
     def from_params(cls, params: Sequence[SamplingParams | None]) -> "SamplingState":
-        """Returns NumPy arrays of the parameters; `None` is an empty slot, which is greedy.
+        """Returns NumPy arrays of the parameters; None is an empty slot, which is greedy.
 
-        A request without a seed gets a fresh one on every call.
+        A request without a seed gets a new one on every call.
         """
         rows = [SamplingParams() if one is None else one for one in params]
-        # Only requests that draw need one, and drawing one costs a call of the operating system.
+        # Only requests that sample need a seed, and a random seed costs a call of the operating system.
         seeds = [secrets.randbits(32) if row.seed is None and row.temperature > 0 else row.seed or 0 for row in rows]
-        columns: dict[str, Any] = {  # NumPy: programs take it as it is, and nothing is put on a device here
+        columns: dict[str, Any] = {  # NumPy: programs take it directly, so nothing is copied to a device here
             "temperature": np.array([row.temperature for row in rows], np.float32),
             "top_p": np.array([row.top_p for row in rows], np.float32),
             "top_k": np.array([max(0, min(row.top_k, 2**31 - 1)) for row in rows], np.int32),
@@ -128,18 +129,18 @@ class SamplingState(NamedTuple):
 def sample(logits: Array, positions: Array, state: SamplingState) -> tuple[Array, Array]:
     """Returns the chosen tokens [B] int32 and their log-probabilities [B] float32 under the unmodified distribution.
 
-    Row by row, with `x` the logits: `argmax(x)` where the temperature is 0, else
-    `argmax(kept(x / temperature) + gumbel)`, which is a draw from the softmax of what top-k, then top-p, then min-p
-    keep. Tokens that tie with the last one kept are kept too. The noise is a function of (seed, position) alone: the
-    choice depends on neither the slot nor the other rows.
+    For each row, with ``x`` the logits: ``argmax(x)`` if the temperature is 0, else
+    ``argmax(kept(x / temperature) + gumbel)``, which is a draw from the softmax of what top-k, then top-p, then min-p
+    keep. Tokens that tie with the last one kept are kept too. The noise is a function of (seed, position) alone, so the
+    result depends on neither the slot nor the other rows.
 
-    A NaN logit is never chosen (it counts as minus infinity; a row of nothing else gives token 0), but it makes the
+    A NaN logit is never chosen (it counts as minus infinity; a row of only NaN gives token 0), but it makes the
     log-probability NaN.
 
     Args:
       logits: [B, V] float32, the model's output.
       positions: [B] int32, the position in the sequence that each new token will have.
-      state: The parameters, B rows.
+      state: the parameters, B rows.
     """
     clean = jnp.nan_to_num(logits, nan=-jnp.inf, posinf=jnp.finfo(jnp.float32).max, neginf=-jnp.inf)
     greedy = jnp.argmax(clean, axis=-1).astype(jnp.int32)
@@ -159,7 +160,7 @@ def token_logprobs(logits: Array, tokens: Array) -> Array:
 
 
 def _draw(logits: Array, positions: Array, state: SamplingState) -> Array:
-    """Returns a token drawn for each row; rows of temperature 0 get one too, of no meaning."""
+    """Returns a sampled token for each row; that of rows with temperature 0 has no meaning."""
     scaled = temper(logits, state.temperature)
     is_drawn = state.temperature > 0
     vocabulary = logits.shape[-1]
@@ -176,7 +177,7 @@ def _draw(logits: Array, positions: Array, state: SamplingState) -> Array:
 
 
 def temper(logits: Array, temperature: Array) -> Array:
-    """Returns `(logits - max) / temperature`, at most 0; a temperature of 0 counts as 1."""
+    """Returns ``(logits - max) / temperature``, at most 0; a temperature of 0 counts as 1."""
     highest = jnp.max(logits, axis=-1, keepdims=True)
     # A row without one finite logit has no maximum to subtract.
     shifted = jnp.where(jnp.isfinite(highest), logits - highest, logits)
@@ -184,39 +185,39 @@ def temper(logits: Array, temperature: Array) -> Array:
 
 
 def keep_top_k(scaled: Array, k: Array) -> Array:
-    """Returns where the `k` highest values of each row are, and those equal to the lowest of them."""
+    """Returns a mask of the ``k`` highest values of each row, and of those equal to the lowest of them."""
     keys = _ordered_keys(scaled)
     return keys >= _lowest_kept(keys, jnp.ones_like(scaled), k.astype(jnp.float32))[:, None]
 
 
 def keep_top_p(scaled: Array, kept: Array, p: Array) -> Array:
-    """Returns the likeliest of the kept values that together have at least probability `p` among them; never none."""
+    """Returns a mask of the likeliest kept values that together have share ``p`` of the kept weight; never empty."""
     keys = _ordered_keys(jnp.where(kept, scaled, -jnp.inf))
     weights = jnp.where(kept, jnp.exp(scaled), 0.0)
-    # The same sum as in the search, so that rounding cannot put the target out of reach.
+    # The same sum as in the search, so that rounding cannot make the target unreachable.
     total = _weight_from(keys, weights, jnp.zeros(p.shape, jnp.uint32))
     target = jnp.maximum(p * total, jnp.finfo(jnp.float32).tiny)
     is_likely = keys >= _lowest_kept(keys, weights, target)[:, None]
-    # A target of everything is reached before the last tokens: their weights are lost in the rounding of the sum.
+    # With p = 1, the sum reaches the target before the last tokens, because rounding loses their weights.
     return kept & (is_likely | (p >= 1)[:, None])
 
 
 def keep_min_p(scaled: Array, min_p: Array) -> Array:
-    """Returns where a token has at least `min_p` times the likeliest one's probability; `scaled` has maximum 0."""
+    """Returns a mask of tokens with at least ``min_p`` times the highest probability; ``scaled`` has maximum 0."""
     return scaled >= jnp.log(min_p)[:, None]
 
 
 def _ordered_keys(values: Array) -> Array:
-    """Returns whole numbers in the order of the values (no NaN; both zeros are one)."""
+    """Returns unsigned integers in the order of the values (no NaN; both zeros are equal)."""
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 def _lowest_kept(keys: Array, weights: Array, target: Array) -> Array:
-    """Returns, a row, the largest `u` with `sum(weights where keys >= u) >= target`, which must be in reach.
+    """Returns, per row, the largest ``u`` with ``sum(weights where keys >= u) >= target``, which must be reachable.
 
-    The sum falls as `u` rises, so the bits of `u` are found from the highest down.
+    The sum falls as ``u`` rises, so the search finds the bits of ``u`` from the highest to the lowest.
     """
 
     def try_bit(step: Array, found: Array) -> Array:
@@ -235,7 +236,7 @@ def _gumbel(seed: Array, position: Array, count: int) -> Array:
 
 
 def _as_tuple(values: Sequence) -> tuple:
-    """Returns the values as a tuple; what is no sequence becomes a tuple that the checks refuse."""
+    """Returns the values as a tuple; a value that is not a sequence becomes a tuple that the checks refuse."""
     return tuple(values) if isinstance(values, (Sequence, np.ndarray)) else (values,)
 
 

