@@ -7,7 +7,7 @@ from typing import Any
 
 from lserve_jax.engine.outputs import RequestOutput
 from lserve_jax.llm import LLM
-from lserve_jax.runtime.implementations import by_op, describe
+from lserve_jax.runtime.implementations import by_op, describe, refusals
 
 
 def to_json(llm: LLM, output: RequestOutput) -> dict[str, Any]:
@@ -28,7 +28,6 @@ def to_json(llm: LLM, output: RequestOutput) -> dict[str, Any]:
             "retrieval_heads": list(llm.config.num_retrieval),
             "implementation": llm.config.implementation or "auto",
         },
-        "implementations": by_op(llm.implementations),
         "kv_cache": {
             "dtype": llm.config.kv_dtype,
             "retrieval_bytes": metrics.retrieval_bytes,
@@ -38,6 +37,8 @@ def to_json(llm: LLM, output: RequestOutput) -> dict[str, Any]:
         "pages_read_ratio": _rounded(metrics.pages_read_ratio),
         "attention_recall": _rounded(metrics.attention_recall),
         "attention_recall_by_layer": [_rounded(x) for x in metrics.attention_recall_by_layer or ()] or None,
+        "implementations": by_op(llm.implementations),
+        "refusals": refusals(llm.implementations),
     }
 
 

@@ -47,16 +47,24 @@ def by_op(choices: Sequence[Choice]) -> dict[str, str]:
     return {op: "+".join(names) for op, names in found.items()}
 
 
+def refusals(choices: Sequence[Choice]) -> dict[str, list[str]]:
+    """Returns the reasons, each once, why an implementation that comes before the chosen one refused."""
+    found: dict[str, list[str]] = {}
+    for name, reason in dict.fromkeys(refusal for choice in choices for refusal in choice.refusals):
+        found.setdefault(name, []).append(reason)
+    return found
+
+
 def describe(choices: Sequence[Choice]) -> str:
     """Returns one readable line: which ops each implementation computes, and why others refused."""
     ops: dict[str, list[str]] = {}
     for op, names in by_op(choices).items():
         ops.setdefault(names, []).append(op)
-    refusals = dict.fromkeys(f"{name} refused: {reason}" for choice in choices for name, reason in choice.refusals)
+    refused = [f"{name} refused: {reason}" for name, reasons in refusals(choices).items() for reason in reasons]
     taken = ", ".join(f"{names} for {', '.join(members)}" for names, members in ops.items())
     if len(ops) == 1:
         taken = next(iter(ops))
-    return "; ".join([taken, *refusals])
+    return "; ".join([taken, *refused])
 
 
 def _trace(

@@ -87,11 +87,12 @@ def test_text_goes_to_stdout_and_everything_else_to_stderr(run: Callable[..., Re
     assert "compile prefill_short, sample, decode" in result.err
     assert "prefill: 100%" in result.err
     assert "no head pattern for" in result.err
-    *_, prompt, answer, attention, cache = result.err.splitlines()
+    *_, prompt, answer, attention, cache, kernels = result.err.splitlines()
     assert prompt.startswith(f"prompt {len(chat_tokens(llm))} tokens, ")
     assert answer.startswith("answer 12 tokens, ")
     assert attention.startswith("attention lserve: 4 retrieval + 0 streaming KV heads, token budget 4096, 100% of the")
     assert cache.startswith("KV cache float32: ")
+    assert kernels.startswith("kernels xla; mosaic_gpu refused: Mosaic GPU kernels need a Hopper GPU")
 
 
 def test_quiet_leaves_stderr_empty(run: Callable[..., Result], llm: LLM):
@@ -107,7 +108,7 @@ def test_json_is_one_object_a_line_with_the_promised_fields(run: Callable[..., R
     assert list(found) == [
         *("text", "token_ids", "prompt_tokens", "completion_tokens", "finish_reason", "ttft_s"),
         *("prefill_tokens_per_s", "decode_tokens_per_s", "compile_s", "attention", "kv_cache", "pages_read_ratio"),
-        *("attention_recall", "attention_recall_by_layer"),
+        *("attention_recall", "attention_recall_by_layer", "implementations", "refusals"),
     ]
     count = len(chat_tokens(llm))
     assert (found["prompt_tokens"], found["completion_tokens"], len(found["token_ids"])) == (count, 12, 12)
@@ -129,8 +130,12 @@ def test_json_is_one_object_a_line_with_the_promised_fields(run: Callable[..., R
         "dense_bf16_bytes": dense,
     }
     assert found["pages_read_ratio"] == 1.0
+    assert found["implementations"] == dict.fromkeys(("kv_write", "prefill_attention", "decode_attention"), "xla")
+    assert found["refusals"].keys() == {"mosaic_gpu"}
+    assert "need a Hopper GPU" in found["refusals"]["mosaic_gpu"][0]
 
 
+@pytest.mark.slow
 def test_several_prompts_are_a_batch_in_the_order_given(run: Callable[..., Result], llm: LLM, tmp_path: Path):
     (tmp_path / "a.txt").write_text("\ufefffrom a file\n", encoding="utf-8")  # a byte-order mark is no text
     arguments = ("--prompt", PROMPT, "--prompt-file", str(tmp_path / "a.txt"), "--prompt", "two", "--max-tokens", "6")
@@ -166,6 +171,7 @@ def test_stop_strings_end_the_text(run: Callable[..., Result], llm: LLM):
     assert (found["text"], found["finish_reason"]) == (whole[: whole.index(stop)], "stop")
 
 
+@pytest.mark.slow
 def test_sampling_defaults_are_the_models_own_and_flags_go_before_them(run: Callable[..., Result]):
     own = LLM(SAMPLED, max_model_len=128, prefill_chunk=64, max_num_seqs=1)
     defaults = SamplingParams(temperature=0.6, top_p=0.9)
@@ -182,6 +188,7 @@ def test_sampling_defaults_are_the_models_own_and_flags_go_before_them(run: Call
     assert run(*common, "--temperature", "0", model=SAMPLED).out == likeliest + "\n"
 
 
+@pytest.mark.slow
 def test_attention_flags_override_the_preset(run: Callable[..., Result]):
     flags: dict[str, Any] = {"token_budget": 96, "page_size": 8, "sub_page_size": 4, "selector_interval": 2, "sink": 9}
     flags |= {"local": 24, "prefill_local": 30, "static_sparsity": 0.25, "dense_layers": "1", "kv_dtype": "int4"}
@@ -206,7 +213,7 @@ def test_dry_run_prints_the_plan_and_touches_no_weights(run: Callable[..., Resul
     names = [line.split(":")[0] for line in result.out.splitlines()]
     assert names == [
         *("context", "KV heads", "weights", "retrieval pages", "streaming pages", "KV cache", "total", "memory"),
-        "largest context",
+        *("largest context", "kernels"),
     ]
 
 
@@ -370,8 +377,8 @@ def test_a_model_of_which_only_shapes_are_known_is_refused(run: Callable[..., Re
         (("--prompt", PROMPT, "--local", "0"), ("local=0",)),
         (("--prompt", PROMPT, "--dense-layers", "0,two"), ("--dense-layers '0,two'",)),
         (("--prompt", PROMPT, "--dense-layers", "1,2"), ("dense_layers=[2]", "layers 0 … 1")),
-        (("--prompt", PROMPT, "--max-model-len", "0"), ("max_model_len", "got 0")),
-        (("--prompt", PROMPT, "--prefill-chunk", "-1"), ("prefill_chunk", "got -1")),
+        (("--prompt", PROMPT, "--max-model-len", "0"), ("max_model_len=0 must be a whole number from 1",)),
+        (("--prompt", PROMPT, "--prefill-chunk", "-1"), ("prefill_chunk=-1 must be a whole number from 1",)),
         (("--prompt", PROMPT, "--temperature", "-0.1"), ("temperature", "got -0.1")),
         (("--prompt", PROMPT, "--temperature", "nan"), ("temperature", "got nan")),
         (("--prompt", PROMPT, "--top-p", "0", "--top-k", "-2"), ("top_p", "got 0.0", "top_k", "got -2")),

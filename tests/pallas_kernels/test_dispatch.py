@@ -123,7 +123,7 @@ def test_an_observer_closes_when_an_error_leaves_it():
 
 def test_threads_do_not_see_each_others_choices():
     """Two threads, open at the same time, beside an observer in the thread that started them."""
-    barrier, found = threading.Barrier(2, timeout=60), {}
+    barrier, found = threading.Barrier(2, timeout=600), {}
 
     def run(op: str) -> None:
         with observe_choices() as choices:

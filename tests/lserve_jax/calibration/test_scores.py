@@ -85,6 +85,7 @@ TINY_CONFIG = InferenceConfig(
 )
 
 
+@pytest.mark.slow
 def test_scoring_through_pages_equals_a_dense_computation(rng: np.random.Generator):
     params, prompt = open_checkpoint(str(TINY / "llama3")).load_params("float32"), random_prompt(rng, 130)
     got, expected = score_heads(params, TINY_CONFIG, [prompt], chunk=32)["noise"], dense_scores(params, prompt)

@@ -264,7 +264,7 @@ def test_published_files_are_a_task_with_the_samples_they_have(run: Callable[...
         (("--corpus", "nowhere.txt", "--tasks", "drift"), ("nowhere.txt", "no such file")),
         (("--haystack", "nowhere"), ("haystack nowhere", "no such folder")),
         (("--model", "nowhere"), ("nowhere", "no such file or folder")),
-        (("--batch", "2", "--recall-interval", "0"), ("recall_interval must be a whole number from 1",)),
+        (("--batch", "2", "--recall-interval", "0"), ("recall_interval=0 must be a whole number from 1",)),
         (("--implementation", "mosaic_gpu"), ("Hopper",)),
     ],
 )

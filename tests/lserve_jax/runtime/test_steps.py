@@ -104,6 +104,7 @@ def test_a_small_budget_changes_the_logits_and_the_first_token_over_it_is_where_
 
 # Bounds on the change of the logits (root mean square) over their spread; measured 0.0014, 0.0026 and 0.050. A step of
 # int4 is 17 steps of int8, and so is about what it does.
+@pytest.mark.slow
 @pytest.mark.parametrize(("kv_dtype", "bound"), [("bfloat16", 0.003), ("int8", 0.005), ("int4", 0.1)])
 def test_a_rounded_cache_changes_logits_as_rounding_keys_and_values_does(kv_dtype: str, bound: float):
     prompt, forced = tokens(200), tokens(FORCED, seed=1)
@@ -216,6 +217,7 @@ def test_shapes_are_known_without_running(kv_dtype: str):
     assert jax.tree.structure(after) == jax.tree.structure(empty)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_the_cache_is_updated_in_place_and_temporaries_do_not_grow_with_the_context(step: str):
     config = tiny_config("lserve", MIXED, token_budget=128, kv_dtype="int4")
@@ -250,6 +252,7 @@ def test_a_donated_cache_is_gone_and_the_returned_one_takes_its_place():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(again))
 
 
+@pytest.mark.slow
 def test_exported_steps_survive_a_file_and_give_the_same():
     run = stepper(MIXED, **EVERYTHING, kv_dtype="int4")
     tables, prompt = run.tables, tokens(100)
