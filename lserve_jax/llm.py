@@ -28,7 +28,7 @@ class LLM:
     """A model, its KV cache and its compiled steps.
 
     Sequences are batched continuously; results depend on neither batch-mates nor their order. Several streams may be
-    open at once and share the batch. One thread at a time: a second one that enters gets a `RuntimeError`.
+    open at once and share the batch. Only one thread may enter at a time; a second one gets a `RuntimeError`.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class LLM:
         Args:
           model: folder, GGUF file, converted checkpoint, hub id, or the name of the embedded model.
           tokenizer: folder or GGUF file to take the tokenizer from instead.
-          on_progress: called as the work goes on, see `OnProgress`.
+          on_progress: called with the progress of the work, see `OnProgress`.
           **settings: see `lserve_jax.engine.setup.prepare`: ``attention`` (preset), ``kv_dtype``, ``max_model_len``,
             ``max_num_seqs``, ``head_pattern``, ``token_budget``, … .
 
         Raises:
-          ValueError: for a model or setting that cannot be, in one line; before any weight is loaded, where possible.
+          ValueError: for an impossible model or setting, in one line; before any weight is loaded, where possible.
         """
         self._start(prepare(model, **settings), tokenizer, on_progress, None)
 
@@ -62,13 +62,13 @@ class LLM:
         on_progress: OnProgress | None = None,
         expected_tokens: int | None = None,
     ) -> "LLM":
-        """Returns the model that `lserve_jax.engine.setup.prepare` has opened, loaded.
+        """Returns the loaded model of a setup.
 
         Args:
-          setup: what was opened.
-          tokenizer: as for `LLM`, or one that is open already.
+          setup: from `lserve_jax.engine.setup.prepare`.
+          tokenizer: as for `LLM`, or an open tokenizer.
           on_progress: as for `LLM`.
-          expected_tokens: of the prompt that will come first: its programs are compiled while weights load.
+          expected_tokens: length of the first prompt; its programs are compiled while weights load.
         """
         llm = cls.__new__(cls)
         llm._start(setup, tokenizer, on_progress, expected_tokens)
@@ -119,17 +119,17 @@ class LLM:
 
     @property
     def implementations(self) -> tuple[Choice, ...]:
-        """Which implementation each attention op took in the programs compiled so far, and why others refused."""
+        """Which implementation each attention op uses in the programs compiled so far, and why others refused."""
         return self.engine.programs.choices
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """The tokens at which the model ends a text or a turn: the tokenizer's, then the checkpoint's."""
+        """The tokens that end a text or a turn: the tokenizer's, then the checkpoint's."""
         own = () if self.tokenizer is None else self.tokenizer.eos_token_ids
         return tuple(dict.fromkeys((*own, *self.config.model.eos_token_ids)))
 
     def default_sampling_params(self) -> SamplingParams:
-        """Returns the checkpoint's own sampling settings (generation_config.json), greedy where it names none."""
+        """Returns the checkpoint's sampling settings (generation_config.json), or greedy ones if it has none."""
         return default_sampling_params(self.setup.checkpoint)
 
     def generate(
@@ -140,8 +140,8 @@ class LLM:
         """Returns the continuation of every prompt, in order.
 
         Args:
-          prompts: strings or lists of token ids; one or several.
-          sampling_params: one for all, or one each; None takes `default_sampling_params`.
+          prompts: one or several, each a string or a list of token ids.
+          sampling_params: one for all prompts, or one per prompt; None takes `default_sampling_params`.
 
         Raises:
           ValueError: if a prompt is empty or too long, or the numbers of prompts and settings differ; nothing has run.
@@ -173,11 +173,11 @@ class LLM:
         return self.generate([self.render_chat(messages)], sampling_params)[0]  # type: ignore[arg-type]
 
     def render_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the token ids of a conversation in the checkpoint's own chat format, ready for the answer."""
+        """Returns the token ids of a conversation in the checkpoint's chat format, up to the start of the answer."""
         return self._need_tokenizer("a chat").apply_chat_template(list(messages))
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[TextChunk]:
-        """Yields the text of a continuation as it becomes certain. Closing the iterator ends the request."""
+        """Yields the text of a continuation as soon as it is certain. Closing the iterator ends the request."""
         for chunk, _ in self.stream_output(prompt, sampling_params):
             if chunk or chunk.token_ids:
                 yield chunk
@@ -185,7 +185,7 @@ class LLM:
     def stream_output(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[tuple[TextChunk, RequestOutput | None]]:
-        """Yields chunks as `stream` does, and at the last one the finished output."""
+        """Yields chunks as `stream` does, the last one together with the finished output."""
         generation = self._generation(prompt, sampling_params or self.default_sampling_params())
         for _ in self._run([generation]):
             is_done = generation.finish_reason is not None
@@ -199,20 +199,20 @@ class LLM:
     def prompt_logprobs(self, token_ids: Prompt) -> np.ndarray:
         """Returns the log-probabilities [T - 1] float32 of a prompt's tokens from the second on.
 
-        Natural logarithms, each given all tokens before; through prefill: streaming heads are at work, page selection
-        is not (see `score`).
+        They are natural logarithms, each conditioned on all tokens before. Prefill computes them, with streaming heads
+        but without page selection (see `score`).
         """
         with self._alone() as engine:
             return engine.prompt_logprobs(self._encode(token_ids))
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[ScoreOutput]:
-        """Returns what the model thinks of given continuations of prompts, in order.
+        """Returns the model's scores of given continuations of prompts, in order.
 
-        A prompt goes through prefill and its continuation through decode steps, as if the model had generated it: page
-        selection is at work as in generation.
+        A prompt goes through prefill. Its continuation goes through decode steps with page selection, as if the model
+        had generated it.
 
         Raises:
-          ValueError: if either is empty, they are too long together, or their numbers differ; nothing has run.
+          ValueError: if either is empty, both together are too long, or their numbers differ; nothing has run.
         """
         if len(prompts) != len(continuations):
             raise ValueError(f"{len(prompts)} prompts need as many continuations, got {len(continuations)}")
@@ -248,7 +248,7 @@ class LLM:
         return self.tokenizer
 
     def _encode(self, prompt: Prompt, *, is_start: bool = True) -> tuple[int, ...]:
-        """Returns the tokens of a prompt, each one of the model's vocabulary; ``is_start`` if nothing stands before."""
+        """Returns the tokens of a prompt, checked against the vocabulary; ``is_start`` if no text precedes it."""
         if not len(prompt):  # before encoding: a tokenizer may put a token before even an empty text
             raise ValueError("the prompt is empty: give at least one token")
         if isinstance(prompt, str):
@@ -262,7 +262,7 @@ class LLM:
         return tuple(int(token) for token in ids)
 
     def _generation(self, prompt: Prompt, params: SamplingParams) -> Generation:
-        """Returns a request whose prompt is encoded and whose stop tokens include the model's own."""
+        """Returns a request with an encoded prompt; its stop tokens include the model's."""
         ids = self._encode(prompt)
         if params.stop:
             self._need_tokenizer("a stop string")
