@@ -1,4 +1,4 @@
-"""A checkpoint's own chat template (Jinja), rendered as Hugging Face renders it, in a sandbox with a budget."""
+"""A checkpoint's chat template (Jinja), rendered as Hugging Face renders it, in a sandbox with a budget."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -88,7 +88,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Returns JSON as Hugging Face writes it: not escaped for HTML, unlike Jinja's own filter."""
+    """Returns JSON as Hugging Face writes it: not escaped for HTML, unlike Jinja's filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
