@@ -200,7 +200,7 @@ def _centres(count: int) -> np.ndarray:
 
 
 def draw_axis(axis: str, cells: Sequence[Cell], folder: Path) -> Path:
-    """Draws the scores and the likelihoods, relative to the reference, of an axis' settings; returns the picture's path."""
+    """Draws an axis' scores, and likelihoods relative to the reference's, by setting; returns the picture's path."""
     figure, ((scores, likelihoods),) = new_figure(2, width=5.4, height=4.2)
     settings = names(cells, "variant")
     groups = list(dict.fromkeys((cell["task"], cell["length"]) for cell in cells))
