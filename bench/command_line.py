@@ -1,4 +1,4 @@
-"""How each bench's command line begins."""
+"""The parser with which each bench's command line begins."""
 
 import argparse
 

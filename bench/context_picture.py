@@ -23,7 +23,7 @@ _SETTINGS = {
     "lserve": ("lserve, token budget 1024", "#d62728", (0, -14)),
     "lserve:token_budget=4096": ("lserve, token budget 4096 (the default)", "#ff7f0e", (0, 6)),
 }
-"""By the name in the results: label, colour, and where the last number stands beside its point."""
+"""By the name in the results: label, colour, and the place of the last number relative to its point."""
 
 
 class Curve(NamedTuple):
@@ -84,7 +84,7 @@ def _draw_curve(axes: Axes, curve: Curve, *, has_label: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws the picture; 0."""
+    """Draws the picture and returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "context.png", help="(%(default)s)")
     out = parser.parse_args(arguments).out

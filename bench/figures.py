@@ -1,4 +1,4 @@
-"""What all pictures share: colours, sizes, titles, the axis of tokens, and how they are written."""
+"""What all pictures share: colours, sizes, titles, the axis of tokens, and writing to files."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ SIZE, RESOLUTION = (12.0, 5.2), 150
 
 
 def save(figures: Mapping[str, Figure | None], folder: Path) -> int:
-    """Writes the figures there are, by file name; returns 1 if there is none at all."""
+    """Writes the existing figures by file name; returns 1 if there is none."""
     for name, figure in figures.items():
         if figure is None:
             print(f"{name}: not drawn: {folder} holds no results for it")
@@ -26,13 +26,13 @@ def save(figures: Mapping[str, Figure | None], folder: Path) -> int:
 
 
 def of_newest_device(lines: list[Line]) -> list[Line]:
-    """Returns the lines of the device that the newest line is of, oldest first."""
+    """Returns the lines of the newest line's device, oldest first."""
     lines = sorted((line for line in lines if "device" in line), key=lambda line: line.get("date", ""))
     return [line for line in lines if line["device"] == lines[-1]["device"]]
 
 
 def titled_figure(title: str, lines: list[Line]) -> Figure:
-    """Returns an empty figure whose title says what, of which model, on which device, when and by which commit."""
+    """Returns an empty figure whose title names the quantity, the model, the device, the date and the commit."""
     newest = lines[-1]
     models = sorted({line["model"] for line in lines if "model" in line})
     about = [title, *models, newest["device"], newest.get("date", "")[:10], f"commit {newest.get('commit', 'unknown')}"]
@@ -42,7 +42,7 @@ def titled_figure(title: str, lines: list[Line]) -> Figure:
 
 
 def token_axis(axes: Axes, tokens: Iterable[int], label: str) -> None:
-    """Makes the x-axis one of tokens, in powers of two, with a tick where there is a value."""
+    """Makes the x-axis count tokens in powers of two, with a tick at each value."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(tokens))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -1,4 +1,4 @@
-"""JSON lines that lose nothing: what has finished stands in the file and is not done again."""
+"""JSON lines that lose nothing: the file has every finished result, and none is measured again."""
 
 import json
 import os
@@ -41,11 +41,11 @@ class Log:
             os.fsync(file.fileno())
 
     def has(self, key: Key) -> bool:
-        """Whether the log has the outcome of a task, from these sources."""
+        """Whether the log has the outcome of a task from the current sources."""
         return any(is_outcome(line) and line["key"] == key for line in self.lines())
 
     def begin(self, key: Key) -> bool:
-        """Returns whether a task is to be done now: not if the log has its outcome."""
+        """Returns whether a task is still to do, that is, whether the log lacks its outcome."""
         if self.has(key):
             return False
         self.write({"kind": "begin", "key": key, "sources": sources(), "time": time.time()})
@@ -57,7 +57,7 @@ class Log:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the whole lines of a log; an interrupted one is none."""
+    """Returns the whole lines of a log, without an interrupted one."""
     found = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -68,7 +68,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def is_outcome(line: Mapping[str, Any]) -> bool:
-    """Whether a line is the outcome of a task, from these sources."""
+    """Whether a line is the outcome of a task from the current sources."""
     return "key" in line and line["kind"] != "begin" and line["sources"] == sources()
 
 

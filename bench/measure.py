@@ -1,4 +1,4 @@
-"""How a bench measures: repeated timings, and the limits of the device taken in the same run."""
+"""How a bench measures: repeated timings, and the limits of the device, measured in the same run."""
 
 import math
 import time
@@ -14,11 +14,11 @@ from bench.provenance import provenance
 from bench.spread import spread
 
 L2_BYTES = 60 * 2**20
-"""Of an H200; inputs that rotate among twice as much are cold."""
+"""L2 cache of an H200; inputs that rotate among twice as much are cold."""
 _SAMPLE_SECONDS = 2e-3
-"""What one sample on a GPU lasts at least: waiting for the device costs some 20 µs."""
+"""Least time of a sample on a GPU, since waiting for the device costs some 20 µs."""
 MOST_SECONDS = 4.0
-"""What all samples of one call should take at most."""
+"""Most time that all samples of one call should take."""
 
 
 def is_gpu() -> bool:
@@ -53,7 +53,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def starting_seconds(call: Callable[[], Any]) -> float:
-    """Returns the least time in which a call starts its work: where that is what a call takes, the device waits."""
+    """Returns the least time in which a call starts its work; if a whole call takes no longer, the device waits."""
     seconds = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -71,12 +71,12 @@ def sampled(call: Callable[[], Any], repeats: int, most_seconds: float = MOST_SE
 
 
 def calls_of_sample(seconds: float) -> int:
-    """Returns how many calls of so many seconds a sample on a GPU needs."""
+    """Returns the number of calls of ``seconds`` that a sample on a GPU needs."""
     return max(1, math.ceil(_SAMPLE_SECONDS / seconds))
 
 
 def samples_within(most_seconds: float, sample_seconds: float, repeats: int) -> int:
-    """Returns ``repeats``, or as many samples as fit the time, but no fewer than 5 of those asked for."""
+    """Returns ``repeats``, or as many samples as fit the time if that is fewer, but at least 5 of them."""
     return max(min(repeats, 5), min(repeats, int(most_seconds / sample_seconds)))
 
 
@@ -98,14 +98,14 @@ def product_rate() -> float:
 
 
 class Limits(NamedTuple):
-    """What the device can do at most: bytes per second, read and written, and FLOPs per second of bfloat16 products."""
+    """The device's limits: bytes per second, read and written, and FLOPs per second of bfloat16 products."""
 
     bandwidth: float
     product: float
 
 
 def device_limits(lines: list[dict[str, Any]]) -> Limits:
-    """Returns the limits that a run has written into its log, else measures them."""
+    """Returns the limits from the log of a run, or else measures them."""
     for line in reversed(lines):
         if line["kind"] == "limits" and line["device"] == jax.devices()[0].device_kind:
             return Limits(line["bandwidth"], line["product"])

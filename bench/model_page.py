@@ -44,7 +44,7 @@ _FIELDS = {
     "local=512": "windows of 512",
     "prefill_local=512": "",
 }
-"""How a field of a variant is written; nothing for what goes without saying on the page."""
+"""How the page writes a field of a variant; an empty text for a field that the page takes for granted."""
 
 _HEAD_TEXT = """\
 The embedded model: the default of every command. `python -m bench.model_page` writes this page from committed results;
@@ -261,7 +261,7 @@ def _mib(size: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the page; 0."""
+    """Writes the page and returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PAGE, help="(%(default)s)")
     out = parser.parse_args(arguments).out

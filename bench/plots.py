@@ -18,7 +18,7 @@ from bench.log import read_lines
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draws what there is data for; 1 if there is none at all."""
+    """Draws all pictures with data; returns 1 if there is no data."""
     parser = command_parser("bench.plots", __doc__)
     parser.add_argument("folder", type=Path, help="where the benches wrote their *.jsonl")
     folder = parser.parse_args(arguments).folder

@@ -1,4 +1,4 @@
-"""What a number needs to mean anything: device, versions, commit, and a digest of the sources."""
+"""The conditions of a measurement: device, versions, commit, and a digest of the sources."""
 
 import datetime
 import hashlib
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 @cache
 def provenance() -> dict[str, str]:
-    """Returns device, versions, commit and date: what a number needs to mean anything."""
+    """Returns the conditions of a measurement: device, versions, commit and date."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -32,9 +32,9 @@ def provenance() -> dict[str, str]:
 
 @cache
 def sources() -> str:
-    """Returns a short digest of the Python sources: results of other sources count as not there.
+    """Returns a short digest of the Python sources; results of other sources do not count.
 
-    A run that starts processes gives them its own, so that an edit in between divides no run.
+    A run passes its digest to the processes that it starts, so that an edit in between does not divide the run.
     """
     if given := os.environ.get("BENCH_SOURCES"):
         return given
@@ -46,7 +46,7 @@ def sources() -> str:
 
 @cache
 def commit() -> str:
-    """Returns the commit of this checkout, with a plus where files differ from it; "unknown" without git."""
+    """Returns the commit of this checkout, with a plus if files differ from it; "unknown" without git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],

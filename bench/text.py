@@ -1,4 +1,4 @@
-"""How numbers, lengths, errors and tables read: short, and in one line each."""
+"""Short texts of numbers, lengths, errors and tables."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ K = 1024
 
 
 def rounded(x: float) -> float:
-    """Returns five significant digits."""
+    """Returns a number with five significant digits."""
     return float(f"{x:.5g}")
 
 
 def one_line(error: BaseException) -> str:
-    """Returns an exception's type and the first line of what it says."""
+    """Returns an exception's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 

@@ -27,7 +27,7 @@ from pallas_kernels.core.launch import TABLES
 type Fields = dict[str, int]
 
 _LEAST_GAIN = 0.02
-"""Of time: what a tuned configuration must gain at least, beside the noise."""
+"""Least share of the time that a tuned configuration must gain, in addition to the noise."""
 
 
 def _decode_neighbours(config: Fields) -> list[Fields]:
@@ -48,7 +48,7 @@ NEIGHBOURS: dict[str, Callable[[Fields], list[Fields]]] = {
     ],
     "prefill_attention": lambda config: [{"stages": n} for n in (2, 3, 4)],
 }
-"""Fields to replace, by the op whose kernel has the configuration. What does not compile is a line that says so."""
+"""Fields to replace, by the op of the kernel. A configuration that does not compile gives a line that says so."""
 
 KERNEL_OF = {op: op.removesuffix("_decode").removesuffix("_prefill") for op in OPS} | {
     "decode_dense": "decode_attention",
@@ -114,7 +114,7 @@ def _best(workloads: list[dict[str, _Tried]]) -> Fields | None:
 
 
 def merge(table: dict[str, dict[str, Fields]], file: Path) -> None:
-    """Puts entries into a device's table; others stay."""
+    """Writes entries into a device's table and keeps the others."""
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for op, shapes in table.items():
         known.setdefault(op, {}).update(shapes)
@@ -175,7 +175,7 @@ def _once(op: str, workload: str, change: Fields, log: Log, limits: Limits, repe
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Tunes what is asked for and writes the table."""
+    """Tunes the selected ops and workloads and writes the table."""
     parser = command_parser("bench.tune", __doc__)
     parser.add_argument("--op", choices=tuple(OPS), action="append", help="instead of a set; repeatable")
     parser.add_argument("--workload", choices=tuple(WORKLOADS), action="append", metavar="NAME", help="repeatable")

@@ -1,6 +1,6 @@
 """LServe in JAX: long-sequence LLM inference with unified sparse attention.
 
-`LLM` generates text; underneath are pure functions on pytrees: `init_cache`, `prefill_step`, `decode_step`.
+`LLM` generates text. It builds on pure functions of pytrees: `init_cache`, `prefill_step` and `decode_step`.
 """
 
 from lserve_jax.config.attention import AttentionConfig, from_preset

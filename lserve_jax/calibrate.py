@@ -52,7 +52,7 @@ _WINDOWS = {
     },
     "dense_layers": {"default": (), "help": "layers whose retrieval heads read all pages wherever the pattern is used"},
 }
-"""The settings of attention that a pattern is found with, and that are written into it."""
+"""The attention settings with which a pattern is found, and which are written into it."""
 
 _FLAGS: dict[str, dict[str, Any]] = {
     "--quota": {
@@ -62,7 +62,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "--length": whole(1536, "tokens per synthetic prompt"),
     "--held-out": whole(6, "prompts for the table of losses; 0 for no table"),
-    "--seed": whole(0, "of all random numbers"),
+    "--seed": whole(0, "seed of all random numbers"),
     "--no-picture": {"action": "store_true", "help": "draw no heads.png, which needs matplotlib"},
 }
 
@@ -87,7 +87,7 @@ _TRAINING_FLAGS: dict[str, dict[str, Any]] = {
 
 
 class _Found(NamedTuple):
-    """Gates [L, K], the settings that they were found with, and the scores by kind of prompt, if there are any."""
+    """Gates [L, K], the settings with which they were found, and any scores by kind of prompt."""
 
     gates: NDArray[np.floating]
     settings: dict[str, Any]
@@ -126,7 +126,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     setup = _prepare(args)
     tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
     held_out = make_prompts(tokenizer, count=args.held_out, length=args.length, seed=f"held out {args.seed}")
-    # Every error of the user is found before the weights are loaded.
+    # Find every error of the user before loading weights.
     find = _METHODS[args.method](args, setup, tokenizer)
     setup.warn()
     use_compilation_cache()

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert(model: str, out: Path, dtype: str = "auto") -> None:
-    """Writes ``model`` into the folder ``out``, its parameters in ``dtype`` ("auto" is the checkpoint's own).
+    """Writes ``model`` into the folder ``out``, its parameters in ``dtype`` ("auto" is the checkpoint's type).
 
     Raises:
       ValueError: if the model cannot be loaded or the folder is not empty; nothing is left behind.
@@ -49,7 +49,7 @@ def convert(model: str, out: Path, dtype: str = "auto") -> None:
     dtype = checkpoint.config.dtype if dtype == "auto" else dtype
     with ProgressBars(is_shown=True) as bars:
         params = checkpoint.load_params(dtype, None, partial(bars.report, "weights"))
-    # So that "auto" is, for the new folder, the type that it was written in.
+    # So that "auto" means the written type for the new folder.
     hf_config = {key: value for key, value in checkpoint.hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
     print(f"writing {out}", file=sys.stderr)
     orbax.save(

@@ -1,8 +1,8 @@
 """`python -m lserve_jax.evaluate`: compares settings on tasks, perplexity and drift, with confidence intervals.
 
 A variant is PRESET[:field=value[+field=value...]], such as lserve:static_sparsity=0.75+token_budget=25%; the fields are
-the attention flags of generate with underscores. The first variant is the one that the others are compared with.
-Results go to --out as they are measured; the same command continues where it was stopped.
+the attention flags of generate with underscores. All variants are compared with the first one.
+Every result is written to --out at once; the same command continues an interrupted run.
 """
 
 import argparse
@@ -40,14 +40,14 @@ from lserve_jax.weights.load import Checkpoint
 logger = logging.getLogger("lserve_jax")
 
 FORMAT = 1
-"""Of the files in --out."""
+"""Format version of the files in --out."""
 
 _VARIANTS = "dense,lserve:token_budget=25%+kv_dtype=int8"
 SETTINGS = (
     *("model", "tokenizer", "dtype", "implementation", "seed", "raw", "word_lengths", "head_pattern", "haystack"),
     *("longbench", "qa", "corpus", "tail", "drift_tokens", "recall_interval"),
 )
-"""The same for all results in a folder; variants, tasks, lengths and samples may be added by a later call."""
+"""Settings that are the same for all results in a folder; a later call may add variants, tasks, lengths and samples."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -135,7 +135,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace, plan: Plan, store: Store, tokenizer: Tokenizer, bars: ProgressBars) -> None:
-    """Adds to the store the results that it lacks; the user's errors are found before anything is loaded or written."""
+    """Adds the missing results to the store; raises the user's errors before anything is loaded or written."""
 
     def open_setup(variant: Variant, config: AttentionConfig, max_model_len: int) -> Setup:
         pattern = variant.head_pattern or args.head_pattern
@@ -164,7 +164,7 @@ def _measure(args: argparse.Namespace, plan: Plan, store: Store, tokenizer: Toke
 
 
 class _Progress:
-    """One bar for all prompts of a model, interrupted by the model's own stages of loading and compiling."""
+    """One bar for all prompts of a model; the model's loading and compiling interrupt it."""
 
     def __init__(self, bars: ProgressBars) -> None:
         self._bars = bars
@@ -175,7 +175,7 @@ class _Progress:
         self._bars.report(stage, done, total)
 
     def report_model(self, stage: str, done: int, total: int) -> None:
-        """Shows a stage of the model; for the prefill of a prompt, the bar of all prompts."""
+        """Shows a stage of the model, or the bar of all prompts during the prefill of a prompt."""
         self._bars.report(*(self._newest if stage == "prefill" else (stage, done, total)))
 
 
@@ -210,7 +210,7 @@ def _variants(args: argparse.Namespace) -> list[Variant]:
 def _suited(
     args: argparse.Namespace, checkpoint: Checkpoint, named: Sequence[Variant]
 ) -> tuple[list[ablations.Setting], list[Variant]]:
-    """Returns the settings of the ablation, and all variants with the defaults that suit the model."""
+    """Returns the settings of the ablation, and all variants, with the model's defaults filled in."""
 
     def suited(variant: Variant) -> Variant:
         return replace(variant, of_model=model_settings(checkpoint, variant.head_pattern or args.head_pattern))
@@ -222,7 +222,7 @@ def _suited(
 
 
 def _report(args: argparse.Namespace, store: Store, reference: str, axes: Sequence[ablations.Setting]) -> None:
-    """Prints the summary of all results in the folder and writes it there, with pictures."""
+    """Prints the summary of all results in the folder, and writes it there with pictures."""
     rows = list(store.rows.values())
     cells = summarise(rows, reference)
     by_axis = ablations.by_axis(axes, cells)

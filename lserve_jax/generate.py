@@ -68,13 +68,13 @@ def _generate(args: argparse.Namespace) -> None:
     texts = _read_prompts(args.prompt, args.prompt_file)
     if not texts and not args.dry_run:
         raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE")
-    SamplingParams(**given(args, SamplingParams))  # wrong values are found before the model is opened
+    SamplingParams(**given(args, SamplingParams))  # finds wrong values before the model is opened
     setup = _prepare(args, len(texts))
     if args.dry_run:
         setup.warn()
         print(f"{setup.plan.describe()}\n{'kernels:':<17} {describe(setup.implementations)}")
         return
-    # Every error of the user is found before the weights are loaded.
+    # Find every error of the user before loading weights.
     tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
     prompts = [_encode(tokenizer, text, args) for text in texts]
     for prompt in prompts:
@@ -139,7 +139,7 @@ def _encode(tokenizer: Tokenizer, text: str, args: argparse.Namespace) -> list[i
 def _run(
     llm: LLM, prompts: list[list[int]], params: SamplingParams, *, is_streaming: bool, bars: ProgressBars
 ) -> list[RequestOutput]:
-    """Returns the outputs and prints their texts: one prompt's as it is generated, those of several at the end."""
+    """Returns the outputs and prints their texts: for one prompt during generation, for several at the end."""
     if len(prompts) > 1 or not is_streaming:
         outputs = llm.generate(prompts, params)
         bars.close()

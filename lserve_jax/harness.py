@@ -1,9 +1,9 @@
-"""EleutherAI's lm-evaluation-harness over our models: hundreds of tasks, by its own command line.
+"""Runs EleutherAI's lm-evaluation-harness, with hundreds of tasks and its command line, on models of this package.
 
     python -m lserve_jax.harness --model_args model=FOLDER,attention=lserve,kv_dtype=int8 --tasks hellaswag
     python -m lserve_jax.harness ls tasks
 
-The flags are the harness's own; ``--model_args`` takes the arguments of `LLM`, such as ``token_budget=all``.
+The flags are the harness's; ``--model_args`` takes the arguments of `LLM`, such as ``token_budget=all``.
 ``--batch_size N`` above 1 is ``max_num_seqs``. ``--device`` has no effect: JAX_PLATFORMS chooses the device. In Python,
 `register` returns the harness's model class, which wraps an `LLM`.
 """
@@ -23,7 +23,7 @@ _COMMANDS = ("run", "ls", "validate")
 def register() -> type:
     """Returns the harness's model class, and registers it with the harness as ``lserve_jax``.
 
-    ``register()(llm)`` is a model for ``lm_eval.simple_evaluate``.
+    ``register()(llm)`` returns a model for ``lm_eval.simple_evaluate``.
 
     Raises:
       ValueError: if the harness is not installed.
@@ -47,7 +47,7 @@ def _run(arguments: list[str]) -> None:
 
     use_compilation_cache()
     before = sys.argv
-    sys.argv = [f"{NAME}.harness", *with_model(arguments)]  # which the harness's command line reads
+    sys.argv = [f"{NAME}.harness", *with_model(arguments)]  # the harness's command line reads them
     try:
         cli: Callable[[], None] = cli_evaluate
         cli()
@@ -56,7 +56,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def with_model(arguments: list[str]) -> list[str]:
-    """Returns the arguments of a run with the name of our model added; those of other commands unchanged."""
+    """Returns the arguments, with the name of our model added if the command is a run."""
     if not arguments:
         return ["--help"]
     command, rest = (arguments[0], arguments[1:]) if arguments[0] in _COMMANDS else ("run", arguments)

@@ -1,7 +1,7 @@
 """LServe's attention as ops on arrays: page write, prefill, page selection and decode over a paged KV cache.
 
 Each op is one function with a definition in its docstring and several implementations (`reference`, `xla`, …). The
-package knows nothing of models, configurations or devices.
+package depends on no models, configurations or devices.
 """
 
 from pallas_kernels.core.dispatch import BACKENDS, Choice, observe_choices

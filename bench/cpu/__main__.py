@@ -87,7 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures what is asked for; 2 after one line if that cannot be."""
+    """Makes the selected measurements; returns 2, after one line, if that is impossible."""
     args = parse(arguments)
     jax.config.update("jax_platforms", "cpu")
     pythons = {"transformers": args.transformers_python, "llama.cpp": args.llama_cpp_python}

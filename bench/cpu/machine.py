@@ -1,4 +1,4 @@
-"""The machine that a run on a CPU had."""
+"""The machine of a run on a CPU."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from bench.provenance import provenance
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the machine that a run had."""
+    """Returns the machine of a run."""
     cpuinfo = Path("/proc/cpuinfo")
     fields = (
         [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line] if cpuinfo.exists() else []

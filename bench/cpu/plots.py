@@ -35,7 +35,7 @@ PEER_MARKERS = "sD^v"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws what there is data for; 1 if there is none at all."""
+    """Draws all pictures with data; returns 1 if there is no data."""
     parser = command_parser("bench.cpu.plots", __doc__)
     parser.add_argument("folder", type=Path, help="where bench.cpu wrote results.jsonl")
     folder = parser.parse_args(arguments).folder
@@ -61,7 +61,7 @@ def decode(lines: Sequence[Line]) -> Figure | None:
 
 
 def speedup(lines: Sequence[Line]) -> Figure | None:
-    """Returns how many times faster than our own dense everything is, or None without data."""
+    """Returns the speedups over our dense setting, or None without data."""
     numbers = medians(lines)
     panels = [
         ("prefill, times our dense", over_dense(curves(numbers, "single", "prefill_tok_per_s", 1), is_rate=True)),
@@ -83,7 +83,7 @@ def long_contexts(lines: Sequence[Line]) -> Figure | None:
 
 
 def memory(lines: Sequence[Line]) -> Figure | None:
-    """Returns what processes used at most beside what the plan says, as bars, or None without data."""
+    """Returns the peak memory of processes next to the planned one, as bars, or None without data."""
     found = {(line["system"], line["length"]): line for line in samples(lines) if line["part"] == "long"}
     if not found:
         return None
@@ -126,7 +126,7 @@ def curves(numbers: Medians, part: str, field: str, batch: int) -> Curves:
 
 
 def over_dense(found: Mapping[str, Mapping[int, Spread]], *, is_rate: bool) -> Curves:
-    """Returns curves as multiples of our own dense's speed, without spread: of a ratio there is none here."""
+    """Returns curves as multiples of our dense setting's speed, without spread, which ratios do not have here."""
 
     def times(one: Spread, base: Spread) -> Spread:
         ratio = one.median / base.median if is_rate else base.median / one.median

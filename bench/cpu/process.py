@@ -1,4 +1,4 @@
-"""A worker process: started with its settings, asked in JSON lines, and never waited for without end."""
+"""A worker process: it starts with its settings, answers JSON lines, and has a time limit for every answer."""
 
 import json
 import queue
@@ -12,7 +12,7 @@ from typing import Any, Self
 
 
 class WorkerError(Exception):
-    """A worker that ended, hung, or never began; one line says why."""
+    """Raised if a worker ended, hung, or did not start; one line says why."""
 
 
 class Worker:
@@ -43,11 +43,11 @@ class Worker:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process has not ended."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def ready(self, timeout: float) -> dict[str, Any]:
-        """Returns what the worker said of itself once it had loaded, and its memory then."""
+        """Returns the worker's description of itself after loading, and its memory then."""
         if self._facts is None:
             self._facts = self._answer(timeout)
         return self._facts

@@ -78,7 +78,7 @@ def report(lines: Sequence[Line]) -> str:
 
 
 def agreement(found: Sequence[Line]) -> str:
-    """Returns how often systems' first greedy tokens are those of float32: whether all run the same model."""
+    """Returns how often systems' first greedy tokens equal those of float32, to show that all run the same model."""
     tokens = {
         (line["system"], line["length"]): line["tokens"][0]
         for line in found
@@ -95,7 +95,7 @@ def agreement(found: Sequence[Line]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes and prints the tables; 1 if there is nothing to show."""
+    """Writes and prints the tables; returns 1 if there is nothing to show."""
     parser = command_parser("bench.cpu.report", __doc__)
     parser.add_argument("folder", type=Path, help="where bench.cpu wrote results.jsonl")
     folder = parser.parse_args(arguments).folder

@@ -1,4 +1,4 @@
-"""The measurements of a run on a CPU: their order, what is missing, and the processes that make them."""
+"""The measurements of a run on a CPU: their order, which are missing, and the processes that make them."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ ROUNDS = {"single": 5, "batch": 3, "start": 3, "programs": 1, "memory": 1, "long
 """Parts in the order in which they run, with the measurements of each system and length."""
 START_LENGTH, START_STEPS = 32, 8
 FILLING_LENGTH = 100
-"""Prompt tokens that need the programs of any longer prompt."""
+"""Tokens of a prompt that needs the same programs as any longer prompt."""
 WARM_UP_STEPS, MEMORY_STEPS = 8, 8
 FIRST_REQUESTS = ((16, {}), (100, {}), (600, {}))
 OTHER_REQUESTS = (
@@ -30,13 +30,13 @@ OTHER_REQUESTS = (
     (257, {"temperature": 1.0, "top_k": 20, "seed": 2}),
     (1100, {}),
 )
-"""Prompt lengths and sampling settings: these must need no program that those before did not need."""
+"""Prompt lengths and sampling settings that must need no new program after the ones before."""
 FIRST_ID = 100
-"""Token ids below may be special."""
+"""Token ids below this one may be special."""
 
 
 class Task(NamedTuple):
-    """One measurement; ``cache`` says what a fresh process finds compiled: "cold" nothing, "warm" everything."""
+    """One measurement; with ``cache`` "cold", a new process finds no compiled programs, with "warm" it finds all."""
 
     part: str
     system: System
@@ -47,7 +47,7 @@ class Task(NamedTuple):
     cache: str = "warm"
 
     def labels(self) -> dict[str, Any]:
-        """Returns what a result is filed under."""
+        """Returns the key of the result."""
         return {**self._asdict(), "system": self.system.name, "library": self.system.kind}
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Run:
         self._done = {tuple(line["key"]) for line in kept}
 
     def part(self, name: str) -> bool:
-        """Measures what is missing of a part; False if time ran out."""
+        """Makes the missing measurements of a part; returns False if time ran out."""
         workers: dict[str, Worker] = {}
         try:
             for task in self.tasks(name):
@@ -88,7 +88,7 @@ class Run:
         return True
 
     def tasks(self, part: str) -> Iterator[Task]:
-        """Yields a part's measurements in the order in which they are made; who begins changes from round to round."""
+        """Yields a part's measurements in order; the first system changes from round to round."""
         args, ours = self.args, [system for system in self.systems if system.is_ours]
         systems, batch, steps = self.systems, 1, args.steps
         lengths, caches = args.lengths, ("warm",)
@@ -111,16 +111,16 @@ class Run:
                         yield Task(part, system, length, batch, steps, number, state)
 
     def key(self, task: Task) -> Key:
-        """Returns what a measurement is known by."""
+        """Returns the key of a measurement."""
         labels, args = task.labels(), self.args
         return [*(f"{name}={value}" for name, value in labels.items()), args.model, f"{args.threads} threads"]
 
     def left(self) -> float:
-        """Returns the seconds that are left."""
+        """Returns the remaining seconds."""
         return self.deadline - time.monotonic()
 
     def write(self, task: Task, line: dict[str, Any]) -> None:
-        """Writes a result or an error under its task, and says it."""
+        """Writes a result or an error under its task, and prints it."""
         facts = {"model": self.args.model, "threads": self.args.threads, "load": round(os.getloadavg()[0], 2)}
         self.log.end(self.key(task), {**task.labels(), **line, **facts, **provenance()})
         shown = ("prefill_tok_per_s", "ms_per_token", "first_token_s", "answer_s", "peak_bytes", "reason")
@@ -140,7 +140,7 @@ class Run:
         return {**result(task, self._ask(worker, task)), "facts": worker.ready(0)["facts"]}
 
     def _in_fresh_process(self, task: Task) -> dict[str, Any]:
-        """Returns the times and memory of a process of its own, its start included."""
+        """Returns the times and memory of a separate process, its start included."""
         room = task.length + task.steps + 1
         name = re.sub(r"\W", "_", f"{task.part} {task.system.name} {task.length}")
         compiled = self.args.work / "compiled" / sources() / name
@@ -160,7 +160,7 @@ class Run:
         return {**result(task, answer), **(whole if task.part == "start" else {}), **loaded, "facts": ready["facts"]}
 
     def _programs(self, task: Task) -> dict[str, Any]:
-        """Returns the programs that some prompts need, and how many more compilations others cause."""
+        """Returns the programs that some prompts need, and the number of further compilations for other prompts."""
         with self._start(task, task.length + task.steps + 1) as worker:
             for length, sampling in FIRST_REQUESTS:
                 first = self._ask(worker, task, length=length, sampling=sampling)
@@ -173,7 +173,7 @@ class Run:
     def _start(
         self, task: Task, max_length: int, compiled: Path | None = None, expected_tokens: int | None = None
     ) -> Worker:
-        """Returns a new worker of a task, with room for the model's own context; just enough in the part long."""
+        """Returns a new worker of a task, with room for the model's context, or just enough in the part "long"."""
         room = max_length if task.part == "long" else max(max_length, model_shapes(self.args.model)[1])
         folder = compiled or self.args.work / "compiled" / "kept"
         return task.system.start(

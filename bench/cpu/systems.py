@@ -25,7 +25,7 @@ OURS = {
     "lserve_64": f"lserve:{_WINDOWS}+token_budget=1024+page_size=64+sub_page_size=16",
     "lserve_preset": "lserve",
 }
-"""Our settings as `parse_variant` reads them: the windows that held on the embedded model (docs/accuracy.md)."""
+"""Our settings as `parse_variant` reads them: windows that kept the embedded model's accuracy (docs/accuracy.md)."""
 DEFAULT_OURS = ("dense", "streaming", "lserve", "lserve_int8", "lserve_64")
 
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,7 +37,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama.cpp Q4_1": ("llama.cpp", {"weights": "shipped", "has_flash": False, "use_extra_bufts": False}),
     "llama.cpp Q4_1 flash": ("llama.cpp", {"weights": "shipped", "has_flash": True, "use_extra_bufts": False}),
 }
-"""Peers by name: the library, and what its worker is told."""
+"""Peers by name: the library, and its worker's settings."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class System:
       name: as results call it.
       kind: "ours", or a peer's library.
       command: what starts its worker, but for the settings.
-      settings: what its worker is told whatever the part; of ours, the arguments of `prepare`.
+      settings: its worker's settings in every part; of ours, the arguments of `prepare`.
     """
 
     name: str
@@ -58,7 +58,7 @@ class System:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is a setting of lserve_jax."""
+        """Whether the system is a setting of lserve_jax."""
         return self.kind == "ours"
 
     def start(
@@ -77,11 +77,11 @@ class System:
         return Worker(self.command, {**settings, "threads": threads}, self._environment(threads, compiled))
 
     def open(self, threads: int, **settings: Any) -> Worker:
-        """Returns a worker that loads what the settings say, and nothing where there are none."""
+        """Returns a worker that loads what the settings name, or nothing without settings."""
         return Worker(self.command, {**settings, "threads": threads}, self._environment(threads, None))
 
     def _environment(self, threads: int, compiled: Path | None) -> dict[str, str]:
-        """Returns this process's variables without those that would make a system run otherwise."""
+        """Returns this process's environment without variables that change how a system runs."""
         changed = ("JAX_", "OMP_", "MKL_", "PYTHON", "PJRT_NPROC", "NPROC")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(changed)}
         if not self.is_ours:
@@ -161,7 +161,7 @@ def _why_missing(library: System, threads: int) -> str | None:
 
 
 def _weights(library: System, settings: Mapping[str, Any], model: str, work: Path, threads: int) -> Path:
-    """Returns the file or folder that a peer loads, made if it is not there."""
+    """Returns the file or folder that a peer loads, and makes it if it does not exist."""
     if library.kind == "llama.cpp":
         gguf = gguf_of(model)
         return gguf if settings["weights"] == "shipped" else as_f16(gguf, work)

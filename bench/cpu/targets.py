@@ -10,7 +10,7 @@ TRANSFORMERS, LLAMA_CPP = ("transformers bf16",), ("llama.cpp F16", "llama.cpp F
 
 
 class Target(NamedTuple):
-    """A row: its text, the number for one of our settings (None where something was not measured), its bound."""
+    """A row: its text, the value for one of our settings (None if something was not measured), and its bound."""
 
     text: str
     value: Callable[[Medians, str], float | None]
@@ -19,7 +19,7 @@ class Target(NamedTuple):
 
 
 def speed(part: str, field: str, length: int, over: Sequence[str]) -> Callable[[Medians, str], float | None]:
-    """Returns how many times faster one of ours is than the fastest of others, one sequence of that length."""
+    """Returns the speedup of one of our settings over the fastest of others, for one sequence of that length."""
 
     def ratio(numbers: Medians, ours: str) -> float | None:
         def at(system: str) -> float | None:
@@ -73,11 +73,11 @@ TARGETS = (
     Target("decode ms, 128K over 8K", growth("long", DECODE, 8 * K, 128 * K), 1.3, False),
     Target("peak memory over the plan, largest", worst("long", "plan_ratio"), 1.05, False),
 )
-"""What is asked of speed, of compilation and of long contexts; llama.cpp: its faster setting."""
+"""The targets for speed, compilation and long contexts; llama.cpp counts with its faster setting."""
 
 
 def verdict(target: Target, value: float | None) -> str:
-    """Returns PASS, or by how much a target is missed."""
+    """Returns the value with PASS, or with the relative amount by which it misses the target."""
     if value is None:
         return "not measured"
     if value >= target.bound if target.is_least else value <= target.bound:

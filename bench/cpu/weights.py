@@ -1,4 +1,4 @@
-"""The weights of one model in the formats of those that `bench.cpu` measures, made once and kept."""
+"""The weights of one model in the formats of the systems that `bench.cpu` measures, made once and kept."""
 
 import tempfile
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def as_f16(gguf: Path, work: Path) -> Path:
 
 
 def made(target: Path, write: Callable[[Path], None]) -> Path:
-    """Returns a path that is written unless it is there, and appears whole."""
+    """Returns a path, which is written atomically if it does not exist."""
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ CONTEXTS, TINY_CONTEXTS = "128k,32k,256k,8k,512k,longest", "256,512"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the settings of a run; those that suit the device are None here."""
+    """Returns the settings of a run; None for those that depend on the device."""
     parser = command_parser("bench.e2e", __doc__)
 
     def names(text: str) -> list[str]:
@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what is asked for; 1 if values were wrong."""
+    """Runs the selected parts; returns 1 if values were wrong."""
     begin, args = time.monotonic(), parse(arguments)
     if args.parts == ["peer"]:
         peer(args)

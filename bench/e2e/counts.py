@@ -13,19 +13,19 @@ from pallas_kernels import PagedKV
 
 
 def weight_bytes_read(config: InferenceConfig) -> int:
-    """Returns the bytes of weights that a decode step reads: all but an embedding of which it reads a row."""
+    """Returns the bytes of weights that a decode step reads: all except an embedding of which it reads one row."""
     params = abstract_params(config.model, jnp.dtype(config.dtype))
     return tree_bytes(params) - (0 if config.model.tie_embeddings else tree_bytes(params["embed"]))
 
 
 def cache_bytes_read(config: InferenceConfig, lengths: range) -> float:
-    """Returns the bytes of pages and statistics that a decode step of one sequence reads, mean over its ``lengths``."""
+    """Returns the mean bytes of pages and statistics that a decode step of one sequence reads over its ``lengths``."""
     attention, kv_heads = config.attention, config.model.num_kv_heads
     template = jax.eval_shape(lambda: init_cache(config, max_num_seqs=1, retrieval_pages=1, streaming_pages=1))
     held = float(np.mean([-(-length // attention.page_size) for length in lengths]))
 
     def bytes_of(pools: list[PagedKV | None], heads: list[tuple[int, int, int | None]]) -> float:
-        """Bytes of one class's pages; of each layer, retrieval and streaming heads, and the pages selected."""
+        """Returns the bytes of a class; ``heads`` has each layer's retrieval and streaming heads and selected pages."""
         pool = next((pool for pool in pools if pool is not None), None)
         if pool is None:
             return 0.0

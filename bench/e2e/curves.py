@@ -1,4 +1,4 @@
-"""Whole models as curves over context: times, and how many times faster than our own dense."""
+"""Whole models as curves over context: times, and speedups over our dense setting."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -14,7 +14,7 @@ DASHES = ("-", "--", ":", "-.")
 
 
 class Quantity(NamedTuple):
-    """A part of the end-to-end bench, the field that holds its time, and how it is called."""
+    """A part of the end-to-end bench, the field with its time, and its name in pictures."""
 
     part: str
     field: str
@@ -42,7 +42,7 @@ def latency(lines: Iterable[Line]) -> Figure | None:
 
 
 def speedup(lines: Iterable[Line]) -> Figure | None:
-    """Returns how many times faster than our own dense each preset and the peer are, or None without data."""
+    """Returns the speedup of each preset and the peer over our dense setting, or None without data."""
     lines = of_newest_device([line for line in lines if line.get("part") in ("decode", "prefill", "peer")])
     panels = [
         (f"{quantity.part}, times faster than dense", over_dense(series(lines, quantity))) for quantity in QUANTITIES
@@ -65,7 +65,7 @@ def series(lines: list[Line], quantity: Quantity) -> list[Series]:
 
 
 def over_dense(curves: list[Series]) -> list[Series]:
-    """Returns the curves divided into our own dense at the same batch, where it was measured."""
+    """Returns our dense setting's values divided by the curves', at the same batch, where they were measured."""
     dense = {one.batch: one.values for one in curves if one.preset == "dense"}
     faster = []
     for one in curves:

@@ -1,4 +1,4 @@
-"""Decode steps as points."""
+"""The points of decode steps."""
 
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,7 @@ from pallas_kernels import PageTables
 
 
 class Decode(Measured):
-    """``steps`` decode steps in one call, as the engine makes them: a selection counts as often as it happens."""
+    """``steps`` decode steps in one call, as in the engine, with as many selections as happen there."""
 
     def __init__(self, point: Point, config: InferenceConfig, *, chunk: int, steps: int) -> None:
         super().__init__(point, config, chunk=chunk, steps=steps)

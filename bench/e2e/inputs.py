@@ -28,7 +28,7 @@ def _codes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _filled(tree: Any, fill: Callable[[str, jax.Array, Any], Any]) -> Any:
-    """Returns a tree of abstract arrays made real on the device, leaf by leaf: no leaf's temporaries meet another's."""
+    """Returns real arrays for a tree of abstract ones, made on the device leaf by leaf to limit temporaries."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
     keys = jax.random.split(jax.random.key(0, impl="rbg"), len(leaves))
     named = [(jax.tree_util.keystr(path[-1:], simple=True), leaf) for path, leaf in leaves]
@@ -36,7 +36,7 @@ def _filled(tree: Any, fill: Callable[[str, jax.Array, Any], Any]) -> Any:
 
 
 def random_params(config: InferenceConfig) -> Params:
-    """Returns normal weights of deviation 0.02, and norms of 1."""
+    """Returns normal weights with standard deviation 0.02, and norms of 1."""
 
     def fill(name: str, key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.ones(leaf.shape, leaf.dtype) if name == "scale" else _normal(key, leaf.shape, leaf.dtype, 0.02)

@@ -1,4 +1,4 @@
-"""The results of `bench.e2e`, each under a digest of what it is a result of."""
+"""The results of `bench.e2e`, each under a digest of its conditions."""
 
 import datetime
 import hashlib
@@ -10,7 +10,7 @@ from bench.log import Log
 
 
 class Journal:
-    """DIR/e2e.jsonl; ``identity`` is what, besides its settings, a result is a result of."""
+    """DIR/e2e.jsonl; ``identity`` has the conditions of a result besides its settings."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], *, is_retrying: bool) -> None:
         self._log, self._identity = Log(folder / "e2e.jsonl"), identity

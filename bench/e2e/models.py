@@ -54,5 +54,5 @@ def inference_config(model: str, preset: str, implementation: str) -> InferenceC
 
 
 def backend(implementation: str) -> str | None:
-    """Returns what the ops call it."""
+    """Returns the ops' name of an implementation."""
     return None if implementation == "auto" else implementation

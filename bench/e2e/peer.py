@@ -19,11 +19,11 @@ from lserve_jax.models.known import known_configs
 TRANSFORMERS = "transformers SDPA"
 PEER_CONTEXTS = (8192, 32768, 131072)
 PEER_SHARE = 0.25
-"""Of the minutes, for the peer."""
+"""The peer's share of the minutes."""
 
 
 def peer(args: argparse.Namespace) -> None:
-    """Measures `transformers` with SDPA, or says in one line why not. Touches no JAX device."""
+    """Measures `transformers` with SDPA, or says in one line why not. It uses no JAX device."""
     name = args.model or GPU_MODEL
     try:
         torch, transformers = (importlib.import_module(name) for name in ("torch", "transformers"))

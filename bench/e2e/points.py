@@ -33,7 +33,7 @@ class Point(NamedTuple):
 
 
 class Measured:
-    """A point's programs and arguments: nothing is allocated before `measure`."""
+    """A point's programs and arguments, which are not allocated before `measure`."""
 
     def __init__(self, point: Point, config: InferenceConfig, *, chunk: int, steps: int) -> None:
         self.point, self.config, self.steps = point, config, steps
@@ -58,7 +58,7 @@ class Measured:
         raise NotImplementedError
 
     def times(self, params: Params, programs: dict[str, Program], seconds: float) -> dict[str, Any]:
-        """Returns the measured numbers; nothing that takes longer than ``seconds`` is done in one go."""
+        """Returns the measured numbers; no single piece of work takes longer than ``seconds``."""
         raise NotImplementedError
 
     def measure(self, params: Params, programs: dict[str, Program], seconds: float) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Measured:
 
 
 def repeated(call: Callable[[], Any]) -> np.ndarray:
-    """Returns the seconds of as many calls as fit `MEASURE_SECONDS`, at least one, after one that does not count."""
+    """Returns the seconds of each of as many calls as fit `MEASURE_SECONDS`, at least one, after a warm-up call."""
     first = timings(call, 1)
     more = min(MOST_REPEATS, int(MEASURE_SECONDS / first[0])) - 1
     return np.concatenate([first, timings(call, more)]) if more > 0 else first

@@ -1,4 +1,4 @@
-"""Prompts in chunks as points."""
+"""The points of prompts, which are read in chunks."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -81,5 +81,5 @@ class Prefill(Measured):
 
 
 def interpolated(seconds: Mapping[int, float], starts: np.ndarray) -> float:
-    """Returns the sum over chunks at ``starts`` of seconds that are known at the first, the last and some between."""
+    """Returns the summed seconds of the chunks at ``starts``, from those of the first, the last and some between."""
     return float(np.interp(starts, list(seconds), list(seconds.values())).sum())

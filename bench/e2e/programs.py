@@ -1,4 +1,4 @@
-"""Programs compiled side by side, and what compiling them took."""
+"""Compiles programs in parallel, and measures their compilation."""
 
 import os
 import tempfile
@@ -12,11 +12,11 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 type Jobs = dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]
-"""Programs by name: a jitted function, its arguments (abstract will do), its static arguments."""
+"""Programs by name: a jitted function, its arguments (which may be abstract) and its static arguments."""
 
 
 class Program(NamedTuple):
-    """A compiled program, its seconds, the bytes beside its arguments, and how many of its calls are Mosaic kernels."""
+    """A compiled program, its seconds, its bytes without arguments, and how many of its calls are Mosaic kernels."""
 
     call: Any
     seconds: float
@@ -38,13 +38,13 @@ def _compiled(job: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Program | Exc
 
 
 def compiled(jobs: Jobs) -> dict[str, Program | Exception]:
-    """Returns each job's program, or what went wrong; compiled side by side, about a core each."""
+    """Returns each job's program, or its error; compiles in parallel, with about one core per program."""
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as threads:
         return dict(zip(jobs, threads.map(_compiled, jobs.values()), strict=True))
 
 
 def raise_failure(programs: Mapping[str, Any]) -> Any:
-    """Raises what went wrong with the first program that does not exist."""
+    """Raises the error of the first program that failed."""
     for program in programs.values():
         if isinstance(program, Exception):
             raise program
@@ -52,7 +52,7 @@ def raise_failure(programs: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def fresh_compilation_cache() -> Iterator[None]:
-    """Around compilations that a persistent cache, empty at first, is to remember, whatever they take."""
+    """Enters a context with an empty persistent cache, which stores all compilations, however short."""
     names = ("dir", "min_compile_time_secs", "min_entry_size_bytes")
     options = ["jax_compilation_cache_dir", *(f"jax_persistent_cache_{name}" for name in names[1:])]
     before = [getattr(jax.config, option) for option in options]

@@ -1,4 +1,4 @@
-"""One run of `bench.e2e` on this device: its parts, its clock, and what is left when time ends."""
+"""One run of `bench.e2e` on this device: its parts, its clock, and what remains when time ends."""
 
 import argparse
 import dataclasses
@@ -52,7 +52,7 @@ class Run:
         return self._deadline - time.monotonic()
 
     def settings(self, part: str, **fields: Any) -> dict[str, Any]:
-        """Returns what names a result."""
+        """Returns the fields that identify a result."""
         return {"part": part, "model": self.args.model, "implementation": self.args.implementation, **fields}
 
     def params(self) -> Params:
@@ -123,7 +123,7 @@ class Run:
         return max(longest // 2**16 * 2**16, self.args.chunk)
 
     def points(self) -> list[Point]:
-        """Returns the points in the order of their usefulness: that of the batches, contexts and presets asked for."""
+        """Returns the points, the most useful first: in the order of the given batches, contexts and presets."""
         found = [
             Point(part, preset, self.context(context, preset, batch), batch)
             for batch in self.args.batch
@@ -135,12 +135,12 @@ class Run:
         return list(dict.fromkeys(point._replace(batch=1) if point.part == "prefill" else point for point in found))
 
     def point_settings(self, point: Point) -> dict[str, Any]:
-        """Returns what names a point's result."""
+        """Returns the fields that identify a point's result."""
         size = {"steps": self.args.steps} if point.part == "decode" else {"chunk": self.args.chunk}
         return self.settings(**point._asdict(), **size)
 
     def measure(self) -> None:
-        """Measures the points that the journal lacks, in waves whose programs compile side by side."""
+        """Measures the points that the journal lacks, in waves whose programs compile in parallel."""
         missing = [point for point in self.points() if not self.journal.has(self.point_settings(point))]
         fitting = [point for point in missing if self._fits(point)]
         wave_size, slowest = max(1, (os.cpu_count() or 1) // 4), 0.0
@@ -153,7 +153,7 @@ class Run:
             slowest = max(slowest, time.monotonic() - begin)
 
     def _fits(self, point: Point) -> bool:
-        """Whether a point fits into memory; records that it does not."""
+        """Whether a point fits into memory; records it if not."""
         try:
             self.subject(point).plan(available_bytes=self.available).require_fit()
         except ValueError as error:
@@ -180,7 +180,7 @@ class Run:
         return result | policy | {"compiled_side_by_side": together}
 
     def summary(self) -> str:
-        """Returns what was left."""
+        """Returns what remained."""
         if not self.left:
             return "everything asked for stands in the file"
         return "left for another run: " + ", ".join(map(str, self.left))

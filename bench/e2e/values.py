@@ -16,7 +16,7 @@ from pallas_kernels import PageTables
 VALUES_PROMPT, VALUES_STEPS = 900, 64
 VALUES_ATTENTION = {"dense": {}, "lserve": {"token_budget": 512, "sink": 64, "local": 256, "prefill_local": 256}}
 BF16_ERROR, XLA_MARGIN = 0.05, 1.5
-"""Relative errors of bfloat16 logits that pass: this, or where XLA's own is known, so many times that."""
+"""Largest relative error of bfloat16 logits that passes: the first, or the second times XLA's error if it is known."""
 
 
 def compared(checkpoint: str, preset: str, overrides: dict[str, Any], implementation: str) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _logits(
     device: Any,
     forced: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the logits [T, V] of a prompt and of the tokens after it, and these: the likeliest if none are given."""
+    """Returns the logits [T, V] of a prompt and the tokens after it, and these tokens: by default the likeliest."""
     setup = prepare(checkpoint, attention=preset, dtype=dtype, implementation=implementation, **overrides)
     config, prompt = setup.config, _prompt(setup)
     context, page = len(prompt) + VALUES_STEPS, config.attention.page_size
@@ -92,7 +92,7 @@ def _logits(
 
 
 def _prompt(setup: Any) -> np.ndarray:
-    """Returns the first tokens of the document that ships with the package; random ones where they are too few."""
+    """Returns the first tokens of the document that ships with the package, or random ones if it has too few."""
     tokenizer, vocabulary = open_tokenizer(setup.checkpoint.tokenizer_source), setup.config.model.vocab_size
     text = (ROOT / "lserve_jax" / "data" / "demo.md").read_text(encoding="utf-8")
     ids = np.array(tokenizer.encode(text) if tokenizer else [], np.int32)[:VALUES_PROMPT]

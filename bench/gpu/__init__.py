@@ -1,1 +1,1 @@
-"""Everything that a GPU is measured for, in one run of processes."""
+"""All measurements on a GPU, in one run of several processes."""

@@ -25,7 +25,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs what is asked for."""
+    """Runs the selected parts."""
     parser = command_parser("bench.gpu", __doc__)
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
     parser.add_argument("--minutes", type=float, default=9.0)

@@ -1,4 +1,4 @@
-"""The parts of the run on a GPU: what each one starts, how long it has, and what it would do."""
+"""The parts of the run on a GPU: each part's command, time limit and tasks."""
 
 import importlib.util
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from bench.peers.tasks import tasks as peer_tasks
 
 RESULTS, TEXT, TARGETS, TABLE = "results.jsonl", "log.txt", "targets.txt", "tuned.json"
 _TASK_SECONDS = 75.0
-"""What a task may take: a kernel whose barriers wait for each other would hang for ever."""
+"""Most seconds of a task, since a kernel whose barriers wait for each other would hang for ever."""
 
 
 class Run(NamedTuple):
-    """What was asked for, and where it goes."""
+    """The settings of a run, and the folder of its results."""
 
     out: Path
     workload_set: str

@@ -1,4 +1,4 @@
-"""The parts one after the other within the time, and the table at the end."""
+"""Runs the parts one after the other within the time, and writes the table at the end."""
 
 import shlex
 import time
@@ -10,7 +10,7 @@ from bench.log import Log, read_lines
 
 
 def run_parts(run: Run, names: list[str], minutes: float) -> None:
-    """Runs parts within the time, and writes the table, also when it is interrupted."""
+    """Runs parts within the time and writes the table, also after an interruption."""
     run.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + minutes * 60
     try:

@@ -1,4 +1,4 @@
-"""A part as a process with a time box, started again after a task that it died of."""
+"""Runs a part as a process with a time limit, and starts it again after a task that ended it."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def _watch(
     text: BinaryIO,
     environment: dict[str, str],
 ) -> str:
-    """Runs a process until it ends, its box is over, or a task takes too long; returns which."""
+    """Runs a process until it ends, its time is over, or a task takes too long; returns which."""
     begin = time.time()
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -76,7 +76,7 @@ def _watch(
 
 
 def _environment(part: str) -> dict[str, str]:
-    """Returns the environment of a part: JAX takes memory as it needs it, so that peers get some."""
+    """Returns the environment of a part, in which JAX takes memory as it needs it, so that peers get some."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "BENCH_SOURCES": sources()}
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")

@@ -1,4 +1,4 @@
-"""What is wanted of an H200, and what the results say of it."""
+"""The targets for an H200, and whether the results meet them."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from bench.kernels.ops import WORKLOADS
 
 
 class Target(NamedTuple):
-    """A row of the table: what is wanted, what was measured, and whether that is it; None where nothing was."""
+    """A row of the table: the target, the measurement, and whether it meets the target (None if there is none)."""
 
     name: str
     measured: str
@@ -24,7 +24,7 @@ def _times(lines: list[dict[str, Any]], op: str, implementation: str = "mosaic_g
 
 
 def _worst(name: str, found: dict[str, float], *, least: float | None = None, most: float | None = None) -> Target:
-    """Returns the row of a target that holds at least or at most for all workloads, with the one furthest off."""
+    """Returns the row of a lower or upper bound for all workloads, with the workload that is furthest off."""
     if not found:
         return Target(name, "not measured", None)
     worst = min(found, key=lambda workload: found[workload]) if most is None else max(found, key=lambda w: found[w])
@@ -34,7 +34,7 @@ def _worst(name: str, found: dict[str, float], *, least: float | None = None, mo
 
 
 def _kernel_us(line: dict[str, Any]) -> float:
-    """Returns the microseconds of a call: what CUPTI says of its kernels, else the timing with its gaps."""
+    """Returns the microseconds of a call: CUPTI's time of its kernels, or else the timing with its gaps."""
     kernels_us = line.get("kernels_us")
     return sum(kernels_us.values()) if isinstance(kernels_us, dict) else line["median_ms"] * 1e3
 
@@ -45,7 +45,7 @@ def _share(line: dict[str, Any]) -> float:
 
 
 def targets(lines: list[dict[str, Any]]) -> Iterator[Target]:
-    """Returns what is wanted of an H200, and what the lines say of it."""
+    """Returns the targets for an H200, and what the lines show."""
     dense, half = _times(lines, "prefill_dense"), _times(lines, "prefill_attention")
     theirs = _times(lines, "prefill_dense", "fa3")
     ratios = {name: theirs[name]["median_ms"] / dense[name]["median_ms"] for name in theirs.keys() & dense.keys()}
@@ -91,7 +91,7 @@ def targets(lines: list[dict[str, Any]]) -> Iterator[Target]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Returns the table of targets, under a line of what was tested."""
+    """Returns the table of targets, below a line that says what was tested."""
     ended = [line for line in lines if line.get("key", [""])[0] == "test" and line["kind"] != "begin"]
     tests = {line["key"][1]: line.get("outcome", "crashed") for line in ended}
     counts = [f"{list(tests.values()).count(outcome)} {outcome}" for outcome in sorted(set(tests.values()))]

@@ -1,4 +1,4 @@
-"""Parts that are no command of their own: the environment, and the kernels' tests run natively."""
+"""Parts without a separate command: the environment, and the kernels' tests, run natively."""
 
 import subprocess
 from pathlib import Path
@@ -13,7 +13,7 @@ from bench.text import one_line
 
 
 def measure_environment(out: Path) -> None:
-    """Writes what the device is and can do."""
+    """Writes the device's properties and limits."""
     log = Log(out / RESULTS)
     driver = ""
     try:
@@ -43,7 +43,7 @@ def _probe_cupti() -> dict[str, Any]:
 
 
 class _Recorder:
-    """A pytest plugin: a line for each test, and none is run twice."""
+    """A pytest plugin that writes one line per test and runs no test twice."""
 
     def __init__(self, log: Log) -> None:
         self.log = log

@@ -18,7 +18,7 @@ from pallas_kernels.core.workloads import SERVING
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Checks and times what is asked for."""
+    """Checks and times the selected ops."""
     parser = command_parser("bench.kernels", __doc__)
     parser.add_argument("--op", choices=tuple(OPS), action="append", help="instead of a set; repeatable")
     parser.add_argument("--workload", choices=tuple(WORKLOADS), action="append", metavar="NAME", help="repeatable")

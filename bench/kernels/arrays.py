@@ -11,15 +11,15 @@ from pallas_kernels import NO_PAGE, LayerKV, PagedKV, PageTables, quantize
 from pallas_kernels.core.workloads import Bits, Workload
 
 _DISTINCT_PAGES = 1021
-"""Pages of random numbers, which repeat in larger pools: a prime, so that no table is in step with it."""
+"""Pages of random numbers, which repeat in larger pools; a prime, so that no table has the same period."""
 _SMALL = 2**18
-"""Elements of an array that the host may make."""
+"""Most elements of an array that the host makes."""
 
 
 def _pool(
     w: Workload, heads: int, bits: Bits, pages: int, seed: int, *, has_tokens: bool, has_statistics: bool
 ) -> PagedKV | None:
-    """Returns a pool of random numbers, the statistics those of its keys."""
+    """Returns a pool of random numbers, with the statistics of its keys."""
     if not heads:
         return None
     distinct = min(pages, _DISTINCT_PAGES)

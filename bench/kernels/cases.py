@@ -1,4 +1,4 @@
-"""Ops on arrays: what is called, on which arguments, and what its values are checked against."""
+"""Ops on arrays: the call, its arguments, and the values with which its result is compared."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 def decode_case(w: Workload, calls: int, sets: int, *, is_dense: bool) -> Case:
-    """Returns one new token a sequence, over the selected pages or all of them."""
+    """Returns one new token per sequence, over the selected pages or all of them."""
     w = dense(w) if is_dense else w
     kv, tables = layer(w, sets, first_of_window(w, w.context - 1, w.local))
     lengths, rng = jnp.full(w.batch, w.context, jnp.int32), np.random.default_rng(1)
@@ -188,7 +188,7 @@ def write_case(w: Workload, calls: int, sets: int, *, is_decode: bool) -> Case:
 
 
 def _references(call: Callable[..., Any], *, is_affordable: bool, is_looped: bool = False) -> References:
-    """Returns the specification where it is affordable, else the implementation for any device."""
+    """Returns the specification if it is affordable, or else the implementation for any device."""
     if is_affordable and is_looped:
         return [("reference", partial(_looped, call))]
     name = "reference" if is_affordable else "xla"
@@ -200,5 +200,5 @@ def evaluated(call: Callable[..., Any], implementation: str, shared: Any, own: A
 
 
 def _looped(call: Callable[..., Any], shared: Any, own: Any) -> Any:
-    """Returns the reference's result where that is a loop in numpy, which would fetch number after number."""
+    """Returns the result of a reference that is a loop in numpy, which would fetch single numbers from the device."""
     return call(*jax.device_get((shared, own)), implementation="reference")

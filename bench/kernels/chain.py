@@ -13,9 +13,9 @@ from lserve_jax.engine.memory import free_memory
 
 LONGEST_CHAIN = 40
 LONGEST_CHAIN_OF_XLA = 4
-"""Calls of a chain; XLA compiles each of them anew."""
+"""Most calls of a chain; XLA compiles each call separately."""
 _CHAIN_SECONDS, _LAUNCH_SECONDS = 1.5e-4, 3e-6
-"""What a chain on a GPU should take at least, since starting it takes Python some 20 µs; and a launch, about."""
+"""Least time of a chain on a GPU, since its start takes Python some 20 µs; and about the time of a launch."""
 _SHARE_OF_MEMORY = 0.8
 
 

@@ -1,4 +1,4 @@
-"""When two results of an op are the same."""
+"""Decides whether two results of an op are the same."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def compare_rows(actual: Any, expected: Any) -> None:
 
 
 def compare_lists(actual: Any, expected: Any) -> None:
-    """Page lists may differ where scores are equal but for rounding."""
+    """Raises AssertionError if page lists differ in more pages than scores that are equal up to rounding explain."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     different = sum(
         len(set(mine) ^ set(theirs)) // 2
@@ -31,7 +31,7 @@ def compare_lists(actual: Any, expected: Any) -> None:
 
 
 def compare_stored(actual: Any, expected: Any) -> None:
-    """Codes may differ by one where the quotient is halfway but for rounding."""
+    """Raises AssertionError if codes differ by more than one, or more often than halfway quotients explain."""
     wide = [np.asarray(dequantize(x, jnp.float32)) for x in (actual, expected)]
     steps = np.asarray(expected.scale)[..., None] * 1.01 if isinstance(expected, QuantizedArray) else 0.0
     difference = np.abs(wide[0] - wide[1])

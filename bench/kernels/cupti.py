@@ -1,4 +1,4 @@
-"""What the GPU itself says of each kernel's time."""
+"""Each kernel's time as the GPU reports it."""
 
 from collections.abc import Callable
 from typing import Any

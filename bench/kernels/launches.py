@@ -1,4 +1,4 @@
-"""The launch configurations that kernels ask for, collected and replaced."""
+"""Collects and replaces the launch configurations that kernels ask for."""
 
 import dataclasses
 import importlib
@@ -12,7 +12,7 @@ KERNEL_MODULES = tuple(
 
 
 class Launch(NamedTuple):
-    """A launch configuration that a kernel asked for: its op, the shape it is tuned by, what was chosen."""
+    """A launch configuration that a kernel asked for: its op, the shape by which it is tuned, and the configuration."""
 
     op: str
     shape: str
@@ -53,7 +53,7 @@ def launches(overrides: Mapping[str, Mapping[str, int]] | None = None) -> Iterat
 
 
 def _forget_traces(modules: list[Any]) -> None:
-    """Kernels may be jitted: one that was traced before would not ask for its configuration again."""
+    """Clears the caches of jitted kernels, since a traced kernel would not ask for its configuration again."""
     for function in [value for module in modules for value in vars(module).values()]:
         if hasattr(function, "clear_cache"):
             function.clear_cache()

@@ -10,7 +10,7 @@ from pallas_kernels.core.workloads import BATCHED, PREFILL, SERVING, TINY, Workl
 
 
 class Op(NamedTuple):
-    """An op as it is measured: what a call moves, and how its arrays are made for some calls and sets of tables."""
+    """An op to measure: what a call moves, and how to make its arrays for a number of calls and sets of tables."""
 
     sizes: Callable[[Workload], Sizes]
     case: Callable[[Workload, int, int], Case]

@@ -29,13 +29,13 @@ def roofline(lines: Iterable[Line]) -> Figure | None:
 
 
 def intensity(line: Line) -> float | None:
-    """Returns the FLOPs per byte of a result; None where one of them was not counted."""
+    """Returns the FLOPs per byte of a result; None if one of them was not counted."""
     counted = line.get("tflop_per_s") and line.get("gb_per_s")
     return line["tflop_per_s"] * 1e3 / line["gb_per_s"] if counted else None
 
 
 def limits(lines: list[Line]) -> tuple[float | None, float | None]:
-    """Returns the limits in GB/s and TFLOP/s: as written, else what the shares of them imply."""
+    """Returns the limits in GB/s and TFLOP/s, as recorded or, if they are not, as their recorded shares imply."""
     found = []
     for limit, rate, written in (
         ("bandwidth", "gb_per_s", "limit_gb_per_s"),
@@ -95,7 +95,7 @@ def _draw_shares(axes: Axes, bars: list[Line], colours: dict[str, str], left_out
 
 
 def achieved(line: Line) -> str:
-    """Returns the rate that stands against the nearer limit, and the time."""
+    """Returns the rate to compare with the nearer limit, and the time."""
     is_product = line.get("limit") == "product"
     rate = f"{line['tflop_per_s']:.4g} TFLOP/s" if is_product else f"{line['gb_per_s']:,.4g} GB/s"
     return f"{rate}, {line['median_ms']:.3g} ms"

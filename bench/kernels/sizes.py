@@ -1,4 +1,4 @@
-"""What one call of an op moves and computes at least."""
+"""The least that one call of an op moves and computes."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -31,7 +31,7 @@ def dense(w: Workload) -> Workload:
 
 
 def stored_bytes(w: Workload, by_retrieval: int, by_streaming: int) -> int:
-    """Returns the bytes of so many tokens' keys and values, one KV head each, scales and zeros included."""
+    """Returns the bytes of the tokens' keys and values in one KV head, scales and zeros included."""
     return sum(
         tokens * sum(w.head_dim * _width(w) if bits is None else w.head_dim * bits // 8 + 8 for bits in both)
         for tokens, both in zip((by_retrieval, by_streaming), w.bits_by_class, strict=True)
@@ -43,12 +43,12 @@ def _width(w: Workload) -> int:
 
 
 def _statistics_bytes(w: Workload, tokens: int) -> int:
-    """Returns the bytes of the key statistics of so many tokens, of one KV head."""
+    """Returns the bytes of the tokens' key statistics in one KV head."""
     return 2 * -(-tokens // w.sub_page_size) * w.head_dim * _width(w)
 
 
 def _held(w: Workload, first: int) -> int:
-    """Returns the pages that streaming heads hold: those of the sink, and from that of a position on."""
+    """Returns the number of pages that streaming heads keep: those of the sink, and all from a position's page on."""
     return min(w.max_pages, -(-w.sink // w.page_size) + w.max_pages - first // w.page_size)
 
 
@@ -68,7 +68,7 @@ def decode_sizes(w: Workload, *, is_dense: bool) -> Sizes:
 
 
 def _pool_bytes(w: Workload, first: int) -> int:
-    """Returns the bytes of a layer's keys and values; streaming heads hold the sink and what follows a position."""
+    """Returns the bytes of a layer's keys and values; streaming heads keep the sink and what follows a position."""
     tokens = w.batch * w.page_size
     return stored_bytes(w, tokens * w.retrieval * w.max_pages, tokens * w.streaming * _held(w, first))
 

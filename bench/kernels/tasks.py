@@ -11,7 +11,7 @@ from bench.text import one_line
 
 
 class Task(NamedTuple):
-    """One line of the results to be."""
+    """One line of the results, before it is measured."""
 
     op: str
     implementation: str
@@ -34,7 +34,7 @@ _TARGETS: tuple[tuple[str, str], ...] = (
     ("decode_dense", "llama3_8b_128k_int8"),
     ("prefill_dense", "llama3_8b_128k_whole"),
 )
-"""The rows of the targets, worst informed first."""
+"""The rows of the targets, those with the least known results first."""
 
 
 def _full() -> Iterator[tuple[str, str]]:

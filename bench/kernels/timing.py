@@ -1,4 +1,4 @@
-"""One op checked and timed."""
+"""Checks and times one op."""
 
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ def check(case: Case, implementation: str) -> str:
 
 
 class Measurement(NamedTuple):
-    """What measuring one case gave: seconds per call, and how they came about."""
+    """The measurement of one case: seconds per call, and how they were measured."""
 
     seconds: np.ndarray
     labels: dict[str, Any]

@@ -1,1 +1,1 @@
-"""Other libraries at the work of our ops, timed in the same run."""
+"""Other libraries that do the work of our ops, timed in the same run."""

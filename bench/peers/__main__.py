@@ -15,7 +15,7 @@ from bench.peers.tasks import PEERS, WORKLOAD_SETS, perform, tasks
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Times what is asked for."""
+    """Times the selected peers."""
     parser = command_parser("bench.peers", __doc__)
     parser.add_argument("--peer", choices=tuple(PEERS), action="append", help="repeatable; all unless given")
     parser.add_argument("--workload-set", choices=tuple(WORKLOAD_SETS), default="tiny")

@@ -17,12 +17,12 @@ from pallas_kernels.core.workloads import Workload
 
 
 def needs_gpu() -> str | None:
-    """Returns why what needs a GPU cannot run; None if it can."""
+    """Returns why peers that need a GPU cannot run; None if they can."""
     return None if is_gpu() else "JAX sees no GPU"
 
 
 def jax_attention(w: Workload, *, implementation: str, is_decode: bool) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Returns JAX's own attention by cuDNN or XLA."""
+    """Returns JAX's attention by cuDNN or XLA."""
     if not is_decode and w.chunk != w.context:
         raise RefusedError("its causal mask begins at the first key: no chunk after a history")
     options: dict[str, Any] = {"is_causal": not is_decode, "implementation": implementation}
@@ -30,7 +30,7 @@ def jax_attention(w: Workload, *, implementation: str, is_decode: bool) -> tuple
 
 
 def cudnn_paged(w: Workload) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Returns cuDNN's attention over pages, as JAX wraps it without saying so in public."""
+    """Returns cuDNN's attention over pages, from JAX's private wrapper."""
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, paged_attention
 
     lengths = jnp.full(w.batch, w.context, jnp.int32)
@@ -52,7 +52,7 @@ def paged(w: Workload, q: Any, k: Any, v: Any) -> tuple[Any, ...]:
 
 
 def jax_mosaic(w: Workload) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Returns the Mosaic GPU example of JAX's own repository."""
+    """Returns the Mosaic GPU example of JAX's repository."""
     if w.chunk != w.context:
         raise RefusedError("its causal mask begins at the first key: no chunk after a history")
     from jax.experimental.pallas.ops.gpu import attention_mgpu
@@ -62,7 +62,7 @@ def jax_mosaic(w: Workload) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 
 def time_jax(op: str, w: Workload, peer: Peer, repeats: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """Returns the seconds of a call in each sample, timed like our own ops, and how they came about."""
+    """Returns the seconds of a call in each sample, timed like our ops, and how they were measured."""
     attend, labels = peer.attend[op](w)
     calls, _ = rotation(sizes(op, w), longest=LONGEST_CHAIN)
     queries, keys = shapes(op, w)

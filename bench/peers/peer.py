@@ -14,7 +14,7 @@ LONGEST_CHAIN = 20
 
 
 class RefusedError(Exception):
-    """A peer does not offer what is asked for."""
+    """Raised if a peer does not support a workload."""
 
 
 class Peer(NamedTuple):
@@ -41,7 +41,7 @@ def shapes(op: str, w: Workload) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def sizes(op: str, w: Workload) -> Sizes:
-    """Returns what a call moves; each has keys and values of its own, without a page table to take others from."""
+    """Returns what a call moves; each call has separate keys and values, since no page table selects others."""
     found = OPS[op].sizes(w)
     keys = 2 * math.prod(shapes(op, w)[1]) * jnp.dtype(w.dtype).itemsize
     return found._replace(pools=1, own=found.own + keys)

@@ -1,4 +1,4 @@
-"""The peers by name, what is measured of them, and the line that each task leaves."""
+"""The peers by name, their tasks, and the line of each task's result."""
 
 from dataclasses import replace
 from functools import partial

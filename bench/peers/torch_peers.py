@@ -53,7 +53,7 @@ def needs_flash_attention() -> str | None:
 
 
 def flash_decode(w: Workload) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Returns FlashAttention-3's decoding, over pages where its build has them."""
+    """Returns FlashAttention-3's decoding, over pages if its build supports them."""
     import torch  # pyright: ignore[reportMissingImports]
 
     module, flags = _flash_attention()
@@ -97,12 +97,12 @@ def sdpa(w: Workload, *, is_decode: bool) -> tuple[Callable[..., Any], dict[str,
 
 
 def heads_first(_: Workload, q: Any, k: Any, v: Any) -> tuple[Any, ...]:
-    """Returns arrays of the same shapes that lie in memory heads first, as torch wants them."""
+    """Returns arrays of the same shapes with heads first in memory, as torch needs them."""
     return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
 
 
 def time_torch(op: str, w: Workload, peer: Peer, repeats: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """Returns the seconds of a call in each sample, and how they came about."""
+    """Returns the seconds of a call in each sample, and how they were measured."""
     import torch  # pyright: ignore[reportMissingImports]
 
     attend, labels = peer.attend[op](w)
@@ -130,7 +130,7 @@ def time_torch(op: str, w: Workload, peer: Peer, repeats: int) -> tuple[np.ndarr
 
 
 def _recorded(loop: Callable[[], None]) -> tuple[Callable[[], None], str]:
-    """Returns what starts the loop as a CUDA graph, or kernel by kernel where it cannot be one; and which it is."""
+    """Returns a function that starts the loop, as a CUDA graph or, if impossible, kernel by kernel; and which it is."""
     import torch  # pyright: ignore[reportMissingImports]
 
     loop()
@@ -146,7 +146,7 @@ def _recorded(loop: Callable[[], None]) -> tuple[Callable[[], None], str]:
 
 
 def _event_seconds(run: Callable[[], None], inner: int) -> float:
-    """Returns the seconds of one of ``inner`` runs, by CUDA's events."""
+    """Returns the seconds of one of ``inner`` runs, measured by CUDA events."""
     import torch  # pyright: ignore[reportMissingImports]
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

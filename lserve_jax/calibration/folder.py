@@ -1,4 +1,4 @@
-"""A head pattern on disk, in DuoAttention's format: gates as a table, and how they came about."""
+"""A head pattern on disk, in DuoAttention's format: gates as a table, and how they were found."""
 
 import io
 import json
@@ -16,18 +16,18 @@ PICTURE_FILE = "heads.png"
 
 
 def require_target(folder: Path, resumable: str | None = None) -> None:
-    """Raises ValueError unless a pattern may be written: ``folder`` is new, empty, or has ``resumable`` in it.
+    """Raises ValueError unless ``folder`` is new, empty, or holds the file ``resumable``.
 
     Args:
       folder: where to write.
-      resumable: name of the file with which an interrupted run goes on, if it is of that kind.
+      resumable: name of the file from which an interrupted run continues, if runs are resumable.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: exists and is not a folder")
     if not folder.is_dir() or (resumable is not None and (folder / resumable).is_file()):
         return
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        reason = "" if resumable is None else f" and has no {resumable} to go on from"
+        reason = "" if resumable is None else f" and has no {resumable} to continue from"
         raise ValueError(f"{folder}: the folder is not empty{reason}; name a new one")
 
 
@@ -39,13 +39,13 @@ def write_pattern(
     scores: Mapping[str, Mapping[str, NDArray[np.floating]]] | None = None,
     picture: bytes | None = None,
 ) -> None:
-    """Writes a pattern; the gates come last, so that a folder without them is one that is not complete.
+    """Writes a pattern, the gates last, so that a folder without gates is incomplete.
 
     Args:
-      folder: made where it does not exist.
+      folder: created if it does not exist.
       gates: [L, K] in [0, 1].
-      settings: becomes `CONFIG_FILE`.
-      scores: kind of prompt → score → [L, K], kept in `SCORES_FILE` as ``kind/score``.
+      settings: the content of `CONFIG_FILE`.
+      scores: kind of prompt → score → [L, K], stored in `SCORES_FILE` as ``kind/score``.
       picture: a PNG.
     """
     folder.mkdir(parents=True, exist_ok=True)

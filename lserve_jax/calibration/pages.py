@@ -1,4 +1,4 @@
-"""A model over a piece of a sequence, the rest of which lies in the pages of a dense KV cache; open to its heads."""
+"""Runs a model on a chunk of a sequence whose earlier tokens are in a dense KV cache, with access to its heads."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,16 +18,16 @@ from pallas_kernels.core.paging import is_visible
 
 
 class Chunk(NamedTuple):
-    """Successive tokens of one sequence, of which the pages hold what came before.
+    """Consecutive tokens of one sequence; the pages hold the tokens before them.
 
     Attributes:
       tokens: [T] int32.
-      targets: [T] int32 the right next tokens, -1 where they do not count.
-      asks: [T] int32 the passage that each target comes from, 0 for none.
+      targets: [T] int32 the right next tokens; -1 for those that do not count.
+      asks: [T] int32 the passage from which each target comes, 0 for none.
       start: scalar int32 position of the first token.
       count: scalar int32 valid tokens.
       table: [pages] int32 page table.
-      sources: [S] int32, S = pages · page_size: the passage that each token of the sequence is part of, 0 for none.
+      sources: [S] int32, S = pages · page_size: the passage to which each token of the sequence belongs, 0 for none.
     """
 
     tokens: jax.Array
@@ -40,17 +40,17 @@ class Chunk(NamedTuple):
 
     @property
     def is_target(self) -> jax.Array:
-        """1 for tokens [T] with a target, 0 for others; float32."""
+        """[T] float32: 1 for tokens with a target, 0 for others."""
         return (self.targets >= 0).astype(jnp.float32)
 
     def nll(self, log_probabilities: jax.Array) -> jax.Array:
-        """Returns the negative log-likelihood [T] of the targets, given [T, V]; 0 where there is none."""
+        """Returns the negative log-likelihood [T] of the targets, 0 for no target, from log-probabilities [T, V]."""
         found = jnp.take_along_axis(log_probabilities, jnp.maximum(self.targets, 0)[:, None], axis=-1)[:, 0]
         return -found * self.is_target
 
 
 class LayerHeads(NamedTuple):
-    """A layer's heads before the chunk: queries [K, G, T, H], new keys and values [T, K, H], and the pages."""
+    """A layer's heads: the chunk's queries [K, G, T, H], keys and values [T, K, H], and the pages before it."""
 
     q: jax.Array
     k: jax.Array
@@ -58,10 +58,10 @@ class LayerHeads(NamedTuple):
     pool: PagedKV
 
     def map[T](self, chunk: Chunk, head: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], T]) -> T:
-        """Returns what ``head`` gives for each KV head, stacked: one is computed at a time, and again for a gradient.
+        """Returns the stacked results of ``head`` for each KV head, computed one at a time, and again for a gradient.
 
         Args:
-          chunk: tells which pages there are.
+          chunk: the chunk, which names the pages.
           head: number of the head, queries [G, T, H], keys and values [S + T, H] → any arrays.
         """
         size, head_dim = chunk.sources.size, self.k.shape[-1]
@@ -71,7 +71,7 @@ class LayerHeads(NamedTuple):
             keys, values = (
                 jnp.concatenate([pages[chunk.table, index].reshape(size, head_dim), new[:, index]])
                 for pages, new in ((self.pool.k, self.k), (self.pool.v, self.v))
-                if isinstance(pages, jax.Array)  # quantised pages are refused by Reader
+                if isinstance(pages, jax.Array)  # Reader refuses quantised pages
             )
             return head(index, self.q[index], keys, values)
 
@@ -79,7 +79,7 @@ class LayerHeads(NamedTuple):
 
 
 def visible_keys(chunk: Chunk, config: InferenceConfig) -> tuple[jax.Array, jax.Array]:
-    """Returns which of the keys of pages and chunk each query sees, [T, S + T] bool: densely, and when streaming."""
+    """Returns the keys of pages and chunk that each query sees, [T, S + T] bool: with dense and streaming attention."""
     size, attention = chunk.sources.size, config.attention
     at = chunk.start + jnp.arange(chunk.tokens.size, dtype=jnp.int32)
     positions = jnp.concatenate([jnp.arange(size, dtype=jnp.int32), at])
@@ -90,7 +90,7 @@ def visible_keys(chunk: Chunk, config: InferenceConfig) -> tuple[jax.Array, jax.
 
 
 type Attend[T] = Callable[[int, jax.Array, LayerHeads, jax.Array], tuple[jax.Array, T]]
-"""Layer, hidden states [1, T, D] before it, its heads, gates [K] → outputs [K, G, T, H], and anything else."""
+"""Layer, its input hidden states [1, T, D], heads and gates [K] → outputs [K, G, T, H] and any other result."""
 
 
 def forward[T](
@@ -100,7 +100,7 @@ def forward[T](
 
     Args:
       params: the model's parameters in the checkpoint's order of heads.
-      cache: a dense model's, with the tokens before the chunk.
+      cache: the cache of a dense model with the tokens before the chunk.
       chunk: the tokens.
       gates: [L, K].
       attend: the attention of a layer.
@@ -137,7 +137,7 @@ def _layer(
         assert state.kv.retrieval is not None
         heads = LayerHeads(by_kv_head(q[0], k.shape[2]), k[0], v[0], state.kv.retrieval)
         outputs, found = attend(layer, x, heads, gate)
-        k, v = (jax.lax.stop_gradient(new) for new in (k, v))  # this chunk does not read what it writes
+        k, v = (jax.lax.stop_gradient(new) for new in (k, v))  # the chunk does not read the pages that it writes
         kv = kv_write(k, v, state.kv, PageTables(table, table), chunk.start[None], chunk.count[None])
         return by_query_head(outputs)[None].astype(q.dtype), (found, state._replace(kv=kv))
 

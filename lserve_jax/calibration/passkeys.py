@@ -24,15 +24,15 @@ class Passkeys:
     """An endless set of examples; each is a function of the seed and its number.
 
     Attributes:
-      tokenizer: of the model.
+      tokenizer: the model's.
       min_length: tokens of the shortest sequences, passkeys and questions included.
-      max_length: tokens of the longest; between them, 50 lengths evenly spaced are drawn.
-      seed: of everything that is drawn.
+      max_length: tokens of the longest sequences; lengths are drawn from 50 evenly spaced ones.
+      seed: seed of all random draws.
       num_passkeys: 1 to 10.
-      num_words: words a passkey.
+      num_words: words per passkey.
 
     Raises:
-      ValueError: where the shortest sequences have no room for the passkeys.
+      ValueError: if the shortest sequences have no room for the passkeys.
     """
 
     tokenizer: Tokenizer
@@ -47,11 +47,11 @@ class Passkeys:
             raise ValueError(f"num_passkeys={self.num_passkeys} must be from 1 to {len(ORDINALS)}")
         if self.min_length > self.max_length:
             raise ValueError(f"min_length={self.min_length} must be at most max_length={self.max_length}")
-        for step in range(10):  # passkeys differ a little in tokens: some tell how long they may become
+        for step in range(10):  # passkeys differ a little in tokens: a few show how long they may become
             self._tokens(random.Random(f"{self.seed} {step}"), self.min_length)
 
     def make(self, step: int) -> Example:
-        """Returns the example of a training step, padded to a power of two of blocks: few sizes, few programs."""
+        """Returns the example of a training step, padded to a power of two of blocks to have few compiled programs."""
         rng = random.Random(f"{self.seed} {step}")
         lengths = np.linspace(self.min_length, self.max_length, _LENGTHS).astype(int)
         ids, is_labelled = self._tokens(rng, int(rng.choice(lengths)))

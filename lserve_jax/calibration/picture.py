@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 
 def require_matplotlib() -> None:
-    """Raises ValueError where pictures cannot be drawn."""
+    """Raises ValueError if pictures cannot be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("a picture of the heads needs matplotlib: pip install 'lserve_jax[eval]', or --no-picture")
 
 
 def head_map(gates: NDArray[np.floating], title: str) -> bytes:
-    """Returns a PNG of gates [L, K], layers from left to right: the darker, the more a head needs its context."""
+    """Returns a PNG of gates [L, K], layers from left to right; darker heads need more of their context."""
     require_matplotlib()
     from matplotlib.figure import Figure
 

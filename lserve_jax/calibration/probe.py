@@ -1,4 +1,4 @@
-"""What each head loses by streaming, at the tokens that predict an answer: measured, and as the loss's slope."""
+"""Measures what each head loses by streaming at the tokens that predict an answer, directly and as the loss's slope."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,9 +19,9 @@ class Heads(NamedTuple):
     """The KV heads of a layer at the queries of a chunk.
 
     Attributes:
-      dense, streaming: [K, G, T, H] float32 outputs, from the same queries, keys and values.
+      dense, streaming: [K, G, T, H] float32 outputs from the same queries, keys and values.
       outside: [K, G, T] share of the dense attention outside sink and window.
-      source: [K, G, T] share of it on the passage that is asked for.
+      source: [K, G, T] share of the dense attention on the passage that is asked for.
     """
 
     dense: jax.Array
@@ -31,7 +31,7 @@ class Heads(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """What losses gain, to first order, as a head's gate falls, [L, K] each.
+    """First-order increase of losses when a head's gate falls, [L, K] each.
 
     Attributes:
       nll: the answer's mean negative log-likelihood.
@@ -48,12 +48,12 @@ def probe(
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Returns each measure [L, K] of the dense model's heads, averaged over the chunk's targets, and hidden states.
 
-    The hidden states [1, T, D] are those after the final norm, for `slopes`. Memory: the scores [G, T, S] of one KV
-    head at a time.
+    The hidden states [1, T, D] are those after the final norm, for `slopes`. The memory is that of the scores [G, T, S]
+    of one KV head at a time.
 
     Args:
       params: the model's parameters in the checkpoint's order of heads.
-      cache: a dense model's, with the tokens before the chunk.
+      cache: the cache of a dense model with the tokens before the chunk.
       chunk: the tokens.
       config: a dense model; its ``attention`` has the ``sink`` and ``local`` of streaming.
     """
@@ -74,19 +74,19 @@ def probe(
 def slopes(
     params: Params, cache: KVCache, chunk: Chunk, gates: jax.Array, reference: jax.Array, *, config: InferenceConfig
 ) -> Slopes:
-    """Returns the slopes of losses by gates [L, K] float32 that blend each head's output.
+    """Returns the slopes of losses by gates that blend each head's output.
 
         output = gate · dense + (1 − gate) · streaming
 
-    Memory: as `probe`, and the activations of one layer.
+    The memory is that of `probe` and of the activations of one layer.
 
     Args:
-      params: as for `probe`, and so are cache, chunk and config.
-      cache: the history.
-      chunk: the tokens.
-      gates: where the slopes are taken.
+      params: as for `probe`.
+      cache: as for `probe`.
+      chunk: as for `probe`.
+      gates: [L, K] float32 gates at which the slopes are taken.
       reference: [1, T, D] the dense model's hidden states.
-      config: a dense model.
+      config: as for `probe`.
     """
     shares = chunk.is_target / jnp.maximum(jnp.sum(chunk.is_target), 1.0)
     compare = _comparison(chunk, config)
@@ -106,7 +106,7 @@ def slopes(
 
 
 def _comparison(chunk: Chunk, config: InferenceConfig) -> Callable[[LayerHeads], Heads]:
-    """Returns the function that attends densely and streaming with the heads of a layer."""
+    """Returns the function that computes dense and streaming attention of a layer's heads."""
     is_dense, is_streaming = visible_keys(chunk, config)
     passages = jnp.pad(chunk.sources, (0, chunk.tokens.size))
     is_source = (passages == chunk.asks[:, None]) & (chunk.asks[:, None] > 0)
@@ -124,9 +124,9 @@ def _measures(heads: Heads, kernel: jax.Array, x: jax.Array) -> dict[str, jax.Ar
     """Returns each measure [K, T] of a layer's heads.
 
     Args:
-      heads: what they give.
+      heads: the heads' outputs and shares.
       kernel: [D, N, H] the layer's output projection.
-      x: [1, T, D] the hidden states that enter the layer.
+      x: [1, T, D] the layer's input hidden states.
     """
     dense, lost = heads.dense, heads.dense - heads.streaming
     grouped = kernel.reshape(kernel.shape[0], *dense.shape[:2], -1)

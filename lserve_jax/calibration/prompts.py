@@ -1,4 +1,4 @@
-"""Synthetic prompts with their right answers: what a head is needed for is measured on the answers' tokens."""
+"""Synthetic prompts with right answers; the answers' tokens show what a head is needed for."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ from lserve_jax.text.prose import ADJECTIVES, NOUNS, sentences
 from lserve_jax.text.tokenizer import Tokenizer
 
 ANSWER_TOKENS = 128
-"""Tokens of an answer at most."""
+"""Most tokens of an answer."""
 
 _FACTS = 8
 _ASKED = 4
@@ -20,11 +20,11 @@ class Prompt:
     """A prompt and its answer.
 
     Attributes:
-      kind: a row of `KINDS`, or the caller's own name for a kind of task.
+      kind: a row of `KINDS`, or the caller's name for a kind of task.
       tokens: ids of the prompt and of the answer after it.
-      num_answer: how many tokens at the end are the answer.
-      sources: for each token the number of the passage that it is part of, from 1; 0 for none.
-      asks: for each answer token the number of the passage that holds it; 0 for none.
+      num_answer: number of tokens at the end that are the answer.
+      sources: number of the passage to which each token belongs, from 1; 0 for none.
+      asks: number of the passage that contains each answer token; 0 for none.
     """
 
     kind: str
@@ -42,13 +42,13 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task in words, but for the prose around it.
+    """A task in words, without the prose around it.
 
     Attributes:
-      passages: what is hidden in the prose.
-      depths: where, 0 … 1, ascending.
+      passages: the texts that are hidden in the prose.
+      depths: their places, 0 … 1, ascending.
       question: the end of the user's message.
-      answer: its parts, each with the number of the passage that it comes from.
+      answer: the parts of the answer, each with the number of the passage from which it comes.
     """
 
     passages: tuple[str, ...]
@@ -72,11 +72,11 @@ _FORMS = (
     ("The secret word of the {key} is {value}.", "What are the secret words of {keys}?", "The {key}: {value}."),
     ("Remember that the {key} lies in box {value}.", "In which boxes are {keys}?", "Box {value} for the {key}."),
 )
-"""How a fact is told, asked for and answered."""
+"""How a fact is stated, asked for and answered."""
 
 
 def _retrieval(rng: random.Random, prose: Iterator[str]) -> Task:
-    """Returns facts of which some are asked for."""
+    """Returns a task with several facts, some of which are asked for."""
     told, asked_for, answered = rng.choice(_FORMS)
     keys = [" ".join(pair) for pair in zip(rng.sample(ADJECTIVES, _FACTS), rng.sample(NOUNS, _FACTS), strict=True)]
     values = rng.sample(NOUNS, _FACTS) if "word" in told else [str(rng.randrange(10**5, 10**6)) for _ in keys]
@@ -91,7 +91,7 @@ def _retrieval(rng: random.Random, prose: Iterator[str]) -> Task:
 
 
 def _copying(rng: random.Random, prose: Iterator[str]) -> Task:
-    """Returns a passage that is to be repeated."""
+    """Returns a task with a passage to repeat."""
     passage = " ".join(islice(prose, 10))
     begin = " ".join(passage.split()[:6])
     return Task(
@@ -105,18 +105,18 @@ def _copying(rng: random.Random, prose: Iterator[str]) -> Task:
 _TASKS: dict[str, Callable[[random.Random, Iterator[str]], Task]] = {"retrieval": _retrieval, "copying": _copying}
 _TEXT = "text"
 KINDS = (*_TASKS, _TEXT)
-"""Facts to be found, a passage to be copied, and plain text, of which the last tokens are the answer."""
+"""Facts to find, a passage to copy, and plain text whose last tokens are the answer."""
 
 
 def make_prompts(
     tokenizer: Tokenizer, *, count: int, length: int, seed: int | str, kinds: Sequence[str] = KINDS
 ) -> list[Prompt]:
-    """Returns ``count`` prompts of at most ``length`` tokens, answers included, the kinds by turns.
+    """Returns ``count`` prompts of at most ``length`` tokens, answers included, with alternating kinds.
 
-    In the checkpoint's own chat format where it has one. Each is a function of seed, length and its number alone.
+    Prompts are in the checkpoint's chat format if it has one. Each depends only on seed, length and its number.
 
     Raises:
-      ValueError: where ``length`` has no room for a task.
+      ValueError: if ``length`` has no room for a task.
     """
     chosen = [kinds[index % len(kinds)] for index in range(count)]
     return [_make(tokenizer, kind, length, random.Random(f"{seed} {index}")) for index, kind in enumerate(chosen)]
@@ -144,7 +144,7 @@ def _plain(tokenizer: Tokenizer, length: int, prose: Iterator[str]) -> Prompt:
 
 
 def prose_lines(tokenizer: Tokenizer, prose: Iterator[str], room: int) -> list[str]:
-    """Returns sentences of about ``room`` tokens together, not more."""
+    """Returns sentences that have about ``room`` tokens together, and not more."""
     lines: list[str] = []
     for line in prose:
         room -= len(tokenizer.encode(f" {line}", add_special_tokens=False))
@@ -157,7 +157,7 @@ def prose_lines(tokenizer: Tokenizer, prose: Iterator[str], room: int) -> list[s
 def _render(tokenizer: Tokenizer, kind: str, task: Task, lines: Sequence[str]) -> Prompt:
     text, spans = task.compose(lines)
     ids = _encode(tokenizer, text)
-    # A passage begins where the ids of the text up to it end, whatever a tokenizer does at the seam.
+    # A passage begins where the ids of the text before it end, whatever a tokenizer does at the boundary.
     begins, ends = ([_common(_encode(tokenizer, text[:at]), ids) for at in side] for side in zip(*spans, strict=True))
     sources = [0] * len(ids)
     for number, (begin, end) in enumerate(zip(begins, ends, strict=True), start=1):
@@ -184,6 +184,6 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Returns how many tokens two sequences have in common at the start."""
+    """Returns the length of the longest common prefix of two sequences."""
     pairs = zip(first, second, strict=False)
     return next((index for index, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))

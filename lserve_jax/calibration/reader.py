@@ -1,4 +1,4 @@
-"""Prompts read into the pages of a dense KV cache, chunk by chunk, so that memory does not grow with their square."""
+"""Reads prompts into a dense KV cache chunk by chunk, so that memory does not grow quadratically with their length."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,19 +17,19 @@ from pallas_kernels import PageTables
 
 
 class Step(Protocol):
-    """A chunk's part of a sum over a prompt, and the cache with the chunk in it."""
+    """A function that computes a chunk's term of a sum over a prompt."""
 
     def __call__(
         self, params: Params, cache: KVCache, chunk: Chunk, *, config: InferenceConfig
     ) -> tuple[jax.Array, KVCache]:
-        """Returns both; ``cache`` may be donated."""
+        """Returns the chunk's term and the cache with the chunk; ``cache`` may be donated."""
         ...
 
 
 class Reader:
-    """A model and the pages of one sequence, which every prompt takes over from the one before.
+    """A model and the pages of one sequence, which all prompts use in turn.
 
-    Prompts of all lengths share compiled programs: how long they are is data.
+    Prompts of all lengths share compiled programs, since lengths are data.
     """
 
     def __init__(self, params: Params, config: InferenceConfig, prompts: Sequence[Prompt], *, chunk: int) -> None:
@@ -38,11 +38,11 @@ class Reader:
         Args:
           params: the model's parameters in the checkpoint's order of heads.
           config: a dense model without quantised pages.
-          prompts: all that will be read.
-          chunk: prompt tokens a call.
+          prompts: all prompts that will be read.
+          chunk: prompt tokens per call.
 
         Raises:
-          ValueError: if ``config`` is of another kind, or there is no prompt.
+          ValueError: if ``config`` is not such a model, or there is no prompt.
         """
         if not prompts:
             raise ValueError("prompts must hold at least one prompt, got none")
@@ -58,8 +58,8 @@ class Reader:
         self.cache = init_cache(config, max_num_seqs=1, retrieval_pages=pages, streaming_pages=1)
 
     def read(self, prompt: Prompt) -> Chunk:
-        """Returns the tokens that predict the answer, `cache` then holding, by dense attention, all before them."""
-        last = len(prompt.tokens) - prompt.num_answer - 1  # of the question: it predicts the answer's first token
+        """Returns the tokens that predict the answer, after a dense prefill of all earlier tokens."""
+        last = len(prompt.tokens) - prompt.num_answer - 1  # the question's last token predicts the answer's first one
         tables = PageTables(self._table[None], self._table[None])
         for start in range(0, last, self._chunk):
             piece = prompt.tokens[start : min(start + self._chunk, last)]
@@ -69,7 +69,7 @@ class Reader:
         return self._piece(prompt, last, self._width)
 
     def read_through(self, prompt: Prompt, step: Step) -> float:
-        """Returns the sum over a whole prompt, answer included, of what ``step`` gives for its chunks."""
+        """Returns the sum of ``step`` over all chunks of a prompt, answer included."""
         parts = []
         for start in range(0, len(prompt.tokens) - 1, self._chunk):
             part, self.cache = step(
@@ -79,7 +79,7 @@ class Reader:
         return float(sum(parts))
 
     def _piece(self, prompt: Prompt, start: int, size: int) -> Chunk:
-        """Returns ``size`` tokens from ``start`` on; the last token of all predicts nothing and is left out."""
+        """Returns ``size`` tokens from ``start`` on, without the prompt's last token, which predicts nothing."""
         tokens = prompt.tokens[start : min(start + size, len(prompt.tokens) - 1)]
         begin = len(prompt.tokens) - prompt.num_answer
         after = range(start + 1, start + 1 + len(tokens))

@@ -1,4 +1,4 @@
-"""Scores of KV heads without training: what each would lose by streaming, at the answers of synthetic prompts."""
+"""Scores of KV heads without training: what each head would lose by streaming, at the answers of synthetic prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,38 +14,38 @@ from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.models.llama import Params
 
 type Scores = dict[str, NDArray[np.float64]]
-"""Score by name → [L, K]; the higher, the more a head is needed."""
+"""Name of a score → [L, K]; a higher score means that a head is needed more."""
 
 type OnProgress = Callable[[str, int, int], None]
 """Stage, done, total."""
 
 MEASURES = {
     "mass": "share of the head's attention outside sink and window, mean over its query heads",
-    "mass_max": "the same, of the query head with the largest share",
-    "needle": "share of its attention on the passage that the answer comes from, mean over its query heads",
-    "needle_max": "the same, of the query head with the largest share",
+    "mass_max": "the same share, of the query head with the largest",
+    "needle": "share of the head's attention on the passage of the answer, mean over its query heads",
+    "needle_max": "the same share, of the query head with the largest",
     "error": "relative error of its output when streaming: |dense - streaming| / |dense|",
     "output_error": "that error after the output projection, relative to the layer's whole attention output",
     "residual_error": "that error after the output projection, relative to the hidden states that it is added to",
 }
 SLOPES = {
-    "loss": "what the answer's negative log-likelihood gains to first order, mean over gates of 1 and 1/2",
-    "divergence": "what the divergence from the dense model's predictions gains to first order, at gates of 1/2",
+    "loss": "first-order increase of the answer's negative log-likelihood, mean over gates of 1 and 1/2",
+    "divergence": "first-order increase of the divergence from the dense model's predictions, at gates of 1/2",
 }
 SCORES = MEASURES | SLOPES
-"""What each score is, at the tokens that predict the answer. Slopes need gradients, which take several times longer."""
+"""What each score means, at the tokens that predict the answer. Slopes need gradients and take several times longer."""
 
 BEST_PLACE, RANDOM = "best_place", "random"
 RANKINGS = SCORES | {
     BEST_PLACE: "its better place of two: by needle for facts, by residual_error for copying",
     RANDOM: "nothing: the seed's own order, to compare others with",
 }
-"""What heads may be ranked by: one score on all kinds of prompts, the kinds' own rankings merged, or by chance."""
+"""What heads may be ranked by: one score on all kinds of prompts, the merged rankings of the kinds, or chance."""
 
 DEFAULT_RANKING = BEST_PLACE
 _RANKS_KIND = {"copying": "residual_error"}
-"""Which score ranks the heads for a kind of prompt; others are ranked by `_RANKS_OTHERS`. What finds a fact is few
-heads with much attention on it; what copies leans on many, of which attention alone does not tell the weight."""
+"""The score that ranks the heads for a kind of prompt; `_RANKS_OTHERS` ranks them for the other kinds. A few heads with
+much attention on a fact find it. Copying depends on many heads, whose weight attention alone does not show."""
 _RANKS_OTHERS = "needle"
 
 
@@ -60,16 +60,16 @@ def score_heads(
 ) -> dict[str, Scores]:
     """Returns scores by kind of prompt and name, each [L, K] the mean over the prompts of that kind.
 
-    Prompts are read densely, chunk by chunk; the dense and the streaming output of a head are compared on the same
-    queries, keys and values. Memory: the pages of one prompt, one KV head's scores at an answer's tokens, and for
-    slopes one layer's activations.
+    Prompts are read by dense attention, chunk by chunk. The dense and the streaming output of a head are compared on
+    the same queries, keys and values. The memory is that of the pages of one prompt, one KV head's scores at an
+    answer's tokens and, for slopes, one layer's activations.
 
     Args:
       params: the model's parameters in the checkpoint's order of heads.
-      config: a dense model; its ``attention`` has the ``sink`` and ``local`` that heads would stream with.
-      prompts: of any lengths.
-      names: rows of `SCORES`; those of `MEASURES` cost no more together than one alone.
-      chunk: prompt tokens a call.
+      config: a dense model; its ``attention`` has the ``sink`` and ``local`` of streaming.
+      prompts: prompts of any lengths.
+      names: rows of `SCORES`; all rows of `MEASURES` together cost no more than one.
+      chunk: prompt tokens per call.
       on_progress: called with ("scores", prompts done, prompts).
 
     Raises:
@@ -101,8 +101,8 @@ def _score(reader: Reader, prompt: Prompt, names: Sequence[str]) -> Scores:
 def combine(scores: Mapping[str, Scores], name: str) -> NDArray[np.float64]:
     """Returns one score [L, K] of all kinds of prompts.
 
-    A head that one kind of prompt needs is needed, however little the others do: it counts by its largest share of a
-    kind's total, and for `BEST_PLACE` by its best place in a kind's ranking. Slopes below 0 count as 0.
+    A head is needed if one kind of prompt needs it, however little the others do. So it counts by its largest share of
+    a kind's total, and for `BEST_PLACE` by its best place in a kind's ranking. Slopes below 0 count as 0.
 
     Args:
       scores: from `score_heads`.
@@ -112,14 +112,15 @@ def combine(scores: Mapping[str, Scores], name: str) -> NDArray[np.float64]:
         return _best_places(scores)
     _require_known(name)
     kinds = [np.maximum(found[name], 0.0) for found in scores.values()]
-    # Of a kind that says nothing, as plain text of needles, the total is 0.
+    # The total is 0 for a kind without information, such as plain text for needles.
     return np.stack([kind / max(kind.sum(), np.finfo(np.float64).tiny) for kind in kinds]).max(axis=0)
 
 
 def _best_places(scores: Mapping[str, Scores]) -> NDArray[np.float64]:
     """Returns minus the best place [L, K] of each head in a kind's ranking; of equal places that for copying is worse.
 
-    Kinds whose answers come from no passage, as plain text, rank nothing: their loss is spread over all heads.
+    Kinds whose answers come from no passage, such as plain text, rank nothing, since their loss is spread over all
+    heads.
     """
     rankings = [
         scores[kind][_RANKS_KIND.get(kind, _RANKS_OTHERS)]
@@ -133,7 +134,7 @@ def _best_places(scores: Mapping[str, Scores]) -> NDArray[np.float64]:
 
 
 def _places(scores: NDArray[np.floating]) -> NDArray[np.intp]:
-    """Returns how many of the last axis rank higher than each; of equal scores the first ranks higher."""
+    """Returns for each score how many along the last axis rank higher; of equal scores the first ranks higher."""
     return np.argsort(np.argsort(-scores, axis=-1, kind="stable"), axis=-1)
 
 
@@ -149,9 +150,9 @@ def to_gates(scores: NDArray[np.floating], quota: str = "model") -> NDArray[np.f
     gate. Of equal scores the first by (layer, head) ranks higher, as in `lserve_jax.config.heads.classify`.
 
     Args:
-      scores: finite.
-      quota: "model" ranks all heads together; "layer" each layer's, so that layers have equally many streaming heads
-        (where the sparsity does not divide them, the first layers have one less).
+      scores: finite scores.
+      quota: "model" ranks all heads together; "layer" ranks the heads of each layer, so that layers have equally many
+        streaming heads (if the sparsity does not divide them, the first layers have one less).
     """
     if quota not in QUOTAS:
         raise ValueError(f"quota must be one of {', '.join(QUOTAS)}, got {quota!r}")

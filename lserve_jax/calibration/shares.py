@@ -1,4 +1,4 @@
-"""What answers lose as more heads stream: measured on prompts that the gates were not found with."""
+"""Measures what answers lose as more heads stream, on prompts that were not used to find the gates."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ SHARES = (0.25, 0.5, 0.75, 0.9)
 def masked_step(
     params: Params, cache: KVCache, chunk: Chunk, is_retrieval: jax.Array, *, config: InferenceConfig
 ) -> tuple[jax.Array, KVCache]:
-    """Returns the summed negative log-likelihood of a chunk's targets, and the cache with the chunk in it.
+    """Returns the summed negative log-likelihood of a chunk's targets, and the cache with the chunk.
 
-    Which heads [L, K] keep the whole context is data, so that one program serves all patterns; the others stream.
+    The pattern of heads is data, so that one program serves all patterns.
 
     Args:
       params: the model's parameters in the checkpoint's order of heads.
-      cache: a dense model's, with the tokens before the chunk; donated.
+      cache: the cache of a dense model with the tokens before the chunk; donated.
       chunk: the tokens.
-      is_retrieval: [L, K] bool.
+      is_retrieval: [L, K] bool, which heads keep the whole context; the others stream.
       config: a dense model; its ``attention`` has the ``sink`` and ``local`` of streaming.
     """
     is_dense, is_streaming = visible_keys(chunk, config)
@@ -55,7 +55,7 @@ def masked_step(
 
 @dataclass(frozen=True, kw_only=True)
 class ShareLoss:
-    """Mean negative log-likelihood of answers, nats a token, by kind of prompt, where a share of the heads streams."""
+    """Mean negative log-likelihood of answers in nats per token, by kind of prompt, if a share of the heads streams."""
 
     share: float
     streaming: int
@@ -63,7 +63,7 @@ class ShareLoss:
 
     @property
     def mean(self) -> float:
-        """The mean over kinds."""
+        """Mean over kinds."""
         return sum(self.nll.values()) / len(self.nll)
 
 
@@ -77,9 +77,9 @@ def expected_losses(
     shares: Sequence[float] = SHARES,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[ShareLoss]:
-    """Returns the losses of dense attention and of each share of streaming heads, those of the lowest gates [L, K].
+    """Returns the losses of dense attention and of each share of streaming heads, which have the lowest gates [L, K].
 
-    They stream from the first token of a prompt on. Other arguments are those of `score_heads`.
+    Heads stream from the first token of a prompt on. Other arguments are those of `score_heads`.
     """
     reader, rows = Reader(params, config, prompts, chunk=chunk), []
     total = (1 + len(shares)) * len(prompts)
@@ -98,7 +98,7 @@ def expected_losses(
 
 
 def retrieval_heads(gates: NDArray[np.floating], share: float) -> NDArray[np.bool_]:
-    """Returns which heads [L, K] keep the whole context at a static sparsity, as the loader would choose them."""
+    """Returns which heads [L, K] keep the whole context at a static sparsity, as the loader chooses them."""
     classes = classify(gates, share)
     heads = np.arange(classes.num_kv_heads)
     kept = zip(classes.order, classes.num_retrieval, strict=True)
@@ -106,7 +106,7 @@ def retrieval_heads(gates: NDArray[np.floating], share: float) -> NDArray[np.boo
 
 
 def describe(rows: Sequence[ShareLoss]) -> str:
-    """Returns a table for people; the first row is dense attention."""
+    """Returns a table for people, whose first row is dense attention."""
     dense, kinds = rows[0], list(rows[0].nll)
     lines = [["streaming", "heads", *kinds, "mean", "change"]]
     for row in rows:
@@ -116,4 +116,4 @@ def describe(rows: Sequence[ShareLoss]) -> str:
         lines.append([name, str(row.streaming), *(f"{value:.4f}" for value in values), change])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(["negative log-likelihood of answers to other prompts of the same kinds, nats a token:", *table])
+    return "\n".join(["negative log-likelihood of answers to other prompts of the same kinds, nats per token:", *table])

@@ -26,7 +26,7 @@ _SETTINGS = "settings"
 class TrainingConfig:
     """The paper's schedule: a fifth of the steps warms up, a fifth decays to a tenth of the learning rate.
 
-    The "help" of a field says what the field is.
+    The "help" of a field says what it is.
     """
 
     steps: int = field(default=2000, metadata={"help": "gradient steps, of one text each"})
@@ -71,7 +71,7 @@ class TrainingState(NamedTuple):
 def train_step(
     params: Params, state: TrainingState, example: Example, *, config: InferenceConfig, training: TrainingConfig
 ) -> tuple[TrainingState, jax.Array]:
-    """Returns the state after a step, and the distillation loss before it."""
+    """Returns the state after a step and the distillation loss before it."""
 
     def loss(gates: jax.Array) -> tuple[jax.Array, jax.Array]:
         distilled = distillation_loss(params, example, gates, config)
@@ -93,18 +93,18 @@ def train(
     checkpoint: "Checkpoint | None" = None,
     on_step: Callable[[int, float, float], None] | None = None,
 ) -> NDArray[np.float32]:
-    """Returns the gates [L, K] in [0, 1] after all steps, going on from the checkpoint if there is one.
+    """Returns the gates [L, K] in [0, 1] after all steps, continuing from the checkpoint if there is one.
 
-    Whatever ends it, a keyboard interrupt too, the checkpoint holds the last step that was finished or, where the
-    process was killed, the last that was saved; the gates do not depend on where a run was interrupted.
+    After an error or a keyboard interrupt, the checkpoint holds the last finished step; after a killed process, the
+    last saved one. The gates do not depend on where a run was interrupted.
 
     Args:
       params: the model's parameters in the checkpoint's order of heads.
       config: a dense model; its ``attention`` has the ``sink`` and ``local`` of streaming.
       examples: step → sequence.
       training: the schedule.
-      checkpoint: where to keep the state.
-      on_step: called with the steps done, the distillation loss before the last one, and the mean gate after it.
+      checkpoint: where the state is stored.
+      on_step: called with the steps done, the distillation loss before the last step, and the mean gate after it.
     """
     model = config.model
     state = TrainingState.start((model.num_layers, model.num_kv_heads), training)
@@ -130,9 +130,9 @@ class Checkpoint:
     """The state of a training run on disk.
 
     Attributes:
-      folder: holds `CHECKPOINT_FILE`.
-      settings: JSON values; a state is taken up only under the settings that it was saved with.
-      interval: steps from one saving to the next.
+      folder: the folder of `CHECKPOINT_FILE`.
+      settings: JSON values; a state is only restored under the settings with which it was saved.
+      interval: steps from one save to the next.
     """
 
     folder: Path
@@ -145,7 +145,7 @@ class Checkpoint:
         return self.folder / CHECKPOINT_FILE
 
     def save(self, state: TrainingState) -> None:
-        """Writes the state; a file is there whole or not at all."""
+        """Writes the state atomically."""
         leaves = {f"leaf_{index}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(state))}
         partial_path = self.folder / f".{CHECKPOINT_FILE}.partial"
         with partial_path.open("wb") as file:
@@ -158,7 +158,7 @@ class Checkpoint:
             self._read(0)
 
     def restore(self, state: TrainingState) -> TrainingState:
-        """Returns the state that was saved, or ``state``, of the same structure, where none was.
+        """Returns the saved state, or ``state``, which has the same structure, if there is none.
 
         Raises:
           ValueError: if it was saved under other settings or for another model, or is damaged.
@@ -173,7 +173,7 @@ class Checkpoint:
 
     def _read(self, num_leaves: int) -> list[NDArray]:
         try:
-            # Opened here: np.load leaves a file that is no archive open.
+            # Opened here because np.load leaves a file open that is no archive.
             with self.path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
                 settings = json.loads(str(saved[_SETTINGS]))
                 leaves = [saved[f"leaf_{index}"] for index in range(num_leaves)]
@@ -183,5 +183,5 @@ class Checkpoint:
         others = [name for name in sorted({*now, *settings}) if now.get(name) != settings.get(name)]
         if others:
             pairs = ", ".join(f"{name}={settings.get(name)} (now {now.get(name)})" for name in others)
-            raise ValueError(f"{self.path}: was begun with {pairs}: go on with that, or name another folder")
+            raise ValueError(f"{self.path}: was begun with {pairs}: continue with that, or name another folder")
         return leaves

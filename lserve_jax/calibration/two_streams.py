@@ -1,4 +1,4 @@
-"""DuoAttention's objective (Xiao et al., arXiv 2410.10819): what a model's hidden states lose as its heads stream."""
+"""DuoAttention's objective (Xiao et al., arXiv 2410.10819): how a model's hidden states change as its heads stream."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,11 +17,11 @@ from pallas_kernels import LayerKV, PagedKV, PageTables, prefill_attention
 from pallas_kernels.core.paging import is_visible
 
 BLOCK = 256
-"""Queries whose scores are held at once."""
+"""Queries whose scores are in memory at once."""
 
 
 class Example(NamedTuple):
-    """One sequence: tokens [T] int32, T a multiple of `BLOCK` or less than one; which of them count [T] bool."""
+    """One sequence: tokens [T] int32, with T a multiple of `BLOCK` or less than it; which of them count [T] bool."""
 
     tokens: jax.Array | np.ndarray
     is_labelled: jax.Array | np.ndarray
@@ -34,7 +34,7 @@ def distillation_loss(params: Params, example: Example, gates: jax.Array, config
 
         gate · (the full stream's output) + (1 − gate) · (streaming attention in the blended stream)
 
-    so that the gradient by the gates passes through streaming attention only. Memory grows linearly with the sequence.
+    so that the gradient of the gates passes through streaming attention only. Memory grows linearly with the sequence.
 
     Args:
       params: the model's parameters in the checkpoint's order of heads.
@@ -60,8 +60,8 @@ def distillation_loss(params: Params, example: Example, gates: jax.Array, config
 def _full_attention(
     kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: InferenceConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns causal attention outputs [1, T, N, H], twice: the whole sequence is one prompt chunk."""
-    page = jnp.zeros((1, k.shape[2], state.attention.page_size, k.shape[3]), k.dtype)  # no history: never read
+    """Returns causal attention outputs [1, T, N, H] twice; the whole sequence is one prompt chunk."""
+    page = jnp.zeros((1, k.shape[2], state.attention.page_size, k.shape[3]), k.dtype)  # never read: there is no history
     kv = LayerKV(retrieval=PagedKV(page, page), streaming=None)
     table, start, count = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.full(1, q.shape[1], jnp.int32)
     tables = PageTables(table, table)
@@ -89,13 +89,13 @@ def _blended_layer(
 def streaming_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, sink: int, local: int) -> jax.Array:
     """Returns outputs [T, N, H] float32 of heads that see a sink and a window, for q [T, N, H] and k, v [T, K, H].
 
-    What `prefill_attention` defines for streaming heads, differentiable. Scores of one KV head and one block of queries
-    are held at a time, [G, BLOCK, sink + local + BLOCK], also for the gradient.
+    It is differentiable and equals `prefill_attention` for streaming heads. Only the scores [G, BLOCK, sink + local +
+    BLOCK] of one KV head and one block of queries are in memory at a time, also for the gradient.
     """
     tokens, num_heads, _ = k.shape
     block = min(BLOCK, tokens)
     assert tokens % block == 0, (tokens, block)
-    before = -(-(local - 1) // block)  # blocks before its own that a query's window reaches into
+    before = -(-(local - 1) // block)  # blocks before a query's block that its window reaches
     sink, starts = min(sink, tokens), jnp.arange(0, tokens, block)
 
     @jax.checkpoint
@@ -120,7 +120,7 @@ def streaming_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, sink: int, 
 
 
 def _windows(x: jax.Array, block: int, before: int) -> jax.Array:
-    """Returns for each block of rows [T, H] those of the blocks before and its own: [T / block, n · block, H]."""
+    """Returns for each block of ``x`` [T, H] its rows after those of the blocks before: [T / block, n · block, H]."""
     blocks = jnp.pad(x, ((before * block, 0), (0, 0))).reshape(-1, block, x.shape[-1])
     count = blocks.shape[0] - before
     return jnp.concatenate([blocks[index : index + count] for index in range(before + 1)], axis=1)

@@ -18,7 +18,7 @@ from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 from lserve_jax.weights.embedded import default_cache_folder
 from lserve_jax.weights.load import Checkpoint
 
-# Exit status: what a shell expects of a wrong call, of SIGINT and of SIGPIPE.
+# Exit status that a shell expects after a wrong call, SIGINT and SIGPIPE.
 _WRONG, _STOPPED, _BROKEN_PIPE = 2, 128 + 2, 128 + 13
 
 
@@ -35,7 +35,7 @@ def run_command(command: Callable[[], None], *, when_stopped: str = "stopped") -
     """Returns the exit status of a command: 0; 2 after one line on stderr that says what to change; 130 if stopped.
 
     Args:
-      command: the work; its `ValueError`, `NotImplementedError` and `OSError` are the user's to mend.
+      command: the work; the user can correct its `ValueError`, `NotImplementedError` and `OSError`.
       when_stopped: the line on stderr after Ctrl-C.
     """
     try:
@@ -88,7 +88,7 @@ class _Once(logging.Filter):
 
 
 def required_tokenizer(checkpoint: Checkpoint, named: str | None) -> Tokenizer:
-    """Returns the tokenizer that ``--tokenizer`` names, else the model's own; ValueError if there is none."""
+    """Returns the tokenizer that ``--tokenizer`` names, or else the model's; raises ValueError if there is none."""
     tokenizer = open_tokenizer(checkpoint.tokenizer_source, named)
     if tokenizer is None:
         raise ValueError(f"{checkpoint.name} has no tokenizer: give one with --tokenizer")

@@ -62,7 +62,7 @@ SHARED: dict[str, dict[str, Any]] = {
     },
     "--quiet": {"action": "store_true", "help": "print nothing but errors on stderr"},
 }
-"""What a flag means, wherever it stands."""
+"""The options of shared flags, which mean the same in every command."""
 
 
 def whole(default: int, text: str) -> dict[str, Any]:
@@ -75,8 +75,8 @@ def add_shared(group: Group, *names: str, **changes: Any) -> None:
 
     Args:
       group: a parser or a group of one.
-      names: the flags; of a name with slashes, such as ``--max-num-seqs/--batch``, the first is in `SHARED` and the
-        others are its aliases.
+      names: the flags; in a name with slashes, such as ``--max-num-seqs/--batch``, the first part is in `SHARED` and
+        the others are its aliases.
       **changes: options of `argparse.ArgumentParser.add_argument` that replace those of `SHARED`.
     """
     for name in names:
@@ -100,14 +100,14 @@ def add_fields(
 ) -> None:
     """Adds a flag for each setting of a dataclass: ``--token-budget`` for ``token_budget``.
 
-    A flag that is not given is None in the namespace, so that `given` knows what the user named.
+    A flag that the user omits is None in the namespace, so that `given` returns only named settings.
 
     Args:
       group: a parser or a group of one.
       cls: the dataclass, see `lserve_jax.config.settings`.
-      names: of the settings; None takes all.
+      names: the settings to add; None adds all.
       default: how ``--help`` words a default; "{}" stands for the value.
-      own: by setting, the command's own "default" (which `given` returns as if it were named) and "help".
+      own: "default" and "help" of this command by setting; `given` returns such a default as if it were named.
     """
     found = settings(cls)
     for name in found if names is None else names:
@@ -133,7 +133,7 @@ def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
 
 
 def _form(setting: Field[Any]) -> dict[str, Any]:
-    """Returns the options of `argparse` that say how a setting is written."""
+    """Returns the options of `argparse` that define the form of a setting's value."""
     if setting.type is bool:
         return {"action": argparse.BooleanOptionalAction}
     if "choices" in setting.metadata:

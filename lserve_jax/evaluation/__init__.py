@@ -1,1 +1,1 @@
-"""Tasks, metrics and runs that show how a sparsity setting answers beside dense attention."""
+"""Tasks, metrics and runs that compare a sparsity setting with dense attention."""

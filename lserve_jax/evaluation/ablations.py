@@ -1,4 +1,4 @@
-"""The ablation: one field at a time away from a base variant, as in the paper's tables."""
+"""The ablation: changes one field of a base variant at a time, as in the paper's tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,15 +31,15 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "lookahead": ("has_lookahead=false", "has_lookahead=true"),
     "forced_sink": ("is_sink_forced=true", "is_sink_forced=false"),
 }
-"""Each axis: the fields that its settings replace in the base variant."""
+"""For each axis, the fields that its settings replace in the base variant."""
 
 DENSE_LAYER = "dense_layer"
-"""An axis of as many settings as the model has layers; `AXES` are those that all models share."""
+"""An axis with one setting per layer of the model; `AXES` are the axes that all models share."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A point of an axis: the fields that it changes, and the variant that this makes."""
+    """A point of an axis: the fields that it changes, and the resulting variant."""
 
     axis: str
     fields: str
@@ -50,9 +50,9 @@ def settings(base: Variant, axes: Iterable[str], num_layers: int) -> list[Settin
     """Returns the settings of some axes; those that change nothing have the base variant itself.
 
     Args:
-      base: what they are changes of.
-      axes: names of `AXES`, or ``dense_layer``: no layer reads everything, and each on its own does.
-      num_layers: of the model.
+      base: the variant that the settings change.
+      axes: names of `AXES`, or ``dense_layer``, in whose settings no layer or exactly one reads all pages.
+      num_layers: layers of the model.
 
     Raises:
       ValueError: for an unknown axis.
@@ -67,7 +67,7 @@ def settings(base: Variant, axes: Iterable[str], num_layers: int) -> list[Settin
 
 
 def by_axis(settings: Sequence[Setting], cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Returns the cells of each axis, its settings named by the fields that they change, the reference before them."""
+    """Returns the cells of each axis, the reference's first; a setting is named by the fields that it changes."""
     found = {}
     for axis in dict.fromkeys(setting.axis for setting in settings):
         fields = {setting.variant.label: setting.fields for setting in settings if setting.axis == axis}

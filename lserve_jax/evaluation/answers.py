@@ -1,4 +1,4 @@
-"""Tasks with right answers: how good the model's answer is, and how likely it finds the right one."""
+"""Tasks with right answers: how good the model's answer is, and how likely the model finds the right one."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ class Answers:
     """The measurement of a task.
 
     Attributes:
-      name: what the command line calls the task.
+      name: the task's name on the command line.
       task: the task.
-      tokenizer: of the model.
+      tokenizer: the model's.
       render: how a prompt becomes tokens.
-      context: tokens that the model is made for.
-      seed: of the run.
+      context: tokens of the model's context.
+      seed: seed of the run.
       haystack: see `Request`.
-      samples: how many the task has; None if there is no end of them.
+      samples: number of samples that the task has; None if unlimited.
       has_word_lengths: whether lengths count words.
     """
 
@@ -45,15 +45,15 @@ class Answers:
     has_word_lengths: bool = False
 
     def count(self, length: int) -> int | None:
-        """Returns how many samples there are."""
+        """Returns the number of samples, or None if unlimited."""
         del length
         return self.samples
 
     def make(self, length: int, index: int) -> Item:
-        """Returns a sample as a prompt, a little shorter than asked for where else its answer would leave the context.
+        """Returns a sample as a prompt, slightly shorter than asked for if its answer needs room in the context.
 
         Raises:
-          ValueError: if it would have to be clearly shorter, or the task needs more than the length.
+          ValueError: if it would have to be clearly shorter, or the task does not fit into the length.
         """
         item = self._make(length, length, index)
         if self.has_word_lengths:
@@ -80,17 +80,17 @@ class Answers:
         )
 
     def _target(self, sample: Sample, prompt: list[int]) -> tuple[int, ...]:
-        """Returns the tokens of the target as they follow the prompt."""
+        """Returns the tokens of the target after the prompt."""
         if not sample.target:
             return ()
         whole = self.render(sample.text, sample.answer_prefix + sample.target)
         if whole[: len(prompt)] == prompt:
             return tuple(whole[len(prompt) :])
-        # The end of the prompt and the beginning of the target would share a token, but the prompt is as it is.
+        # The prompt's end and the target's beginning would share a token, but the prompt's tokens are fixed.
         return tuple(self.tokenizer.encode(sample.target, add_special_tokens=False))
 
     def measure(self, llm: LLM, items: Sequence[Item], reference: Callable[[Item], Row | None]) -> list[dict[str, Any]]:
-        """Returns score, answer, and what the model makes of the target."""
+        """Returns score, answer, and the model's likelihood of the target."""
         del reference
         rows: list[dict[str, Any]] = [dict.fromkeys(_VALUES) for _ in items]
         pairs = list(zip(items, rows, strict=True))
@@ -102,13 +102,12 @@ class Answers:
         return rows
 
     def _score(self, llm: LLM, pairs: Sequence[tuple[Item, dict[str, Any]]]) -> None:
-        """Adds what the model makes of targets, and the answer where that is known by it.
+        """Adds the model's likelihood of targets, and the answer if that determines it.
 
-        Scoring feeds the target's tokens and greedy decoding its own choices, both through the same steps: up to the
-        first choice that is another than the target's token they are the same. So where none is, or the metric ends
-        at the first wrong word, the generation is left out; a prompt costs far more than its answer. What would be
-        said after the target is not looked at; a right word that begins with another token than the target's is
-        taken for a wrong one.
+        Scoring feeds the target's tokens through the decode steps, greedy decoding feeds the tokens that it chooses.
+        Both agree up to the first chosen token that differs from the target's. So if none differs, or if the metric
+        ends at the first wrong word, the generation is skipped, since a prompt costs far more than its answer. Text
+        after the target is ignored. A right word that begins with another token than the target's counts as wrong.
         """
         outputs = llm.score([item.prompt.tolist() for item, _ in pairs], [item.continuation for item, _ in pairs])
         for (item, row), output in zip(pairs, outputs, strict=True):

@@ -1,4 +1,4 @@
-"""Copying: a passage of a long text is repeated word by word, which shows small losses that needles hide."""
+"""Copying: repeats a passage of a long text word by word, which shows small losses that needles hide."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from lserve_jax.evaluation.sample import Metric, Request, Sample
 
 _TEXT = "{context}\n\nRepeat the passage of the text above that begins with these words, exactly as it stands: {start}"
 _START = 100
-"""Characters, less a part of a word, by which the passage is known; they are given to the answer."""
+"""Characters, less a part of a word, that identify the passage; the answer begins with them."""
 _ROOM_A_TOKEN = 6
-"""Characters of the passage, more than tokenizers have in prose."""
+"""Characters of the passage per token, more than tokenizers have in prose."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Copying:
-    """The passage begins with a sentence. Its first words are given to the answer, what follows is the target.
+    """A passage that begins with a sentence; its first words begin the answer, and the words after them are the target.
 
     Attributes:
-      num_tokens: of the target, less a part of a word.
+      num_tokens: tokens of the target, less a part of a word.
     """
 
     name: str = "copy"
@@ -30,11 +30,11 @@ class Copying:
 
     @property
     def max_tokens(self) -> int:
-        """Returns the tokens that an answer may take."""
+        """Most tokens of an answer."""
         return self.num_tokens
 
     def make(self, request: Request) -> Sample:
-        """Returns a sample whose passage lies at the depth that its index names."""
+        """Returns a sample whose passage is at the depth of its index."""
         hay = Hay(request.haystack(sample_rng(self.name, request, "haystack")))
         depth = nominal_depth(request.index)
         room = _START + self.num_tokens * _ROOM_A_TOKEN
@@ -58,7 +58,7 @@ class Copying:
         return build(fit(self.name, request, build, least=2 * room))
 
     def _target(self, text: str, start: str, request: Request) -> str:
-        """Returns the words of a text that take at most so many tokens after the start of the passage."""
+        """Returns the first words of a text that have at most ``num_tokens`` tokens after the start of the passage."""
 
         def count(characters: int) -> int:
             return len(request.render("", start + text[:characters]))

@@ -1,4 +1,4 @@
-"""Natural text, to measure perplexity on and to continue."""
+"""Natural text to continue and to measure perplexity on."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ _TEXT_FILES = (".txt", ".md", ".rst")
 
 
 def python_reference() -> str:
-    """Returns the reference of the Python language, about 500 KB of English that every Python brings along."""
+    """Returns the reference of the Python language, about 500 KB of English that every Python includes."""
     from pydoc_data.topics import topics
 
     return "\n\n\n".join(dict.fromkeys(topics.values()))
@@ -23,7 +23,7 @@ def read_texts(path: str | Path) -> str:
     """Returns the text of a file, or of all text files of a folder in the order of their names.
 
     Raises:
-      ValueError: if there is none, or one is not UTF-8, in one line that names it.
+      ValueError: if there is no file, or one is not UTF-8, in one line that names it.
     """
     path = Path(path)
     files = [path]
@@ -48,7 +48,7 @@ def _read(file: Path) -> str:
 class Windows:
     """A text cut into windows of tokens that do not overlap, in an order drawn from a seed.
 
-    Each begins with the tokenizer's beginning token, where it puts one.
+    Each window begins with the tokenizer's beginning token if there is one.
     """
 
     text: str
@@ -65,7 +65,7 @@ class Windows:
         return (bos,) if bos is not None and self.tokenizer.encode("a")[0] == bos else ()
 
     def count(self, length: int) -> int:
-        """Returns how many windows of ``length`` tokens there are."""
+        """Returns the number of windows of ``length`` tokens."""
         return len(self._tokens) // max(length - len(self._head), 1)
 
     def get(self, length: int, index: int) -> NDArray[np.int32]:

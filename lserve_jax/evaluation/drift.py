@@ -1,4 +1,4 @@
-"""Drift: how far a variant comes from the reference over a long generation."""
+"""Drift: how far a variant departs from the reference over a long generation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ NAME = "drift"
 class Drift:
     """The measurement of prompts of ``length`` tokens.
 
-    The reference continues each greedily. The others are led along its text: two free generations that once differ
-    in a token cannot be compared any more, but whether a variant would have chosen the same can be said everywhere.
+    The reference continues each prompt greedily. The other variants score its text: two free generations cannot be
+    compared after their first different token, but a forced one shows at every token whether the variant agrees.
 
     Attributes:
-      windows: the text that prompts are of.
-      context: tokens that the model is made for.
-      tokens: how many are generated.
+      windows: the text of the prompts.
+      context: tokens of the model's context.
+      tokens: number of generated tokens.
     """
 
     windows: Windows
@@ -33,11 +33,11 @@ class Drift:
     name: str = NAME
 
     def count(self, length: int) -> int:
-        """Returns how many prompts the text has."""
+        """Returns the number of prompts that the text has."""
         return self.windows.count(length)
 
     def make(self, length: int, index: int) -> Item:
-        """Returns a prompt, a little shorter than asked for where else the generation would leave the context."""
+        """Returns a prompt, slightly shorter than asked for if the generation needs room in the context."""
         prompt = self.windows.get(length, index)[: prompt_length(self.name, length, self.tokens, self.context)]
         return Item(
             task=self.name,
@@ -50,7 +50,7 @@ class Drift:
         )
 
     def measure(self, llm: LLM, items: Sequence[Item], reference: Callable[[Item], Row | None]) -> list[dict[str, Any]]:
-        """Returns agreement with the reference's greedy choices, and the negative log-likelihood of its text."""
+        """Returns agreement with the reference's greedy tokens, and the negative log-likelihood of its text."""
         prompts = [item.prompt.tolist() for item in items]
         led_by = [reference(item) for item in items]
         if any(row is None for row in led_by):

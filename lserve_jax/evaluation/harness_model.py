@@ -1,7 +1,7 @@
-"""A model of lm-evaluation-harness: its requests answered by an `LLM`.
+"""A model of lm-evaluation-harness that answers requests with an `LLM`.
 
-Continuations are scored by decode steps, as if the model had generated them, so that page selection is at work as in
-generation. Only whole texts (perplexity) go through prefill, which reads all pages.
+Decode steps score continuations, as if the model had generated them, with page selection as in generation. Only whole
+texts (perplexity) go through prefill, which reads all pages.
 """
 
 import dataclasses
@@ -21,19 +21,18 @@ from lserve_jax.text.tokenizer import Tokenizer
 logger = logging.getLogger("lserve_jax")
 
 ROUNDS = 16
-"""Requests per call are this many times those that run at once: enough to keep slots busy, few enough that results
-are saved often."""
-_DEFAULT_MAX_TOKENS = 256  # the harness's own
+"""Ratio of requests per call to those that run at once: enough to keep slots busy, few enough to save results often."""
+_DEFAULT_MAX_TOKENS = 256  # the harness's default
 _SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p"})  # the harness and `SamplingParams` agree on these
 
 type _Key = tuple[str, str] | None
-"""The texts of context and continuation, under which the harness caches an answer; None: not cached."""
+"""The texts of context and continuation, under which the harness caches an answer; None for no caching."""
 
 
 class HarnessMethods:
-    """The methods of the harness's model class, a base class to put before the harness's own `TemplateLM`.
+    """The methods of the harness's model class, a base class to put before the harness's `TemplateLM`.
 
-    It does not inherit from `TemplateLM` itself, so that importing this module does not import the harness.
+    It does not inherit from `TemplateLM`, so that importing this module does not import the harness.
 
     Args:
       llm: a model with a tokenizer.
@@ -73,7 +72,7 @@ class HarnessMethods:
 
     @property
     def max_length(self) -> int:
-        """The most tokens of a sequence."""
+        """Most tokens of a sequence."""
         return self.llm.setup.sizes.max_model_len
 
     @cached_property
@@ -85,7 +84,7 @@ class HarnessMethods:
 
     @cached_property
     def prefix_token_id(self) -> int:
-        """The token that stands before the first token of a text."""
+        """The token before the first token of a text."""
         begin = self._tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
@@ -99,8 +98,8 @@ class HarnessMethods:
         Args:
           string: the text.
           add_special_tokens: whether the tokenizer adds its special tokens; None adds them unless the text starts with
-            the beginning token already, as rendered chats do.
-          **kwargs: the harness's; without effect.
+            the beginning token, as rendered chats do.
+          **kwargs: arguments of the harness, without effect.
         """
         del kwargs
         if add_special_tokens is None:
@@ -109,7 +108,7 @@ class HarnessMethods:
 
     @property
     def tokenizer_name(self) -> str:
-        """The name under which the harness caches prepared prompts."""
+        """Name under which the harness caches prepared prompts."""
         return self.llm.setup.checkpoint.name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -123,7 +122,7 @@ class HarnessMethods:
 
         Args:
           chat_history: messages ``{"role": …, "content": …}``.
-          add_generation_prompt: whether the assistant's answer comes next; else the last message is its beginning.
+          add_generation_prompt: whether the assistant's answer comes next; if not, the last message begins it.
         """
         render = self._tokenizer.render_chat
         try:
@@ -137,7 +136,7 @@ class HarnessMethods:
         return text if add_generation_prompt else _open_ended(text, chat_history[-1]["content"])
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns the settings in force, which the harness adds to its results."""
+        """Returns the current settings, which the harness adds to its results."""
         config = self.llm.config
         return {
             "model_dtype": str(config.dtype),
@@ -167,7 +166,7 @@ class HarnessMethods:
         return answers
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Returns context and continuation; the context loses its beginning if they are too long together."""
+        """Returns context and continuation, without the context's beginning if they are too long together."""
         if not continuation:
             raise ValueError("a continuation adds no token to its context: there is nothing to score")
         room = self.max_length - len(continuation)
@@ -178,7 +177,7 @@ class HarnessMethods:
         return context[-room:], continuation
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-probability of each text: windows of the model's length score each token once."""
+        """Returns the log-probability of each text; windows of the model's length score each token once."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         totals = []
@@ -187,7 +186,7 @@ class HarnessMethods:
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - 1,  # and the token that the last one predicts
+                max_seq_len=self.max_length - 1,  # one less for the token that the last one predicts
                 context_len=1,
             )
             pairs = map(make_disjoint_window, windows)
@@ -199,7 +198,7 @@ class HarnessMethods:
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns the model's continuation of each context, up to a stop string, which is cut off."""
+        """Returns the model's continuation of each context, up to but without a stop string."""
         contexts = [self.tok_encode(request.args[0]) for request in requests]
         params = [self._sampling_params(request.args[1]) for request in requests]
         prompts = [context[-self._room(one.max_tokens) :] for context, one in zip(contexts, params, strict=True)]
@@ -244,12 +243,12 @@ class HarnessMethods:
         )
 
     def _control_token(self, text: str) -> list[int]:
-        """Returns the token of a text that is one control token, which generated text never shows; else no token."""
+        """Returns the token of a text that is one control token, which generated text never shows, or an empty list."""
         ids = self._tokenizer.encode(text, add_special_tokens=False)
         return ids if len(ids) == 1 and self._tokenizer.decode(ids) == "" else []
 
     def _batches(self, lengths: Sequence[int], title: str, disable_tqdm: bool) -> Iterator[list[int]]:
-        """Yields the indices of the requests of one call, the longest first: one that does not fit fails at once."""
+        """Yields the indices of each call's requests, the longest first: one that does not fit fails at once."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         size = ROUNDS * self.llm.setup.sizes.max_num_seqs
         with tqdm(total=len(order), desc=title, disable=disable_tqdm) as bar:

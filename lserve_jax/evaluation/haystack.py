@@ -1,4 +1,4 @@
-"""What needles are hidden in: RULER's noise, prose of our own, or texts that the user has."""
+"""The text in which needles are hidden: RULER's noise, generated prose, or the user's texts."""
 
 import itertools
 import random
@@ -13,27 +13,27 @@ type Haystack = Callable[[random.Random], Iterator[str]]
 """Seed → an endless stream of sentences."""
 
 PROSE = "prose"
-"""The name of the haystack of our own."""
+"""Name of the haystack of generated prose."""
 
 _DEPTHS = 10
 _DEPTH_STRIDE = 3
-"""Prime to the number of depths: a few samples are spread over all of them."""
+"""Coprime to the number of depths, so that a few samples are spread over all depths."""
 
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _SUFFIXES = (".txt", ".md")
 _MAX_BYTES = 64 * 2**20
 _MAX_SENTENCE = 600
-"""Characters; what runs on longer is cut, so that a needle finds a place near its depth."""
+"""Characters; longer sentences are cut, so that a needle finds a place near its depth."""
 _SENTENCE_END = re.compile(r"(?<=[.!?…])[\"')\]”’]*\s+|(?<=[。！？])")
 
 
 def sample_rng(task: str, request: Request, purpose: str = "") -> random.Random:
-    """Returns random numbers that belong to one sample, and in it to one purpose."""
+    """Returns the random numbers of one sample for one purpose."""
     return random.Random(f"{task} {request.length} {request.index} {request.seed} {purpose}")
 
 
 def nominal_depth(index: int) -> float:
-    """Returns where the needle of a sample lies, 0 (the beginning) … 1; ten samples have ten depths, evenly spaced."""
+    """Returns the depth of a sample's needle, 0 (the beginning) … 1; ten samples have ten evenly spaced depths."""
     return index * _DEPTH_STRIDE % _DEPTHS / (_DEPTHS - 1)
 
 
@@ -41,7 +41,7 @@ def open_haystack(source: str | Path = PROSE) -> Haystack:
     """Returns the haystack that a command line names: ``prose``, or a folder of .txt and .md files.
 
     Raises:
-      ValueError: the folder is missing or holds no text, too much of it, or a file that is not UTF-8.
+      ValueError: if the folder is missing or holds no text, too much text, or a file that is not UTF-8.
     """
     return prose.sentences if source == PROSE else _folder_haystack(Path(source))
 
@@ -53,24 +53,24 @@ def noise(rng: random.Random) -> Iterator[str]:
 
 
 class Lazy:
-    """A stream whose beginning can be had again and again."""
+    """A stream whose beginning can be read repeatedly."""
 
     def __init__(self, stream: Iterator[str]) -> None:
         self._stream = stream
         self._taken: list[str] = []
 
     def take(self, count: int) -> list[str]:
-        """Returns the first ones."""
+        """Returns the first ``count`` items."""
         self._taken += itertools.islice(self._stream, max(0, count - len(self._taken)))
         return self._taken[:count]
 
 
 class Hay:
-    """The beginning of a stream, as long as asked for: the same text grown or cut.
+    """The beginning of a stream in any length; a longer one continues a shorter one.
 
     Args:
-      stream: endless pieces of text, sentences or lines.
-      separator: what stands between pieces.
+      stream: endless pieces of text: sentences or lines.
+      separator: text between pieces.
     """
 
     def __init__(self, stream: Iterable[str], separator: str = " ") -> None:
@@ -80,7 +80,7 @@ class Hay:
         self.separator = separator
 
     def take(self, characters: int) -> list[str]:
-        """Returns pieces of so many characters at most, separators included; the last one may be cut, at a word."""
+        """Returns pieces of at most ``characters``, separators included; the last piece may be cut between words."""
         while not self._ends or self._ends[-1] < characters:
             start = self._ends[-1] if self._ends else 0
             self._pieces.append(next(self._stream))
@@ -97,9 +97,9 @@ class Hay:
 
 
 def insert(pieces: Sequence[str], needles: Sequence[tuple[float, str]]) -> list[str]:
-    """Returns the pieces with needles between them, each at its depth: the share of the characters before it, 0 … 1.
+    """Returns the pieces with needles between them.
 
-    Needles of the same depth keep their order.
+    A needle's depth is the share of the characters before it, 0 … 1. Needles of the same depth keep their order.
     """
     ends = list(itertools.accumulate((len(piece) for piece in pieces), initial=0))
     placed = [(min(range(len(ends)), key=lambda i: abs(ends[i] - depth * ends[-1])), text) for depth, text in needles]
@@ -112,7 +112,7 @@ def insert(pieces: Sequence[str], needles: Sequence[tuple[float, str]]) -> list[
 
 
 def cut(text: str, characters: int) -> str:
-    """Returns the whole words in the first characters; cuts inside a word only where the text has no spaces there."""
+    """Returns the whole words in the first ``characters``; cuts inside a word only if the text has no spaces there."""
     head = text[: max(characters, 0)]
     if len(text) <= len(head) or text[len(head)].isspace():
         return head.rstrip()

@@ -1,30 +1,30 @@
-"""How a task fills a prompt to the length asked for."""
+"""Fills a task's prompt to the requested length."""
 
 from collections.abc import Callable
 
 from lserve_jax.evaluation.sample import Request, Sample
 
 _SLACK = 0.005
-"""A prompt shorter than asked for by this share is full."""
+"""A prompt is full if it is shorter than requested by at most this share."""
 
 
 def fit(
     task: str, request: Request, build: Callable[[int], Sample], *, least: int = 0, tokens_a_unit: float = 0.25
 ) -> int:
-    """Returns the number of units with which a sample's prompt is as long as asked for, or just shorter.
+    """Returns the number of units with which a sample's prompt has the requested length, or is just shorter.
 
-    Tokens grow about linearly with units, but not exactly: the next number to try comes from the line through the two
-    that enclose the goal, and where it misses, in turn from their middle. A prompt is rendered a handful of times.
+    Tokens grow about linearly with units. So the search alternates between the line through the two numbers of units
+    that enclose the goal and their middle, and renders the prompt only a few times.
 
     Args:
       task: name, for the message.
-      request: the length asked for, and how to render.
-      build: units (characters, words, lines: the task's own) → sample.
-      least: units that the task cannot do without.
-      tokens_a_unit: a guess, for the first step.
+      request: the requested length, and how to render.
+      build: units (characters, words or lines, as the task defines) → sample.
+      least: least units that the task needs.
+      tokens_a_unit: tokens per unit, a guess for the first step.
 
     Raises:
-      ValueError: the prompt with the least units is already too long.
+      ValueError: if the prompt with the least units is already too long.
     """
 
     def count(units: int) -> int:

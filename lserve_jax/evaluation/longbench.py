@@ -3,12 +3,12 @@
     task = open_task("hotpotqa", folder, tokenizer)   # ValueError in one line: unknown name, missing or malformed file
     len(task)                                         # samples in the file
     task.use_chat_format                              # False: render this task's prompts raw, without chat format
-    task.make(Request(length=…, index=i, …))          # i below len(task); seed and haystack play no part
+    task.make(Request(length=…, index=i, …))          # i below len(task); seed and haystack have no effect
     task.metric(answer, sample.references)            # 0 … 1; post-processing and the best reference included
 
-It is a `Task` (evaluation/sample.py). ``length`` is the most tokens that a rendered prompt may have: a longer one loses
-its middle, as published; a shorter one stays as it is. `NAMES` lists the tasks; those that end in ``_e`` are
-LongBench-E, whose scores are means by ``sample.info["bucket"]``.
+It is a `Task` (evaluation/sample.py). ``length`` is the most tokens of a rendered prompt: a longer prompt loses its
+middle, as published; a shorter one stays unchanged. `NAMES` lists the tasks; those that end in ``_e`` are LongBench-E,
+whose scores are means by ``sample.info["bucket"]``.
 """
 
 import functools
@@ -25,20 +25,20 @@ from lserve_jax.evaluation.sample import Request, Sample
 from lserve_jax.text.tokenizer import Tokenizer
 
 _HUB_ID = "THUDM/LongBench"
-_ARCHIVE = "data.zip"  # all tasks, as data/<name>.jsonl (`datasets` runs no scripts since 4.0, and there is no other)
+_ARCHIVE = "data.zip"  # all tasks, as data/<name>.jsonl; the only source, as `datasets` runs no scripts since 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What the benchmark settles for a task: a row of data/longbench.json.
+    """What the benchmark defines for a task: a row of data/longbench.json.
 
     Attributes:
-      prompt: with {context} and {input} to be filled.
-      max_tokens: tokens that an answer may take.
+      prompt: template with {context} and {input}.
+      max_tokens: most tokens of an answer.
       metric: key of `METRICS`.
-      use_chat_format: whether an instruct model gets the prompt as a user's message; not so with few-shot and code.
-      first_line_only: whether an answer counts up to its first line end; models go on with another example.
-      is_in_e: whether LongBench-E has it too.
+      use_chat_format: whether an instruct model gets the prompt as a user's message; False for few-shot and code.
+      first_line_only: whether an answer counts up to its first line end, since models continue with another example.
+      is_in_e: whether LongBench-E also has the task.
     """
 
     prompt: str
@@ -67,9 +67,9 @@ class Record:
       input: the question, the last example or the beginning of the code; may be empty.
       context: the long text.
       answers: right answers, any of which counts.
-      length: words of the whole (characters where it is Chinese), as published.
-      classes: all that there are, where answers are classes.
-      id: of the sample; may be empty.
+      length: words of the whole sample (characters of a Chinese one), as published.
+      classes: all classes, if answers are classes.
+      id: the sample's id; may be empty.
     """
 
     input: str
@@ -81,7 +81,7 @@ class Record:
 
     @property
     def bucket(self) -> str:
-        """Which mean of LongBench-E it belongs to."""
+        """The mean of LongBench-E to which the sample belongs."""
         return "0-4k" if self.length < 4000 else "4-8k" if self.length < 8000 else "8k+"
 
 
@@ -91,9 +91,9 @@ class LongBenchTask:
 
     Attributes:
       name: one of `NAMES`.
-      dataset: what the benchmark settles.
+      dataset: what the benchmark defines.
       records: the samples.
-      tokenizer: of the model, to cut prompts.
+      tokenizer: the model's, to cut prompts.
       score: answer and reference → 0 … 1.
     """
 
@@ -108,7 +108,7 @@ class LongBenchTask:
 
     @property
     def use_chat_format(self) -> bool:
-        """Whether an instruct model gets the prompts as user's messages; else they are rendered raw."""
+        """Whether an instruct model gets the prompts as user's messages; if not, they are rendered raw."""
         return self.dataset.use_chat_format
 
     def metric(self, answer: str, references: tuple[str, ...]) -> float:
@@ -121,7 +121,7 @@ class LongBenchTask:
         """Returns sample ``request.index``, whose rendered prompt has at most ``request.length`` tokens.
 
         Raises:
-          ValueError: where the length has no room for anything, or the file has fewer samples.
+          ValueError: if the length has no room for anything, or the file has fewer samples.
         """
         if not 0 <= request.index < len(self.records):
             raise ValueError(f"{self.name} has {len(self.records)} samples, there is no number {request.index}")
@@ -134,10 +134,10 @@ class LongBenchTask:
         )
 
     def _fit(self, text: str, request: Request) -> str:
-        """Returns the text, without its middle where else its prompt would be longer than asked for.
+        """Returns the text, without its middle if its prompt would otherwise be too long.
 
-        As published, the tokens of the text's two ends are decoded and joined. Those may become other tokens when they
-        are encoded again, and more of them: then there are fewer.
+        As published, the tokens of the text's two ends are decoded and joined. Encoded again, they may become other and
+        more tokens; then the ends are shortened.
         """
         num_tokens = len(request.render(text, ""))
         if num_tokens <= request.length:
@@ -161,7 +161,7 @@ def open_task(name: str, folder: str | Path | None, tokenizer: Tokenizer) -> Lon
     Args:
       name: one of `NAMES`.
       folder: where ``<name>.jsonl`` is; None fetches the published files from the hub, once.
-      tokenizer: of the model.
+      tokenizer: the model's.
 
     Raises:
       ValueError: see `load`.
@@ -178,15 +178,15 @@ def load(name: str, folder: str | Path | None) -> list[Record]:
     """Returns the samples of a task.
 
     Raises:
-      ValueError: if the name is unknown, there is no such file, or a line is not what it should be; in one line that
-        names the file and the line.
+      ValueError: if the name is unknown, the file is missing, or a line is malformed; in one line that names the file
+        and the line.
     """
     if name not in _DATASETS:
         raise ValueError(f"unknown LongBench task {name!r}; known are {', '.join(NAMES)}")
     file = _find(name, folder)
     metric = _DATASETS[name].metric
     records = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):  # only at \n: texts hold other line ends
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):  # only at \n: texts contain other line ends
         if not line.strip():
             continue
         try:
@@ -225,7 +225,7 @@ def _parse(line: bytes, metric: str) -> Record:
         raise ValueError("; ".join(problems))
     if metric.startswith("retrieval"):
         for answer in row["answers"]:
-            METRICS[metric]("", answer)  # says so if the answer names no paragraph
+            METRICS[metric]("", answer)  # raises if the answer names no paragraph
     return Record(
         input=row["input"],
         context=row["context"],

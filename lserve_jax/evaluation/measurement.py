@@ -1,4 +1,4 @@
-"""What a run measures: prompts that are a function of (length, index), and what is read off a model at work on them."""
+"""What a run measures: prompts that are a function of (length, index), and a model's results on them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from lserve_jax.evaluation.sample import Sample
 from lserve_jax.llm import LLM
 
 type Row = Mapping[str, Any]
-"""A result of one prompt and variant, as it stands in results.jsonl."""
+"""A result of one prompt and variant, as in results.jsonl."""
 
 BINS = 16
-"""Parts of equal length into which positions are gathered."""
+"""Number of equal parts into which positions are grouped."""
 
 _SHORTER = 0.98
-"""A prompt that is asked to fill the context gives way to its answer, but no further than this share of its length."""
+"""A prompt that would fill the context is shortened for its answer, but at most to this share of its length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,12 @@ class Item:
     """A prompt ready for a model.
 
     Attributes:
-      task, length, index: which it is.
+      task, length, index: the prompt's key.
       prompt: [T] int32.
-      continuation: tokens to be scored after the prompt; empty where there are none.
-      room: tokens after the prompt that the context must hold too.
-      record: what prompts.jsonl says of it besides.
-      sample: where it came from, if from a task.
+      continuation: tokens to score after the prompt; may be empty.
+      room: tokens after the prompt for which the context must have room.
+      record: further fields of the line in prompts.jsonl.
+      sample: the task's sample, if the prompt is one of a task.
     """
 
     task: str
@@ -45,7 +45,7 @@ class Item:
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """Which prompt this is."""
+        """Task, length and index of the prompt."""
         return self.task, self.length, self.index
 
     @property
@@ -55,34 +55,34 @@ class Item:
 
 
 class Measurement(Protocol):
-    """A row of the table of results: a task, perplexity, drift."""
+    """A row of the table of results: a task, perplexity or drift."""
 
     @property
     def name(self) -> str:
-        """Returns what the command line calls it."""
+        """Name on the command line."""
         ...
 
     def count(self, length: int) -> int | None:
-        """Returns how many prompts of a length there are; None if there is no end of them."""
+        """Returns the number of prompts of a length; None if unlimited."""
         ...
 
     def make(self, length: int, index: int) -> Item:
-        """Returns a prompt; ValueError, in one line, where the length or the context has no room for it."""
+        """Returns a prompt; raises ValueError, in one line, if the length or the context has no room for it."""
         ...
 
     def measure(self, llm: LLM, items: Sequence[Item], reference: Callable[[Item], Row | None]) -> list[dict[str, Any]]:
-        """Returns what is to be kept of each item.
+        """Returns the fields to store for each item.
 
-        ``reference`` gives the row of the variant that the others are compared with; None if that is the one at work.
+        ``reference`` returns the row of the reference variant, or None while that variant itself is measured.
         """
         ...
 
 
 def prompt_length(name: str, length: int, room: int, context: int) -> int:
-    """Returns how many tokens a prompt may have for ``room`` more to go into the context; hardly fewer than asked for.
+    """Returns the length of a prompt that leaves ``room`` tokens in the context: ``length`` or slightly less.
 
     Raises:
-      ValueError: where it would have to be clearly shorter than ``length``.
+      ValueError: if it would have to be clearly less than ``length``.
     """
     longest = context - room
     if longest < _SHORTER * length:
@@ -100,10 +100,10 @@ def by_position(values: Sequence[float] | NDArray[np.floating]) -> list[float]:
 
 
 def mean(values: Sequence[float] | NDArray[np.floating]) -> float:
-    """Returns the mean as it is kept."""
+    """Returns the mean as rows store it."""
     return round(float(np.mean(np.asarray(values, np.float64))), 6)
 
 
 def decoding(metrics: RequestMetrics) -> dict[str, float | None]:
-    """Returns what a row says of decoding."""
+    """Returns the fields of a row about decoding."""
     return {"pages_read_ratio": metrics.pages_read_ratio, "attention_recall": metrics.attention_recall}

@@ -1,7 +1,7 @@
 """LongBench's metrics (arXiv 2308.14508, appendix): an answer and one reference → 0 … 1.
 
-Values equal those of the benchmark's own evaluation, its quirks included, so that numbers can be compared with
-published ones; each quirk is named where it is.
+Values equal those of the benchmark's evaluation, including its quirks, so that they can be compared with published
+values. A comment names each quirk.
 """
 
 import difflib
@@ -36,11 +36,11 @@ def qa_f1_zh(answer: str, reference: str) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """Returns the F1 of Rouge-L (Lin, 2004): of words that stand in the same order in both.
+    """Returns the F1 of Rouge-L (Lin, 2004), of words that are in the same order in both.
 
-    As in the package `rouge` 1.0.1, which the benchmark uses: sentences end at full stops, words are what blanks
-    part, and words are counted as sets, over all sentences. (That package recurses, and where a sentence is too long
-    for it the benchmark says 0; here the value is computed.)
+    As in the package `rouge` 1.0.1, which the benchmark uses, sentences end at full stops, blanks separate words, and
+    words are counted as sets over all sentences. (That package recurses, and the benchmark gives 0 for a sentence that
+    is too long for it; this function computes the value.)
     """
     answer_sentences, reference_sentences = _sentences(answer), _sentences(reference)
     if not answer_sentences or not reference_sentences:
@@ -64,8 +64,8 @@ def rouge_l_zh(answer: str, reference: str) -> float:
 def classification(answer: str, reference: str, classes: Sequence[str]) -> float:
     """Returns 1 / (number of classes that the answer names) if the right one is among them, else 0.
 
-    A class whose name is part of the right one's is not counted, except, as published, one that directly follows
-    another such class.
+    A class whose name is part of the right one's does not count, unless, as published, it directly follows another such
+    class.
     """
     named = [name for name in classes if name in answer]
     counted, is_skipped = [], False
@@ -73,31 +73,31 @@ def classification(answer: str, reference: str, classes: Sequence[str]) -> float
         is_part = not is_skipped and name in reference and name != reference
         if not is_part:
             counted.append(name)
-        # The published loop removes from the list that it walks, and so never looks at the one behind a removed one.
+        # The published loop removes from the list over which it iterates, and so skips the entry after a removed one.
         is_skipped = is_part
     return 1 / len(counted) if reference in counted else 0.0
 
 
 def retrieval(answer: str, reference: str) -> float:
-    """Returns the share of the numbers in the answer that are the number of the reference, "Paragraph 7"."""
+    """Returns the share of the numbers in the answer that equal the number of the reference, "Paragraph 7"."""
     return count(answer, _number("Paragraph ", reference))
 
 
 def retrieval_zh(answer: str, reference: str) -> float:
-    """Returns `retrieval` where the reference is "段落7"."""
+    """Returns `retrieval` for a reference "段落7"."""
     return count(answer, _number("段落", reference))
 
 
 def count(answer: str, reference: str) -> float:
-    """Returns the share of the numbers in the answer that are the reference."""
+    """Returns the share of the numbers in the answer that equal the reference."""
     numbers = re.findall(r"\d+", answer)
     return numbers.count(reference) / len(numbers) if numbers else 0.0
 
 
 def code_similarity(answer: str, reference: str) -> float:
-    """Returns how alike the answer's first line of code and the reference are, in whole percents.
+    """Returns the similarity of the answer's first line of code and the reference, in whole percents.
 
-    The benchmark asks `fuzzywuzzy.ratio`, which is Python's `difflib` unless python-Levenshtein is installed too.
+    The benchmark uses `fuzzywuzzy.ratio`, which is Python's `difflib` unless python-Levenshtein is also installed.
     """
     lines = answer.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
@@ -150,8 +150,8 @@ def _sentences(text: str) -> list[list[str]]:
 
 
 def _common_subsequence(x: list[str], y: list[str]) -> list[str]:
-    """Returns a longest common subsequence, the last word first; of several the one that the benchmark takes."""
-    lengths = [[0] * (len(y) + 1)]  # [i][j]: of the first i words of x and the first j of y
+    """Returns the longest common subsequence that the benchmark takes, the last word first."""
+    lengths = [[0] * (len(y) + 1)]  # [i][j]: for the first i words of x and the first j of y
     for word in x:
         above, row = lengths[-1], [0]
         for j, other in enumerate(y):
@@ -170,21 +170,21 @@ def _common_subsequence(x: list[str], y: list[str]) -> list[str]:
 
 
 def _segment(text: str) -> list[str]:
-    """Returns the words of a Chinese text, as jieba parts them."""
+    """Returns the words of a Chinese text, as jieba separates them."""
     return list(_segmenter().cut(text))
 
 
 @cache
 def _segmenter() -> Any:
-    """Returns jieba's tokenizer with its own dictionary, loaded (about a second)."""
+    """Returns jieba's tokenizer with its dictionary loaded (about a second)."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of its age: escapes in its source, pkg_resources
+        with warnings.catch_warnings(action="ignore"):  # old code: escapes in its source, pkg_resources
             import jieba
     except ImportError:
         raise ValueError("Chinese metrics need jieba: pip install 'lserve_jax[eval]'") from None
     jieba.setLogLevel(logging.WARNING)
     segmenter: Any = jieba.Tokenizer()
-    # It keeps its dictionary marshalled in a file of /tmp, where anyone may have put another: it gets its own folder.
+    # It caches its marshalled dictionary in /tmp, where anyone may put another file; so it gets a private folder.
     with tempfile.TemporaryDirectory() as folder:
         segmenter.tmp_dir = folder
         segmenter.initialize()

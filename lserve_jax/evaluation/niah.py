@@ -37,13 +37,13 @@ class Niah:
     """A variant.
 
     Attributes:
-      name: of the task.
+      name: the task's name.
       haystack: RULER's noise, prose (RULER: essays), or needles with other keys.
       key: kind of key.
       value: kind of value.
-      num_keys: keys hidden, each with `num_values` needles.
-      num_values: values a key.
-      num_queries: keys asked for.
+      num_keys: hidden keys, each with ``num_values`` needles.
+      num_values: values per key.
+      num_queries: keys that the question asks for.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Niah:
     max_tokens: int = 128
 
     def make(self, request: Request) -> Sample:
-        """Returns a sample. Where there is one answer, its needle lies at the depth that the sample's index names."""
+        """Returns a sample. If there is one answer, its needle is at the depth of the sample's index."""
         rng = sample_rng(self.name, request)
         pairs = self._pairs(rng)
         keys = [next(pairs)[0] for _ in range(self.num_keys)]
@@ -86,7 +86,7 @@ class Niah:
         pairs: Iterator[tuple[str, str]],
         build: Callable[[list[str], str, str], Sample],
     ) -> Sample:
-        """Returns a sample of whole needles; noise takes what is left, less than a needle."""
+        """Returns a sample of whole needles; noise fills the rest, which is less than a needle."""
         lines = Lazy(self._needle(key, value) for key, value in pairs)
         count = fit(self.name, request, lambda count: build(lines.take(count), "\n", ""), tokens_a_unit=40)
         hay = Hay(noise(random.Random()), "\n")
@@ -98,7 +98,7 @@ class Niah:
         return padded(fit(self.name, request, padded))
 
     def _pairs(self, rng: random.Random) -> Iterator[tuple[str, str]]:
-        """Yields keys and values that have not been before."""
+        """Yields distinct keys and distinct values."""
         used = set()
         while True:
             pair = (_DRAW[self.key](rng), _DRAW[self.value](rng))

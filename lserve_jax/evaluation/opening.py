@@ -1,4 +1,4 @@
-"""From the names on a command line to measurements: tasks, perplexity and drift, with their texts and files read."""
+"""Opens measurements by their names on a command line: tasks, perplexity and drift, with their texts and files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ NAMES = (*TASKS, perplexity.NAME, drift.NAME)
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSettings:
-    """Where prompts come from and how they are written; the "help" of a field says what the field does."""
+    """Where prompts come from and how they are written; the "help" of a field says what it does."""
 
     seed: int = field(default=0, metadata={"help": "prompts are a function of it"})
     raw: bool = field(default=False, metadata={"help": "write prompts without the model's chat format"})
@@ -66,7 +66,7 @@ class PromptSettings:
 
 
 def measurement_names(text: str) -> list[str]:
-    """Returns the names in a text such as ``copy,perplexity``, each once; ValueError for an unknown one."""
+    """Returns the names in a text such as ``copy,perplexity``, each once; raises ValueError for an unknown one."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name.startswith(LONGBENCH) and name.removeprefix(LONGBENCH) not in longbench.NAMES:
@@ -83,9 +83,9 @@ def open_measurements(
 
     Args:
       names: see `measurement_names`.
-      settings: of the prompts.
+      settings: settings of the prompts.
       tokenizer: the model's.
-      context: tokens that the model is made for.
+      context: tokens of the model's context.
 
     Raises:
       ValueError: for a file or folder that is missing or cannot be read.

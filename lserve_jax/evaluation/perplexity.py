@@ -1,4 +1,4 @@
-"""Perplexity on natural text, by position, and of its last tokens where they are decoded."""
+"""Perplexity on natural text: by position, and of the last tokens when they are decoded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ NAME = "perplexity"
 class Perplexity:
     """The measurement of windows of ``length`` tokens.
 
-    All positions go through prefill, where streaming heads are at work; the last ``tail`` tokens go through decode
-    steps as well, where page selection and the window for decoding are at work too.
+    All positions go through prefill, which uses streaming heads. The last ``tail`` tokens also go through decode steps,
+    which use page selection and the window for decoding too.
 
     Attributes:
       windows: the text.
-      context: tokens that the model is made for.
+      context: tokens of the model's context.
       tail: tokens that are also decoded.
     """
 
@@ -32,11 +32,11 @@ class Perplexity:
     name: str = NAME
 
     def count(self, length: int) -> int:
-        """Returns how many windows the text has."""
+        """Returns the number of windows of the text."""
         return self.windows.count(length)
 
     def make(self, length: int, index: int) -> Item:
-        """Returns a window; ValueError if it is too short for the tail, or too long for the context."""
+        """Returns a window; raises ValueError if it is too short for the tail or too long for the context."""
         prompt_length(self.name, length, 0, self.context)
         if length <= self.tail:
             raise ValueError(f"{self.name} at length {length} needs more tokens than the {self.tail} of its tail")
@@ -52,7 +52,7 @@ class Perplexity:
         )
 
     def measure(self, llm: LLM, items: Sequence[Item], reference: Callable[[Item], Row | None]) -> list[dict[str, Any]]:
-        """Returns negative log-likelihoods a token, in nats."""
+        """Returns negative log-likelihoods per token, in nats."""
         del reference
         tails = llm.score([item.prompt.tolist() for item in items], [item.continuation for item in items])
         rows = []

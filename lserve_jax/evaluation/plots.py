@@ -1,4 +1,4 @@
-"""The summary as pictures. matplotlib is loaded when the first is drawn."""
+"""The summary as pictures. The first picture loads matplotlib."""
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +18,11 @@ _DEPTHS = 10
 _MOST_COLUMNS = 4
 _WIDTH, _HEIGHT, _RESOLUTION = 4.2, 3.6, 150
 _DRAWN = {"copy": "token_accuracy", "drift": "agreement"}
-"""What is drawn of a task where it is not its score: of a long copy, one other word leaves no score."""
+"""The field that is drawn instead of a task's score: one wrong word in a long copy leaves no score."""
 
 
 def new_figure(columns: int, rows: int = 1, *, width: float = _WIDTH, height: float = _HEIGHT) -> tuple["Figure", Any]:
-    """Returns an empty figure and its panels [rows, columns], each of a size in inches.
+    """Returns an empty figure and its panels [rows, columns]; the size of a panel is in inches.
 
     Raises:
       ValueError: if matplotlib is not installed.
@@ -38,7 +38,7 @@ def new_figure(columns: int, rows: int = 1, *, width: float = _WIDTH, height: fl
 
 
 def save(figure: "Figure", path: Path) -> Path:
-    """Writes a PNG that is there whole or not at all; returns its path."""
+    """Writes a PNG atomically and returns its path."""
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=_RESOLUTION, format="png")
     partial.replace(path)
@@ -46,7 +46,7 @@ def save(figure: "Figure", path: Path) -> Path:
 
 
 def draw(cells: Sequence[Cell], rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Returns the pictures drawn of what there is: needles, scores, perplexity and drift by position."""
+    """Draws the available results (needles, scores, perplexity, drift by position) and returns the pictures' paths."""
     figures = [
         *((f"{task}.png", _needles(task, members)) for task, members in _with_depths(rows)),
         *((name, draw_it(members)) for name, draw_it, members in _kinds(cells) if members),
@@ -66,7 +66,7 @@ def names(cells: Sequence[Mapping[str, Any]], field: str) -> list[Any]:
 
 
 def _drawn(task: str) -> str:
-    """Returns the field that is drawn of a task."""
+    """Returns the field of a task that is drawn."""
     return _DRAWN.get(task, "score")
 
 
@@ -110,7 +110,7 @@ def _needles(task: str, rows: Sequence[Row]) -> "Figure":
 
 
 def _grid(rows: Sequence[Row], lengths: Sequence[int]) -> np.ndarray:
-    """Returns a task's mean scores [depths, lengths], NaN where there is no sample."""
+    """Returns a task's mean scores [depths, lengths], NaN for cells without samples."""
     total, count = np.zeros((2, _DEPTHS, len(lengths)))
     for row in rows:
         place = min(int(row["info"]["depth"] * _DEPTHS), _DEPTHS - 1), lengths.index(row["length"])
@@ -123,7 +123,7 @@ def _grid(rows: Sequence[Row], lengths: Sequence[int]) -> np.ndarray:
 
 
 def _scores(cells: Sequence[Cell]) -> "Figure":
-    """Returns the scores of all variants by task with their intervals, a panel a length."""
+    """Returns the scores of all variants by task with their intervals, one panel per length."""
     tasks, variants, lengths = names(cells, "task"), names(cells, "variant"), sorted(names(cells, "length"))
     figure, panels = new_figure(1, len(lengths), width=max(5.0, 0.9 * len(tasks) + 3.5), height=2.8)
     for axes, length in zip(panels[:, 0], lengths, strict=True):
@@ -146,7 +146,7 @@ def _scores(cells: Sequence[Cell]) -> "Figure":
 
 
 def _perplexity(cells: Sequence[Cell]) -> "Figure":
-    """Returns perplexity over positions, a panel a length and a curve a variant."""
+    """Returns perplexity over positions, one panel per length and one curve per variant."""
     lengths = sorted(names(cells, "length"))
     figure, panels = new_figure(len(lengths))
     for axes, length in zip(panels[0], lengths, strict=True):
@@ -163,7 +163,7 @@ def _perplexity(cells: Sequence[Cell]) -> "Figure":
 
 
 def _drift(cells: Sequence[Cell]) -> "Figure":
-    """Returns agreement and likelihood along the reference's generation, a column a length and a curve a variant."""
+    """Returns agreement and likelihood along the reference's text, one column per length and one curve per variant."""
     lengths = sorted(names(cells, "length"))
     figure, panels = new_figure(len(lengths), 2)
     for column, length in enumerate(lengths):
@@ -184,7 +184,7 @@ def _drift(cells: Sequence[Cell]) -> "Figure":
 
 
 def _styled(cells: Sequence[Cell], length: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Yields the cells of a length with how a variant is drawn, the same in all panels."""
+    """Yields the cells of a length, each with the style of its variant, which is the same in all panels."""
     variants = names(cells, "variant")
     for cell in select(cells, length=length):
         place = variants.index(cell["variant"])
@@ -192,7 +192,7 @@ def _styled(cells: Sequence[Cell], length: int) -> Iterator[tuple[Cell, dict[str
 
 
 def _centres(count: int) -> np.ndarray:
-    """Returns the middles of ``count`` equal parts of the way from 0 to 1."""
+    """Returns the middles of ``count`` equal parts of the interval from 0 to 1."""
     return (np.arange(count) + 0.5) / count
 
 
@@ -200,7 +200,7 @@ def _centres(count: int) -> np.ndarray:
 
 
 def draw_axis(axis: str, cells: Sequence[Cell], folder: Path) -> Path:
-    """Returns the picture of an ablation's axis: scores, and likelihoods beside the reference's, of each setting."""
+    """Draws an axis' scores, and likelihoods relative to the reference's, by setting; returns the picture's path."""
     figure, ((scores, likelihoods),) = new_figure(2, width=5.4, height=4.2)
     settings = names(cells, "variant")
     groups = list(dict.fromkeys((cell["task"], cell["length"]) for cell in cells))
@@ -228,7 +228,7 @@ def draw_axis(axis: str, cells: Sequence[Cell], folder: Path) -> Path:
 
 
 def _shift(place: int, count: int) -> float:
-    """Returns how far from the middle one of several neighbours is drawn, so that all can be seen."""
+    """Returns the offset from the middle at which one of several neighbours is drawn, so that all are visible."""
     return 0.6 * ((place + 0.5) / count - 0.5)
 
 
@@ -239,7 +239,7 @@ def _error_bars(
     scale: float,
     style: Mapping[str, Any],
 ) -> None:
-    """Draws estimates at their places, with their intervals as far as they have one."""
+    """Draws estimates at their places, with the intervals that exist."""
     known = [(x, one) for x, one in zip(places, estimates, strict=True) if one is not None]
     if not known:
         return
@@ -256,13 +256,13 @@ def _wrapped(label: str, width: int = 40) -> str:
 
 
 def _legend_below(figure: "Figure") -> None:
-    """Names what all panels show under them, where it takes nothing of their height."""
+    """Draws the legend of all panels below them, without taking from their height."""
     height = _legend(figure, "outside lower center").get_window_extent().height
     figure.set_figheight(figure.get_figheight() + height / figure.dpi)
 
 
 def _legend(figure: "Figure", place: Any) -> "Legend":
-    """Names what all panels show, once each."""
+    """Draws one legend for all panels, with each label once."""
     labelled = [axes.get_legend_handles_labels() for axes in figure.axes]
     found = {
         _wrapped(label): handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)

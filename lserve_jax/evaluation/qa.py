@@ -1,6 +1,6 @@
-"""Questions about documents, most of them beside the point: RULER's qa_1 (one hop) and qa_2 (two hops).
+"""Questions about documents, most of which are irrelevant: RULER's qa_1 (one hop) and qa_2 (two hops).
 
-Where the documents come from is a matter of `qa_invented` and `qa_published`.
+The documents come from `qa_invented` or `qa_published`.
 """
 
 import random
@@ -27,10 +27,10 @@ class Case:
     """A question.
 
     Attributes:
-      question: as it is asked.
-      answers: each of them is right.
-      documents: hold what is needed for the answer.
-      distractors: documents that do not, without end.
+      question: the text of the question.
+      answers: right answers.
+      documents: documents with the facts that the answer needs.
+      distractors: endless documents without those facts.
     """
 
     question: str
@@ -45,7 +45,7 @@ type Cases = Callable[[random.Random, int], Case]
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionAnswering:
-    """Numbered documents in random order, those with the answer among them; one distractor may be cut."""
+    """Numbered documents in random order, some of them with the answer; one distractor may be cut."""
 
     name: str
     cases: Cases

@@ -1,6 +1,6 @@
-"""Documents about people and buildings that never were, and questions about them.
+"""Documents about invented people and buildings, and questions about them.
 
-They stand for those of SQuAD and HotpotQA, which RULER takes: a model needs them as much, and can know none by heart.
+They replace those of SQuAD and HotpotQA, which RULER uses: a model needs them just as much, and cannot know them.
 """
 
 import itertools
@@ -31,7 +31,7 @@ _BUILDINGS = "Library Theatre Observatory Museum Hospital Bridge Station Academy
 
 @dataclass(frozen=True, kw_only=True)
 class _Fact:
-    """Something that documents tell: ways to tell it, how it is asked for, and what it may be."""
+    """A fact of documents: wordings of it, its question, and its possible values."""
 
     told: tuple[str, ...]
     asked: str
@@ -174,10 +174,10 @@ _DETAIL_WORDS = {"adjective": prose.ADJECTIVES, "noun": prose.NOUNS}
 
 
 class _World:
-    """People and buildings, in documents that hold none of the words kept for the answer.
+    """People and buildings, in documents without the words reserved for the answer.
 
     Args:
-      has_titles: whether a document begins with a line that names what it is about.
+      has_titles: whether a document begins with a line that names its subject.
     """
 
     def __init__(self, rng: random.Random, *, has_titles: bool) -> None:
@@ -217,7 +217,7 @@ class _World:
 
 
 def one_hop(rng: random.Random, index: int) -> Case:
-    """Returns a question whose answer stands in one document; others tell the same of other people."""
+    """Returns a question whose answer is in one document; other documents state the same of other people."""
     del index
     world = _World(rng, has_titles=False)
     fact = rng.choice(list(_OF_PEOPLE))
@@ -232,7 +232,7 @@ def one_hop(rng: random.Random, index: int) -> Case:
 
 
 def two_hops(rng: random.Random, index: int) -> Case:
-    """Returns a question about the founder or architect of a building; who that is stands in another document."""
+    """Returns a question about a building's founder or architect; another document says who that is."""
     del index
     world = _World(rng, has_titles=True)
     role, fact = rng.choice(list(_OF_BUILDINGS)), rng.choice(list(_OF_PEOPLE))

@@ -13,7 +13,7 @@ from lserve_jax.evaluation.qa import Case, Cases
 
 @dataclass(frozen=True, kw_only=True)
 class _Question:
-    """A question of a file: documents that answer it, those near them, and answers."""
+    """A question of a file: documents that answer it, related documents, and answers."""
 
     question: str
     answers: tuple[str, ...]
@@ -22,10 +22,10 @@ class _Question:
 
 
 def read_squad(path: Path) -> Cases:
-    """Returns the questions of SQuAD 2.0 that have answers; the first distractors are of the same article.
+    """Returns the questions of SQuAD 2.0 that have answers; the first distractors are from the same article.
 
     Raises:
-      ValueError: the file cannot be read, or is not what was published as dev-v2.0.json.
+      ValueError: if the file cannot be read, or is not what was published as dev-v2.0.json.
     """
     return _read(path, _squad, "dev-v2.0.json of SQuAD")
 
@@ -34,7 +34,7 @@ def read_hotpot(path: Path) -> Cases:
     """Returns the questions of HotpotQA, each with its ten documents.
 
     Raises:
-      ValueError: the file cannot be read, or is not what was published as hotpot_dev_distractor_v1.json.
+      ValueError: if the file cannot be read, or is not what was published as hotpot_dev_distractor_v1.json.
     """
     return _read(path, _hotpot, "hotpot_dev_distractor_v1.json of HotpotQA")
 
@@ -80,7 +80,7 @@ def _read(path: Path, parse: Callable[[Any], Iterator[_Question]], what: str) ->
         others = [document for document in documents if document not in used]
         distractors = rng.sample(one.near, len(one.near)) + rng.sample(others, len(others))
         if not distractors:
-            raise ValueError(f"{path}: it holds no document beside those of a question")
+            raise ValueError(f"{path}: it has no document besides those of a question")
         return Case(
             question=one.question,
             answers=one.answers,

@@ -1,4 +1,4 @@
-"""The run: every prompt by every variant, what is there already left out, each result on disk before the next."""
+"""The run: measures every prompt with every variant, skips existing results, and stores each result before the next."""
 
 import ctypes
 import dataclasses
@@ -21,26 +21,26 @@ from lserve_jax.evaluation.variants import Variant
 from lserve_jax.llm import LLM
 
 _STEP = 256
-"""Contexts are multiples of so many tokens, so that runs which differ a little compile the same programs."""
+"""Contexts are multiples of this many tokens, so that slightly different runs compile the same programs."""
 
 type OnProgress = Callable[[str, int, int], None]
 """Stage, done, total."""
 type Todo = Mapping[PromptKey, tuple[Measurement, list[Variant]]]
-"""The prompts that some variants still have to see, with these variants."""
+"""The prompts without results of some variants, with these variants."""
 type OpenSetup = Callable[[Variant, AttentionConfig, int], Setup]
-"""Variant, its policy, and the context in tokens → a model opened but not loaded."""
+"""Variant, its policy, and the context in tokens → an opened model that is not loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be measured.
+    """What a run measures.
 
     Attributes:
-      measurements: in the order of the results.
-      lengths: of prompts, in tokens (or words, as the measurements have it).
-      samples: prompts of each measurement and length; fewer where there are no more.
-      variants: the first is the reference.
-      context: tokens that the model is made for.
+      measurements: the measurements in the order of the results.
+      lengths: lengths of prompts in tokens (or words, as the measurements define).
+      samples: prompts per measurement and length, or all if there are fewer.
+      variants: the variants, the reference first.
+      context: tokens of the model's context.
     """
 
     measurements: Sequence[Measurement]
@@ -76,11 +76,11 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """One loaded model's share of the work: a variant, and the prompts for which its settings are the same.
+    """The work of one loaded model: a variant, and the prompts for which its settings are the same.
 
     Attributes:
       variant: the variant.
-      setup: opened for these prompts, the longest with what follows it.
+      setup: the opened model, with room for the longest of these prompts and what follows it.
       items: the prompts, each with its measurement.
     """
 
@@ -90,10 +90,10 @@ class Load:
 
 
 def missing(plan: Plan, rows: Mapping[Key, Any]) -> Todo:
-    """Returns the prompts that some variants still have to see, with these variants.
+    """Returns the prompts without results of some variants, with these variants.
 
     Raises:
-      ValueError: where a result was made with other settings than its variant now stands for.
+      ValueError: if a result was made with other settings than its variant now has.
     """
     found = {}
     for measurement, key in plan.prompts():
@@ -119,7 +119,7 @@ def _require_same_settings(variant: Variant, length: int, row: Any) -> None:
 
 
 def make_items(todo: Todo, report: OnProgress) -> dict[PromptKey, Item]:
-    """Returns the prompts that are needed; ValueError, before anything is loaded, where one cannot be made."""
+    """Returns the prompts that are needed; raises ValueError, before anything is loaded, if one cannot be made."""
     items = {}
     for done, (key, (measurement, _)) in enumerate(todo.items(), start=1):
         _, length, index = key
@@ -134,7 +134,7 @@ def make_loads(
     """Returns the work by variant: one load for all lengths, or one for each at which the variant's settings differ.
 
     Raises:
-      ValueError: before anything is loaded, where a model cannot be set up so, or does not fit into the memory.
+      ValueError: before anything is loaded, if a model cannot be set up like this or does not fit into the memory.
     """
     loads = []
     for done, variant in enumerate(plan.variants, start=1):
@@ -160,18 +160,18 @@ def run(
     open_llm: Callable[[Setup], LLM],
     report: OnProgress,
 ) -> None:
-    """Measures everything and adds it to the store, a row a prompt and variant.
+    """Measures everything and adds it to the store, one row per prompt and variant.
 
     Args:
       loads: see `make_loads`; those of the reference come first.
-      store: started.
-      reference: label of the variant that the others are compared with.
+      store: a started store.
+      reference: label of the variant with which the others are compared.
       max_num_seqs: prompts that are processed together.
-      open_llm: loads a model; the one before has been let go.
-      report: told how far a load has got.
+      open_llm: loads a model; the previous one is released before.
+      report: called with the progress of a load.
 
     Raises:
-      ValueError: if a model's numbers are no numbers.
+      ValueError: if a model's results are not numbers.
     """
     for number, load in enumerate(loads, start=1):
         stage = f"{load.variant.label} ({number}/{len(loads)})"
@@ -195,7 +195,7 @@ def run(
 
 
 def _release() -> None:
-    """Gives back what the model before has taken: there may be no room for two, nor for what compilers leave behind.
+    """Releases the memory of the previous model: there may be no room for two models, or for what compilers leave.
 
     (glibc keeps the gigabyte that compiling a model has taken in the heap of each compiling thread.)
     """
@@ -207,7 +207,7 @@ def _release() -> None:
 
 
 def _batches(items: Sequence[tuple[Measurement, Item]], size: int) -> Iterator[tuple[Measurement, list[Item]]]:
-    """Yields up to ``size`` neighbours of the same measurement and length."""
+    """Yields up to ``size`` consecutive items of the same measurement and length."""
     for _, group in groupby(items, key=lambda pair: (pair[0].name, pair[1].length)):
         for pairs in batched(group, size):
             yield pairs[0][0], [item for _, item in pairs]

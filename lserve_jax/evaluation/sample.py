@@ -1,4 +1,4 @@
-"""What a task hands to a run: one prompt with what counts as its answer."""
+"""What a task gives to a run: a prompt, and what counts as its answer."""
 
 import random
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 type Render = Callable[[str, str], list[int]]
-"""User's text and the beginning of the answer → token ids of the whole prompt, in the model's chat format or raw."""
+"""User's text and beginning of the answer → token ids of the whole prompt, in the model's chat format or raw."""
 
 type Metric = Callable[[str, tuple[str, ...]], float]
 """Answer and references → score, 0 … 1."""
@@ -18,13 +18,13 @@ class Sample:
 
     Attributes:
       text: the user's message, or the raw prompt.
-      answer_prefix: how the model's answer begins, given to it; may be empty.
-      references: what the metric looks for.
-      target: the right continuation after ``answer_prefix``, for its log-likelihood and token accuracy; None where
-        there is no single one.
-      max_tokens: tokens that an answer may take.
-      stop: strings at which an answer ends.
-      info: what the task wants to have in the results, such as the needle's ``depth`` (0 … 1).
+      answer_prefix: the given beginning of the model's answer; may be empty.
+      references: the texts that the metric looks for.
+      target: the right continuation after ``answer_prefix``, for its log-likelihood and token accuracy; None if there
+        is no single one.
+      max_tokens: most tokens of an answer.
+      stop: strings that end an answer.
+      info: further values for the results, such as the needle's ``depth`` (0 … 1).
     """
 
     text: str
@@ -41,9 +41,9 @@ class Request:
     """What a task makes a sample from; the sample is a function of this alone.
 
     Attributes:
-      length: tokens of the rendered prompt: a task fills them to within 2% and never exceeds them.
-      index: which sample of the task and length.
-      seed: of the run.
+      length: tokens of the rendered prompt; a task fills them to within 2% and never exceeds them.
+      index: number of the sample of the task and length.
+      seed: seed of the run.
       render: see `Render`.
       haystack: seed → an endless stream of sentences, for tasks that hide things in prose.
     """
@@ -60,14 +60,14 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """Returns what the command line calls it."""
+        """Name on the command line."""
         ...
 
     @property
     def metric(self) -> Metric:
-        """Returns how an answer is scored."""
+        """The function that scores an answer."""
         ...
 
     def make(self, request: Request) -> Sample:
-        """Returns a sample; ValueError where the length has no room for it."""
+        """Returns a sample; raises ValueError if the length has no room for it."""
         ...

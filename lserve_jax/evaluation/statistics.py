@@ -1,4 +1,4 @@
-"""How sure a mean or a difference is: 95% intervals of paired samples."""
+"""95% intervals of means and of paired differences."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ _FEW = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean and the interval that holds the true one with 95%; None where there are too few values for one."""
+    """A mean and its 95% confidence interval; None if there are too few values for one."""
 
     mean: float
     low: float | None
@@ -23,7 +23,7 @@ class Estimate:
 def proportion(values: Sequence[float]) -> Estimate:
     """Returns the mean of values between 0 and 1 with Wilson's score interval (1927).
 
-    It is exact in its meaning for hits and misses; for scores in between it is wider than need be.
+    The interval is exact in meaning for hits and misses; for scores in between it is wider than necessary.
     """
     n, p = len(values), float(np.mean(values))
     middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
@@ -34,9 +34,10 @@ def proportion(values: Sequence[float]) -> Estimate:
 def difference(values: Sequence[float], reference: Sequence[float], *, is_score: bool) -> Estimate:
     """Returns the mean of ``values - reference``, pair by pair.
 
-    The interval is Student's. For scores, which lie between 0 and 1, it is Tango's (1998) where pairs differ by whole
-    points, or where hardly any differ: from few differences their spread cannot be told, and from none Student's would
-    have no width at all. A part of a point then counts as a part of a pair, which makes it wider than need be.
+    The interval is Student's. For scores, which lie between 0 and 1, it is Tango's (1998) if pairs differ by whole
+    points, or if hardly any differ: few differences do not show their spread, and without differences Student's
+    interval would have no width. A part of a point then counts as a part of a pair, which makes the interval wider than
+    necessary.
     """
     d = np.subtract(np.asarray(values, np.float64), np.asarray(reference, np.float64))
     is_coarse = bool(np.isin(d, (-1.0, 0.0, 1.0)).all()) or np.count_nonzero(d) < _FEW
@@ -44,12 +45,12 @@ def difference(values: Sequence[float], reference: Sequence[float], *, is_score:
 
 
 def _tango(d: NDArray[np.float64]) -> Estimate:
-    """The differences that a score test would not reject: it takes the variance that each of them implies."""
+    """Returns the interval of differences that a score test does not reject, with the variance that each implies."""
     n, gained, lost = len(d), float(d[d > 0].sum()), float(-d[d < 0].sum())
     mean = (gained - lost) / n
 
     def statistic(delta: float) -> float:
-        # The share of pairs lost that is likeliest if the true difference is delta: a root of a quadratic.
+        # The likeliest share of lost pairs if the true difference is delta: a root of a quadratic.
         b = (2 * n - gained + lost) * delta - gained - lost
         likeliest = (math.sqrt(max(b**2 + 8 * n * lost * delta * (1 - delta), 0.0)) - b) / (4 * n)
         variance = n * max(2 * likeliest + delta * (1 - delta), 0.0)
@@ -59,7 +60,7 @@ def _tango(d: NDArray[np.float64]) -> Estimate:
 
 
 def _root(falling: Callable[[float], float], value: float, low: float, high: float) -> float:
-    """Returns where a falling function has a value, by bisection."""
+    """Returns by bisection the argument for which a falling function has a value."""
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if falling(middle) > value else (low, middle)

@@ -1,4 +1,4 @@
-"""What a run keeps on disk: lines of JSON that are only ever added to, so that an interrupted run goes on."""
+"""A run's files: append-only lines of JSON, so that an interrupted run continues."""
 
 import fcntl
 import json
@@ -17,10 +17,10 @@ _ROW_FIELDS = {**_PROMPT_FIELDS, "variant": str}
 
 
 class JsonLines:
-    """A file of JSON objects, a line each, that grows.
+    """A growing file with one JSON object per line.
 
-    Reading changes nothing. A last line without its end, which an interrupted run leaves, does not count; it goes away
-    when the first new line is added.
+    Reading changes nothing. A last line without its end, which an interrupted run leaves, does not count; the first new
+    line replaces it.
 
     Attributes:
       lines: the objects in the file.
@@ -28,7 +28,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads the file, if there is one; ValueError names the line that is no JSON object."""
+        """Reads the file, if there is one; raises ValueError naming a line that is no JSON object."""
         self.path = path
         data = path.read_bytes() if path.exists() else b""
         self._size, self._complete = len(data), data.rfind(b"\n") + 1
@@ -48,7 +48,7 @@ class JsonLines:
         return value
 
     def require(self, place: int, types: Mapping[str, type]) -> None:
-        """Raises ValueError if a line lacks one of the fields, or has one of another type."""
+        """Raises ValueError if a line lacks one of the fields or has one with another type."""
         wrong = [name for name, kind in types.items() if not isinstance(self.lines[place].get(name), kind)]
         if wrong:
             raise ValueError(
@@ -56,7 +56,7 @@ class JsonLines:
             )
 
     def open(self) -> None:
-        """Makes the file ready to grow, by this process alone; ValueError if another one is at it."""
+        """Opens the file for writing by this process only; raises ValueError if another one writes to it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = self.path.open("ab")
         try:
@@ -71,7 +71,7 @@ class JsonLines:
         self._file = file
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Adds a line, which is on its way to the disk when this returns."""
+        """Adds a line and flushes it to the operating system."""
         assert self._file is not None, "open() comes first"
         text = json.dumps(line, ensure_ascii=False, allow_nan=False)
         self._file.write(text.encode() + b"\n")
@@ -88,19 +88,19 @@ class Store:
     """The folder of a run: settings and rows in results.jsonl, prompts in prompts.jsonl.
 
     Attributes:
-      rows: results by task, length, index and variant, in the order in which they were measured.
-      notes: what there is to say of the files that were read, a line each.
+      rows: results by task, length, index and variant, in the order of measurement.
+      notes: remarks about the files that were read, one line each.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Reads what is there and changes nothing.
+        """Reads the files and changes nothing.
 
         Args:
-          folder: of the run; need not exist.
-          settings: what all results of a folder must have in common.
+          folder: folder of the run; need not exist.
+          settings: the settings that all results of a folder share.
 
         Raises:
-          ValueError: for a malformed line, or other settings than those in the file, in one line.
+          ValueError: in one line, for a malformed line or for other settings than those in the file.
         """
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))
@@ -134,7 +134,7 @@ class Store:
                 )
 
     def start(self, prompts: Iterable[Mapping[str, Any]]) -> None:
-        """Makes the folder ready for rows, and adds the prompts that it lacks.
+        """Opens the folder for new rows, and adds the prompts that it lacks.
 
         Raises:
           ValueError: if the folder holds another prompt under the same name, or another run writes to it.
@@ -170,7 +170,7 @@ class Store:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
+    """Writes a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""From rows to cells: a task, length and variant with its means, and its differences to the reference, pair by pair."""
+"""Summarises rows as cells: means of a task, length and variant, and paired differences to the reference."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,7 +14,7 @@ type Cell = dict[str, Any]
 SCORES = ("score", "token_accuracy", "agreement")
 """Quantities between 0 and 1."""
 LIKELIHOODS = ("nll", "tail_nll")
-"""Negative log-likelihoods a token, in nats."""
+"""Negative log-likelihoods per token, in nats."""
 _MEANS = ("streaming_share", "pages_read_ratio", "attention_recall", "prompt_tokens", "seconds")
 _CURVES = ("nll_by_position", "agreement_by_position")
 
@@ -22,8 +22,8 @@ _CURVES = ("nll_by_position", "agreement_by_position")
 def summarise(rows: Iterable[Row], reference: str) -> list[Cell]:
     """Returns the cells in the order of tasks, lengths and variants as the rows first name them.
 
-    A quantity of a cell is ``{"mean", "low", "high", "difference": {"mean", "low", "high", "n"}}``: intervals hold 95%,
-    and the difference is to the reference on the ``n`` prompts that both have seen (None where there is none).
+    A quantity of a cell is ``{"mean", "low", "high", "difference": {"mean", "low", "high", "n"}}``, with 95% intervals.
+    The difference is to the reference on the ``n`` prompts that both have results for; None if there is none.
     """
     cells: dict[tuple[str, int, str], dict[int, Row]] = {}
     orders: tuple[dict[Any, None], ...] = ({}, {})
@@ -72,5 +72,5 @@ def _quantity(own: Mapping[int, float], reference: Mapping[int, float], *, is_sc
 
 
 def select(cells: Sequence[Cell], **wanted: Any) -> list[Cell]:
-    """Returns the cells whose fields have the values named."""
+    """Returns the cells whose fields have the given values."""
     return [cell for cell in cells if all(cell[name] == value for name, value in wanted.items())]

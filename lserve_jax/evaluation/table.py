@@ -12,7 +12,7 @@ _NONE = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its head, and what it says of a cell."""
+    """A column: its head, and the text that it shows for a cell."""
 
     head: str
     text: Callable[[Cell], str]
@@ -56,7 +56,7 @@ def _nats(value: float) -> str:
 
 
 def _ratio(nats: float) -> str:
-    """Returns by how many percent a perplexity differs."""
+    """Returns the difference of a perplexity in percent."""
     return _signed(100 * math.expm1(nats), 2)
 
 
@@ -99,7 +99,7 @@ _DRIFT = (
 
 
 def format_tables(cells: Sequence[Cell]) -> str:
-    """Returns a table of the tasks, one of perplexities and one of drift, as far as there are cells for them."""
+    """Returns tables of tasks, perplexities and drift, for those that have cells."""
     kinds = (
         (_TASKS, [cell for cell in cells if "score" in cell]),
         (_PERPLEXITY, [cell for cell in cells if "tail_nll" in cell]),

@@ -14,7 +14,7 @@ from lserve_jax.evaluation.vt import DirectAssignment, VariableTracking
 from lserve_jax.evaluation.words import CommonWords, FrequentWords
 
 _QA_FILES = {"qa_1": ("squad.json", read_squad), "qa_2": ("hotpotqa.json", read_hotpot)}
-"""Names as RULER's download script gives them."""
+"""File names of RULER's download script."""
 
 _ALL: tuple[Task, ...] = (
     *NIAH,
@@ -28,7 +28,7 @@ _ALL: tuple[Task, ...] = (
 )
 
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
-"""RULER's 13, then those that small models can do: in the order to show."""
+"""RULER's 13 tasks, then tasks that small models can do, in display order."""
 
 
 def get_task(name: str, qa_folder: Path | None = None) -> Task:
@@ -36,11 +36,11 @@ def get_task(name: str, qa_folder: Path | None = None) -> Task:
 
     Args:
       name: one of `TASKS`.
-      qa_folder: where squad.json and hotpotqa.json lie (RULER's names for SQuAD's dev-v2.0.json and HotpotQA's
+      qa_folder: folder of squad.json and hotpotqa.json (RULER's names for SQuAD's dev-v2.0.json and HotpotQA's
         hotpot_dev_distractor_v1.json); qa_1 and qa_2 then ask their questions instead of invented ones.
 
     Raises:
-      ValueError: there is no such task, or its file cannot be used.
+      ValueError: if there is no such task, or its file cannot be used.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")

@@ -1,4 +1,4 @@
-"""The settings that are compared: a preset with some fields replaced, written as one word of the command line."""
+"""The settings that a run compares: a preset with some fields replaced, written as one word of the command line."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from typing import Any
 from lserve_jax.config.attention import ALL, PRESETS, AttentionConfig, default_pages, from_preset
 from lserve_jax.config.settings import read, settings
 
-# A comma before a letter begins another variant, and a plus before "name=" another field: lists keep their commas.
+# A comma before a letter begins another variant, a plus before "name=" another field. So lists keep their commas.
 _NEXT_VARIANT = re.compile(r"\s*,\s*(?=[a-zA-Z])")
 _NEXT_FIELD = re.compile(r"\+(?=\w+=)")
 _PATTERN = "head_pattern"
@@ -23,12 +23,12 @@ class Variant:
     """One setting of a comparison.
 
     Attributes:
-      label: the text that it was written as, under which its results are stored.
+      label: its text on the command line, under which its results are stored.
       preset: see `lserve_jax.config.attention.PRESETS`.
       options: fields of `AttentionConfig` that replace the preset's. A ``token_budget`` that is a `float` is a share of
         the prompt's length.
       head_pattern: folder with head gates; None takes that of the run.
-      of_model: settings that suit the model, see `lserve_jax.config.attention.from_preset`.
+      of_model: the model's defaults, see `lserve_jax.config.attention.from_preset`.
     """
 
     label: str
@@ -40,7 +40,7 @@ class Variant:
     def config(self, length: int) -> AttentionConfig:
         """Returns the policy for prompts of ``length`` tokens.
 
-        A budget that is a share is rounded up to whole pages, and to those pages that are always read.
+        A budget that is a share is rounded up to whole pages, and to at least the pages that are always read.
 
         Raises:
           ValueError: for a value out of range, in one line that names the variant.
@@ -64,7 +64,7 @@ def parse_variants(text: str) -> tuple[Variant, ...]:
     """Returns the variants of a text such as ``dense,lserve:static_sparsity=0.75+token_budget=25%,quest``.
 
     Raises:
-      ValueError: for a text that is not a variant, or a variant that is named twice, in one line.
+      ValueError: in one line, for a text that is not a variant, or for a variant that is named twice.
     """
     variants = tuple(parse_variant(word) for word in _NEXT_VARIANT.split(text.strip()))
     labels = [variant.label for variant in variants]
@@ -77,7 +77,7 @@ def parse_variants(text: str) -> tuple[Variant, ...]:
 def parse_variant(text: str) -> Variant:
     """Returns the variant ``PRESET[:field=value[+field=value…]]``.
 
-    The fields are those of `AttentionConfig`, and ``head_pattern``, a folder. ``dense_layers=0,1`` has commas.
+    The fields are those of `AttentionConfig`, and the folder ``head_pattern``. A list has commas: ``dense_layers=0,1``.
     ``token_budget`` may also be a share of the prompt's length, as in ``token_budget=25%``, or ``all``.
 
     Raises:
@@ -104,7 +104,7 @@ def parse_variant(text: str) -> Variant:
 def change(variant: Variant, fields: str) -> Variant:
     """Returns the variant with some fields (``field=value[+field=value…]``) replaced.
 
-    Where all the fields have these values already, it returns the variant itself.
+    It returns the variant itself if all the fields have these values already.
 
     Raises:
       ValueError: as `parse_variant`.
@@ -113,7 +113,7 @@ def change(variant: Variant, fields: str) -> Variant:
     old, new = dict(_split(rest) if rest else ()), dict(_split(fields))
     defaults = replace(parse_variant(preset), of_model=variant.of_model).config(0).options()
     wanted = parse_variant(f"{preset}:{fields}").options
-    # Page sizes that are not named follow from the budget, which may be a share of a length that is not known here.
+    # Page sizes that are not named follow from the budget, which may be a share of a length that is unknown here.
     unnamed = {name: None if name in _OF_BUDGET else defaults[name] for name in wanted}
     if {**unnamed, **variant.options}.items() >= wanted.items():
         return variant
@@ -128,7 +128,7 @@ def _split(fields: str) -> list[tuple[str, str]]:
 
 
 def _read(setting: Field[Any], text: str) -> Any:
-    """Returns the value of a field; a share of the prompt's length as a `float`. ValueError: "must be …"."""
+    """Returns the value of a field, a share of the prompt's length as a `float`; raises ValueError("must be …")."""
     if setting.name != "token_budget":
         return read(setting, text)
     try:

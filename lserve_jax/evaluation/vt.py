@@ -29,15 +29,15 @@ _EXAMPLE_LENGTH = 500
 _EXAMPLE_LETTERS = 3
 _LETTERS = 5
 _DIRECT_LETTERS = 8
-"""Longer names than RULER's: the model tells them apart better."""
+"""Longer names than RULER's, which the model distinguishes better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VariableTracking:
-    """RULER's: a chain of variables in noise, after a worked example of about 500 tokens with shorter names.
+    """RULER's task: a chain of variables in noise, after a worked example of about 500 tokens with shorter names.
 
     Attributes:
-      num_hops: assignments from variable to variable; one more variable holds the value.
+      num_hops: assignments from variable to variable; the chain has one more variable, which holds the value.
     """
 
     name: str = "vt"
@@ -46,7 +46,7 @@ class VariableTracking:
     max_tokens: int = 30
 
     def make(self, request: Request) -> Sample:
-        """Returns a sample whose references are the chain's variables in their order."""
+        """Returns a sample whose references are the chain's variables in order."""
         example_request = dataclasses.replace(request, length=_EXAMPLE_LENGTH)
         example = self._fill(example_request, "example", _EXAMPLE_LETTERS, "")
         shown = f"{example.text} {example.answer_prefix}{example.target}\n\n"
@@ -76,12 +76,12 @@ class VariableTracking:
 
 @dataclass(frozen=True, kw_only=True)
 class DirectAssignment:
-    """Variables with values of their own, in noise; what is the value of one of them? No chain to follow.
+    """Variables with different values in noise; the question asks for the value of one. There is no chain.
 
-    The values differ in their first digit: who finds the wrong one is wrong from there on.
+    The values differ in their first digit, so that a wrong variable is wrong from that digit on.
 
     Attributes:
-      num_variables: hidden; a model of 135M parameters tells two apart, four only most of the time.
+      num_variables: hidden variables; a model of 135M parameters distinguishes two, but four only most of the time.
     """
 
     name: str = "vt_direct"
@@ -90,7 +90,7 @@ class DirectAssignment:
     max_tokens: int = 30
 
     def make(self, request: Request) -> Sample:
-        """Returns a sample; the variable asked for lies at the depth that the sample's index names."""
+        """Returns a sample that asks for the variable at the depth of the sample's index."""
         rng = sample_rng(self.name, request)
         variables = list(itertools.islice(_names(rng, _DIRECT_LETTERS), self.num_variables))
         values = [f"{digit}{rng.randrange(10000):04}" for digit in rng.sample(range(1, 10), self.num_variables)]

@@ -19,9 +19,9 @@ _COMMON_TEXT = (
 _COMMON_PREFIX = "Answer: The top 10 words that appear most often in the list are:"
 _NUM_COMMON = 10
 _UNPAIRED = 50
-"""Words that are not part of a longer one: those of the example, and the common ones of the question."""
+"""Words that are not part of a longer word: those of the example, and the common ones of the question."""
 _LONG = 4096
-"""Shorter prompts get the lighter frequencies, as in RULER."""
+"""Shorter prompts have the lower frequencies, as in RULER."""
 
 _FREQUENT_TEXT = (
     "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
@@ -31,15 +31,15 @@ _FREQUENT_TEXT = (
 _FREQUENT_PREFIX = "Answer: According to the coded text above, the three most frequently appeared words are:"
 _NUM_FREQUENT = 3
 _DOTS = "..."
-"""Stands for the most frequent word, as noise."""
+"""Replaces the most frequent word, as noise."""
 _ALPHA = 2
 _ZETA = math.pi**2 / 6
 """ζ(2), which normalises the shares k^-2."""
 _LETTERS = 6
 _TOKENS_A_CODED_WORD = 50
-"""Different coded words: one for so many tokens of the prompt."""
+"""Tokens of the prompt per different coded word."""
 _LEAST_WORDS = 120
-"""With fewer, the last frequent word is no more frequent than the next."""
+"""With fewer words, the last frequent word is no more frequent than the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ class CommonWords:
     """Ten words appear more often than all others; a worked example of the same kind comes before.
 
     Attributes:
-      long: times that a common and an uncommon word appear, in the example and in the question, from 4096 tokens on.
-      short: the same below.
+      long: how often a common and an uncommon word appear, in the example and in the question, from 4096 tokens on.
+      short: the same below 4096 tokens.
     """
 
     name: str = "cwe"
@@ -83,14 +83,14 @@ class CommonWords:
 
 @dataclass(frozen=True, kw_only=True)
 class FrequentWords:
-    """Coded words by the zeta distribution: the k-th takes a share of k^-2 / ζ(2); the first is noise, three count."""
+    """Coded words by the zeta distribution: the k-th has a share of k^-2 / ζ(2); the first is noise, three count."""
 
     name: str = "fwe"
     metric: Metric = string_match_all
     max_tokens: int = 50
 
     def make(self, request: Request) -> Sample:
-        """Returns a sample whose references are the three most frequent coded words, in their order."""
+        """Returns a sample whose references are the three most frequent coded words in order."""
         rng = sample_rng(self.name, request)
         size = max(request.length // _TOKENS_A_CODED_WORD, _NUM_FREQUENT + 2)
         vocabulary = [_DOTS, *Lazy(_coded_words(rng)).take(size - 1)]
@@ -109,7 +109,7 @@ class FrequentWords:
             )
 
         num_words = fit(self.name, request, build, least=_LEAST_WORDS, tokens_a_unit=2)
-        # Several words gain one at the same time: more of the noise fills what the next such step would overfill.
+        # A step of the count adds several words at once: noise fills the room that the next step would exceed.
         return build(num_words, fit(self.name, request, lambda dots: build(num_words, dots), tokens_a_unit=1))
 
 
@@ -125,7 +125,7 @@ def _numbered(words: list[str]) -> str:
 
 
 def _distinct_words(rng: random.Random) -> Iterator[str]:
-    """Yields words in random order, and once there are no more, pairs, without the words that were the first."""
+    """Yields all words in random order, and then endless pairs without the first `_UNPAIRED` words."""
     words = rng.sample(prose.WORDS, len(prose.WORDS))
     yield from words
     seen = {f"{a}-{n}" for a in prose.ADJECTIVES for n in prose.NOUNS if not {a, n}.isdisjoint(words[:_UNPAIRED])}

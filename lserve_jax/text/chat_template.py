@@ -1,4 +1,4 @@
-"""A checkpoint's own chat template (Jinja), rendered as Hugging Face renders it, in a sandbox with a budget."""
+"""A checkpoint's chat template (Jinja), rendered as Hugging Face renders it, in a sandbox with a budget."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,20 +12,20 @@ from jinja2.parser import Parser
 
 from lserve_jax.text.jinja_budget import Budget, BudgetedEnvironment
 
-GROWTH = 8  # the rendered text may have this many times the messages' characters …
-SLACK = 1_000_000  # … and these besides
+GROWTH = 8  # a rendered text may have GROWTH times as many characters as the messages, plus SLACK
+SLACK = 1_000_000
 
 
 class ChatTemplate:
     """A compiled chat template.
 
     Args:
-      text: The Jinja source.
-      source: Where it came from, for messages.
-      variables: What the template may read besides the messages: `bos_token`, `eos_token`, ….
+      text: the Jinja source.
+      source: where the template came from, for messages.
+      variables: what the template may read besides the messages: ``bos_token``, ``eos_token``, … .
 
     Raises:
-      ValueError: The source is no Jinja template.
+      ValueError: if the source is no Jinja template.
     """
 
     def __init__(self, text: str, *, source: str, variables: Mapping[str, str]):
@@ -40,14 +40,14 @@ class ChatTemplate:
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         try:
             self._template = environment.from_string(environment.budgeted(text))
-        except Exception as error:  # whatever a hostile source makes the compiler raise, RecursionError included
+        except Exception as error:  # a hostile source may make the compiler raise anything, even RecursionError
             raise ValueError(f"{source}: the chat template is not valid Jinja: {_one_line(error)}") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """Returns the conversation as text, control tokens included.
 
         Raises:
-          ValueError: The template refuses these messages, fails, or does more than its budget allows.
+          ValueError: if the template refuses these messages, fails, or exceeds its budget.
         """
         budget = Budget(characters=SLACK + GROWTH * _characters(messages))
         conversation = {
@@ -64,7 +64,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; here only its body counts."""
+    """``{% generation %}`` marks the assistant's words for training; a rendering only keeps its body."""
 
     tags: ClassVar[set[str]] = {"generation"}
 
@@ -88,7 +88,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Returns JSON as Hugging Face writes it: not escaped for HTML, unlike Jinja's own filter."""
+    """Returns JSON as Hugging Face writes it: not escaped for HTML, unlike Jinja's filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,8 +1,8 @@
-"""A `tokenizers.Tokenizer` built from the `tokenizer.ggml.*` metadata of a GGUF file.
+"""A `tokenizers.Tokenizer` built from the ``tokenizer.ggml.*`` metadata of a GGUF file.
 
-A GGUF file stores the vocabulary, but of the text splitting only a name (`tokenizer.ggml.pre`); the table here says
-what each name means. The ids equal those of the model's original `tokenizer.json` and, but for Qwen2's NFC
-normalisation, llama.cpp's.
+A GGUF file stores the vocabulary, but only a name (``tokenizer.ggml.pre``) for how text is split; `PRE_TOKENIZERS` says
+what each name means. The ids equal those of the model's original ``tokenizer.json``. They also equal llama.cpp's,
+except for Qwen2's NFC normalisation.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ SPECIAL_TOKEN_KEYS = {
     "unk_token": "tokenizer.ggml.unknown_token_id",
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
-# Many files carry no `eot_token_id`; a control token of one of these names ends a turn in every family that has it.
+# Many files have no ``eot_token_id``. A control token with one of these names ends a turn in every family that has it.
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
@@ -36,11 +36,11 @@ class _Splitting:
     """How a byte-level vocabulary's text is cut before merging.
 
     Attributes:
-      splits: Regular expressions or `"digits"`, each cutting the pieces of the one before. Empty is none.
-      gpt2_regex: Whether GPT-2's expression cuts last.
-      normalizer: `"nfc"` or `None`.
-      ignore_merges: A piece that is a whole token is taken as it is, whatever the merges say.
-      add_bos: Whether a text starts with the beginning token where the file does not say.
+      splits: regular expressions or ``"digits"``; each cuts the pieces that the previous one left. May be empty.
+      gpt2_regex: whether GPT-2's expression cuts last.
+      normalizer: ``"nfc"`` or None.
+      ignore_merges: whether a piece that equals a token becomes that token, whatever the merges say.
+      add_bos: whether a text starts with the beginning token if the file does not say.
     """
 
     splits: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ PRE_TOKENIZERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Vocabulary:
-    """The checked metadata; `merges` is for byte-level files, `scores` for SentencePiece ones."""
+    """The checked metadata; ``merges`` is for byte-level files, ``scores`` for SentencePiece files."""
 
     model: str
     tokens: list[str]
@@ -86,11 +86,11 @@ def build_backend(metadata: Mapping[str, Any], *, source: str) -> tokenizers.Tok
     """Returns the tokenizer that the metadata describes.
 
     Args:
-      metadata: The file's key-values as plain Python values; only `tokenizer.ggml.*` is read.
-      source: The file's name, for messages.
+      metadata: the file's key-values as plain Python values; only ``tokenizer.ggml.*`` is read.
+      source: the file's name, for messages.
 
     Raises:
-      ValueError: Keys are missing, misshapen or unknown; the message lists all of them.
+      ValueError: if keys are missing, malformed or unknown; the message lists all of them.
     """
     vocabulary = _read_vocabulary(metadata, source=source)
     build = _build_byte_level if vocabulary.model == "gpt2" else _build_sentencepiece
@@ -109,13 +109,13 @@ def build_backend(metadata: Mapping[str, Any], *, source: str) -> tokenizers.Tok
 
 
 def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the special tokens' texts by Hugging Face's names (`bos_token`, …)."""
+    """Returns the special tokens' texts by Hugging Face's names (``bos_token``, …)."""
     tokens = metadata["tokenizer.ggml.tokens"]
     return {name: tokens[metadata[key]] for name, key in SPECIAL_TOKEN_KEYS.items() if metadata.get(key) is not None}
 
 
 def end_token_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """Returns the ids at which generation ends: of text, turn or message, and control tokens named in `END_OF_TURN`."""
+    """Returns the ids that end generation: end of text, turn or message, and control tokens named in `END_OF_TURN`."""
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     named = [int(metadata[key]) for key in END_TOKENS if metadata.get(key) is not None]
     turns = [i for i, token in enumerate(tokens) if types[i] == TokenType.CONTROL and token in END_OF_TURN]
@@ -172,7 +172,7 @@ def _numbers(metadata: Mapping[str, Any], key: str, count: int, problems: list[s
 
 def _merges(metadata: Mapping[str, Any], problems: list[str]) -> list[tuple[str, str]]:
     lines = _strings(metadata, "tokenizer.ggml.merges", problems)
-    # The separator is searched from the second character on, since a part may itself be a space.
+    # The search for the separator starts at the second character, since a part may itself be a space.
     pairs = [(line[:cut], line[cut + 1 :]) for line in lines if (cut := line.find(" ", 1)) > 0]
     if len(pairs) != len(lines):
         problems.append(f"tokenizer.ggml.merges has {len(lines) - len(pairs)} entries without two parts")
@@ -224,7 +224,8 @@ def _build_sentencepiece(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -
     )
     has_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     spaces = normalizers.Replace(" ", _SPACE)
-    # Like llama.cpp and Llama 2's own tokenizer.json: also after a control token, also before a leading space.
+    # The prefix also stands after a control token and before a leading space, as in llama.cpp and Llama 2's
+    # original tokenizer.json.
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if has_prefix else spaces
     text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*text, decoders.Strip(" ", 1, 0)] if has_prefix else text)
@@ -232,9 +233,9 @@ def _build_sentencepiece(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -
 
 
 def _merges_from_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """Returns every way to join two tokens into a third, the third's best score first.
+    """Returns every pair of tokens that joins into a third token, the highest score of the third first.
 
-    SentencePiece joins the neighbours whose union has the highest score: the order of the scores is that of the merges.
+    SentencePiece joins the neighbours whose union has the highest score, so the order of scores is the order of merges.
     """
     normal = set(vocabulary.tokens_of(TokenType.NORMAL, TokenType.USER_DEFINED))
     joins = [
@@ -255,10 +256,10 @@ def _added_id(
 
 
 def _surround(tokens: Sequence[str], before: int | None, after: int | None) -> processors.PostProcessor | None:
-    """Returns what puts the token `before` in front of a text and `after` behind it; `None` where there is neither."""
+    """Returns what puts the token ``before`` in front of a text and ``after`` behind it; None if both are None."""
     if before is None and after is None:
         return None
-    # Names of our own, since a token's text may hold the blanks and colons that mean something in a template.
+    # Not the tokens' texts: these may hold blanks and colons, which have a meaning in a template.
     named = {"BOS": before, "EOS": after}
     present = [{"id": name, "ids": [i], "tokens": [tokens[i]]} for name, i in named.items() if i is not None]
     single = [*(["BOS"] if before is not None else []), "$A", *(["EOS"] if after is not None else [])]

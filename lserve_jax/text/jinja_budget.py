@@ -1,9 +1,10 @@
 """A Jinja sandbox with a budget, for templates that come with a checkpoint and are not trusted.
 
-Jinja's own sandbox keeps a template from the interpreter's insides. What it may use up is bounded here: loop turns and
-calls, the text that it writes (also into a variable), the size of what `+`, `*`, `**`, `%`, `~`, `join`, `replace`,
-`indent` and `format` make, and the numbers that it hands to filters and text methods. Not bounded: text that stands
-literally inside a captured block inside a loop, and the time that one operation takes on text of an allowed size.
+Jinja's sandbox keeps a template out of the interpreter's internals. This module bounds what a template may use: loop
+iterations and calls, the text that it writes (also into a variable), the size of results of ``+``, ``*``, ``**``,
+``%``, ``~``, ``join``, ``replace``, ``indent`` and ``format``, and the numbers that it passes to filters and text
+methods. It does not bound text that stands literally inside a captured block inside a loop, nor the time that one
+operation takes on text of an allowed size.
 """
 
 import functools
@@ -17,23 +18,23 @@ from jinja2.filters import do_format, do_indent, do_replace, sync_do_join
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-MAX_STEPS = 1_000_000  # loop turns and calls in one rendering
-MAX_NUMBER = 10_000  # of a whole number handed to a filter or a text method: a width, a count, an indent
+MAX_STEPS = 1_000_000  # loop iterations and calls per rendering
+MAX_NUMBER = 10_000  # largest whole number passed to a filter or a text method: a width, a count, an indent
 
-_BUDGET = " budget"  # a rendering's budget among its variables: no template can spell a name with a blank in it
+_BUDGET = " budget"  # the variable that holds a rendering's budget: no template can spell a name with a blank
 _UNBOUNDED_METHODS = frozenset({"expandtabs", "translate"})  # no argument bounds what these return
 _UNBOUNDED_FILTERS = ("urlize", "wordwrap", "xmlattr")
-_ANY_NUMBER = frozenset({"default", "d"})  # filters that only hand their arguments on
+_ANY_NUMBER = frozenset({"default", "d"})  # filters that only pass their arguments on
 _BRACE_FORMAT = re.compile(r"\{[^{}]*(?:\d{5}|\{)")  # a width of five digits, or one taken from an argument
 _WIDE_FORMAT = "a format with a width above 9,999 or taken from an argument"
 _PERCENT_FORMAT = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*(?:\d{5}|\*)")
 
 
 class Budget:
-    """What one rendering may still use; every method raises `SecurityError` where that does not suffice.
+    """What one rendering may still use; every method raises `SecurityError` if that does not suffice.
 
     Args:
-      characters: The most that the rendering may write, and the largest text or list that it may make on the way.
+      characters: the most that the rendering may write, and the largest text or list that it may make on the way.
     """
 
     def __init__(self, *, characters: int):
@@ -42,23 +43,23 @@ class Budget:
         self._steps = MAX_STEPS
 
     def as_variables(self) -> dict[str, Any]:
-        """Returns what must be among the rendering's variables."""
+        """Returns the variables that the rendering needs besides the template's."""
         return {_BUDGET: self}
 
     def step(self, count: int = 1) -> None:
-        """Counts loop turns and calls."""
+        """Counts loop iterations and calls."""
         self._steps -= count
         if self._steps < 0:
-            raise SecurityError(f"more than {MAX_STEPS:,} loop turns and calls")
+            raise SecurityError(f"more than {MAX_STEPS:,} loop iterations and calls")
 
     def write(self, size: int) -> None:
-        """Counts what an expression writes, be it into the result or into a variable."""
+        """Counts what an expression writes into the result or into a variable."""
         self._unwritten -= size
         if self._unwritten < 0:
             raise SecurityError(f"more than {self._characters:,} characters written")
 
     def make(self, size: int) -> None:
-        """Checks the size of a text or list that is about to be made."""
+        """Checks the size of a text or list before it is made."""
         if size > self._characters:
             raise SecurityError(f"a value of {size:,} characters or items where {self._characters:,} are allowed")
 
@@ -75,8 +76,8 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, whose loops, calls, operators and outputs draw on the `Budget` of the rendering.
 
     Args:
-      filters: Filters besides Jinja's own, or in their place.
-      options: As for `jinja2.Environment`.
+      filters: filters that are added to Jinja's or replace them.
+      options: as for `jinja2.Environment`.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -92,7 +93,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         self.filters.update(counted=_counted, concatenated=_concatenated)
 
     def budgeted(self, source: str) -> nodes.Template:
-        """Returns the parsed source with its loops counted and its `~` checked, for `from_string`."""
+        """Returns the parsed source with its loops counted and its ``~`` checked, for `from_string`."""
         return self._rewrite(self.parse(source))
 
     def _rewrite(self, node: Any) -> Any:
@@ -103,7 +104,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
                 setattr(node, field, [self._rewrite(item) if isinstance(item, nodes.Node) else item for item in value])
         if isinstance(node, nodes.For):
             node.iter = self._filtered(node.iter, "counted")
-        if isinstance(node, nodes.Concat):  # the one operator that the sandbox does not let us intercept
+        if isinstance(node, nodes.Concat):  # the one operator that the sandbox cannot intercept
             return self._filtered(nodes.List(node.nodes, lineno=node.lineno, environment=self), "concatenated")
         return node
 
@@ -111,7 +112,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=self)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Calls, and counts the call."""
+        """Returns the result of a call, and counts the call."""
         budget_of(context).step()
         if isinstance(getattr(obj, "__self__", None), (str, bytes, int)):
             _check_numbers((*args, *kwargs.values()))
@@ -119,12 +120,12 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Computes, where the result will not be too large."""
+        """Returns the result of an operator, unless it would be too large."""
         _check_operation(budget_of(context), operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Returns a text's `format`, where its widths are small."""
+        """Returns a text's ``format`` method, unless it has a large width."""
         wrapped = super().wrap_str_format(value)
         if wrapped is not None and _BRACE_FORMAT.search(value.__self__):
             raise SecurityError(_WIDE_FORMAT)
@@ -145,7 +146,7 @@ def budget_of(context: Context) -> Budget:
 def _with_small_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
     own = 2 if hasattr(function, "jinja_pass_arg") else 1  # (the context and) the value that is filtered
 
-    @functools.wraps(function)  # carries over what jinja notes on a filter that wants the context
+    @functools.wraps(function)  # copies the mark of a filter that takes the context
     def checked(*args: Any, **kwargs: Any) -> Any:
         _check_numbers((*args[own:], *kwargs.values()))
         return function(*args, **kwargs)
@@ -156,7 +157,7 @@ def _with_small_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
 def _check_numbers(values: Iterable[Any]) -> None:
     for value in values:
         if isinstance(value, int) and abs(value) > MAX_NUMBER:
-            raise SecurityError(f"the number {value} handed to a function where at most {MAX_NUMBER:,} is allowed")
+            raise SecurityError(f"the number {value} passed to a function where at most {MAX_NUMBER:,} is allowed")
 
 
 def _check_method(budget: Budget, text: Any, name: str, args: tuple[Any, ...]) -> None:
@@ -192,7 +193,7 @@ def _written(context: Context, value: Any) -> Any:
 
 @pass_context
 def _counted(context: Context, values: Any) -> Any:
-    """Returns what a `for` runs over, its turns counted: at once where the length is known, else one by one."""
+    """Returns what a ``for`` iterates over; counts iterations at once if the length is known, else one by one."""
     budget = budget_of(context)
     if not hasattr(values, "__len__"):
         return _counted_one_by_one(budget, values)

@@ -1,15 +1,14 @@
-"""Keeps what users write apart from the control tokens that a chat template writes.
+"""Distinguishes the text that users write from the control tokens that a chat template writes.
 
-A message may hold the text `<|im_end|>`; once the template has run it looks like the token that ends a turn. So
-before rendering, such text is swapped for a stand-in that no one can guess; afterwards the control tokens in the result
-are all the template's own. They are then respelled, and the result encoded by a twin of the tokenizer that knows them
-by the new spelling only, with the users' text as they wrote it. A conversation without such text takes none of this: it
-is encoded as it stands.
+A message may hold the text ``<|im_end|>``. In the rendered conversation it would look like the token that ends a turn.
+So such text is replaced before rendering by a stand-in that no one can guess. All control tokens in the result are then
+the template's. They are respelled, the users' text is restored, and a twin of the tokenizer, which knows control tokens
+by the new spelling only, encodes the result. A conversation without such text is encoded as it is.
 
-Guarded as well: a message that ends in the beginning of a control token's text, so that two messages or parts cannot
-make one together. Not guarded: a template that cuts a piece out of a message's middle and so makes a control token of
-the rest, or that itself writes the beginning of one right before a message. Added tokens that the checkpoint does not
-call special (`<think>` in Qwen3) mean the same in a message as anywhere.
+This also covers a message that ends in the beginning of a control token's text, so that two messages or parts cannot
+form one together. It does not cover a template that cuts a piece out of a message's middle and thereby makes a control
+token of the rest, or that writes the beginning of one right before a message. Added tokens that the checkpoint does not
+call special (``<think>`` in Qwen3) mean the same in a message as anywhere.
 """
 
 import json
@@ -26,21 +25,21 @@ import tokenizers
 class Literals:
     """The texts of one conversation that are meant literally, and their stand-ins.
 
-    A stand-in is a number of 38 digits: no blanks that a template might trim, no letters that it might capitalise,
-    nothing that JSON escapes.
+    A stand-in is a number of 38 digits. It has no blanks that a template might trim, no letters that a template might
+    capitalise, and nothing that JSON escapes.
     """
 
     nonce: str = field(default_factory=lambda: str(10**31 + secrets.randbelow(9 * 10**31)))
     texts: list[str] = field(default_factory=list)
 
     def stand_in(self, text: str) -> str:
-        """Returns the stand-in for the text, which is noted."""
+        """Returns the stand-in for the text, and remembers the text."""
         if text not in self.texts:
             self.texts.append(text)
         return f"{self.nonce}{self.texts.index(text):06d}"
 
     def restore(self, text: str) -> str:
-        """Returns the text with each stand-in turned back into what it stands for."""
+        """Returns the text with each stand-in replaced by what it stands for."""
         return re.sub(self.nonce + r"(\d{6})", lambda match: self.texts[int(match[1])], text)
 
 
@@ -48,7 +47,7 @@ class ControlTexts:
     """The texts of a tokenizer's special tokens.
 
     Args:
-      backend: The tokenizer; it is not changed.
+      backend: the tokenizer; it is not changed.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -62,7 +61,7 @@ class ControlTexts:
         self._respelled: dict[str, str] = {}
 
     def guard(self, messages: Sequence[Mapping[str, Any]], literals: Literals) -> list[dict[str, Any]]:
-        """Returns the messages with stand-ins for what looks like a special token or, at the end, like its start."""
+        """Returns the messages with stand-ins for special tokens in them, and for a beginning of one at their end."""
         return [{key: self._guard(value, literals) for key, value in message.items()} for message in messages]
 
     def _guard(self, value: Any, literals: Literals) -> Any:
@@ -78,7 +77,7 @@ class ControlTexts:
         if not self._special:
             return text
         pieces = self._pattern.split(text)  # text, special token, text, …, text
-        # A plain word keeps its end: templates compare roles, and some make control tokens of them.
+        # A plain word stays whole: templates compare roles, and some make control tokens of them.
         tail = "" if text.isidentifier() else self._beginning_at_end(pieces[-1])
         rest = pieces[-1][: len(pieces[-1]) - len(tail)]
         guarded = [literals.stand_in(piece) if index % 2 else piece for index, piece in enumerate(pieces[:-1])]
@@ -92,13 +91,13 @@ class ControlTexts:
         return ""
 
     def encode(self, rendered: str, literals: Literals) -> list[int]:
-        """Returns the ids of a rendered conversation: special tokens where the template wrote them, else text."""
+        """Returns the ids of a rendered conversation, in which only the template's special tokens are special."""
         twin = self._make_twin() if self._twin is None else self._twin
         text = self._added_pattern.sub(lambda match: self._respelled.get(match[0], match[0]), rendered)
         return twin.encode(literals.restore(text), add_special_tokens=False).ids
 
     def _make_twin(self) -> tokenizers.Tokenizer:
-        """Returns the same tokenizer with other, secret texts for its special tokens."""
+        """Returns the same tokenizer with secret texts for its special tokens."""
         nonce = secrets.token_hex(16)
         self._respelled = {text: f"<{nonce}-{index}>" for index, text in enumerate(self._special)}
         description = json.loads(self._backend.to_str())
@@ -112,11 +111,11 @@ class ControlTexts:
             model["vocab"] = [[self._respelled.get(text, text), score] for text, score in model["vocab"]]
         if model.get("unk_token") is not None:
             model["unk_token"] = self._respelled.get(model["unk_token"], model["unk_token"])
-        description["post_processor"] = None  # it only adds tokens around a text, which a template does itself
+        description["post_processor"] = None  # it only adds tokens around a text, which the template does
         self._twin = tokenizers.Tokenizer.from_str(json.dumps(description))
         return self._twin
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
-    """Returns a pattern of one group that finds what the library does: the leftmost, and of those the longest."""
+    """Returns a pattern of one group that finds the leftmost match, and the longest there, as the library does."""
     return re.compile("(" + "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) + ")")

@@ -1,8 +1,8 @@
-"""Endless varied English prose from a seed, and lists of common words: what long prompts are made of.
+"""Endless varied English prose from a seed, and lists of common words, for long prompts.
 
 The prose is expanded from a grammar (data/prose.txt). A paragraph keeps a topic, a person, a place and a few things, so
-that a language model finds it natural; the shape of a sentence and the words in it hardly repeat. It holds no digits
-and no number words, which would collide with what tasks hide in it.
+that a language model finds it natural. Sentence shapes and words hardly repeat. The prose has no digits and no number
+words, which would collide with what tasks hide in it.
 """
 
 import itertools
@@ -17,9 +17,9 @@ type _Grammar = Mapping[str, tuple[str, ...]]
 
 _SENTENCES_A_PARAGRAPH = (5, 11)
 _SHAPES_APART = 24
-"""Of so many neighbouring sentences no two have the same shape."""
+"""Number of consecutive sentences of which no two have the same shape."""
 _DRAWS = 8
-"""How often another wording is drawn where the one before stands in the paragraph already."""
+"""Most attempts to draw a wording that the paragraph does not have yet."""
 _PEOPLE = {
     "woman": {"HE": "she", "HIM": "her", "HIS": "her"},
     "man": {"HE": "he", "HIM": "him", "HIS": "his"},
@@ -30,12 +30,12 @@ _FIRST_LETTER = re.compile(r"[a-zA-Z]")
 
 
 def sentences(rng: random.Random) -> Iterator[str]:
-    """Yields grammatical English sentences for ever; neighbouring ones belong together."""
+    """Yields grammatical English sentences for ever; consecutive ones belong together."""
     return itertools.chain.from_iterable(paragraphs(rng))
 
 
 def paragraphs(rng: random.Random) -> Iterator[list[str]]:
-    """Yields the same sentences for ever, a list of those about one person and topic at a time."""
+    """Yields the same sentences for ever, as one list per person and topic."""
     grammar = _read_grammar()
     recent_shapes: deque[str] = deque(maxlen=_SHAPES_APART)
     while True:
@@ -47,7 +47,7 @@ def paragraphs(rng: random.Random) -> Iterator[list[str]]:
 
 
 class _Paragraph:
-    """What sentences of one paragraph share: `kept` by slots in capitals, and which wordings have been used."""
+    """What the sentences of a paragraph share: the values of slots in capitals, and the wordings used so far."""
 
     def __init__(self, grammar: _Grammar, rng: random.Random) -> None:
         self._grammar = grammar
@@ -69,7 +69,7 @@ class _Paragraph:
         return self._kept[slot]
 
     def _draw(self, symbol: str) -> str:
-        """Returns an expansion of a symbol, if possible one that the paragraph has not had."""
+        """Returns an expansion of a symbol, if possible one that the paragraph does not have yet."""
         alternatives = self._grammar.get(f"{self._topic}.{symbol}") or self._grammar[symbol]
         text = ""
         for _ in range(_DRAWS):
@@ -105,7 +105,7 @@ def _read_grammar() -> _Grammar:
 
 
 def _read_words() -> dict[str, tuple[str, ...]]:
-    """Returns the lists of data/words.txt by the names in brackets above them."""
+    """Returns the lists of data/words.txt by name; the file has the names in brackets above the lists."""
     text = (resources.files("lserve_jax") / "data" / "words.txt").read_text(encoding="utf-8")
     _, *sections = re.split(r"\[(\w+)\]", text)
     return {name: tuple(words.split()) for name, words in zip(sections[::2], sections[1::2], strict=True)}
@@ -114,4 +114,4 @@ def _read_words() -> dict[str, tuple[str, ...]]:
 _LISTS = _read_words()
 NOUNS, ADJECTIVES, VERBS = (_LISTS[name] for name in ("nouns", "adjectives", "verbs"))
 WORDS = tuple(dict.fromkeys((*NOUNS, *ADJECTIVES, *VERBS)))
-"""All of them, each once."""
+"""All nouns, adjectives and verbs, each once."""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-_UNDECIDED = 3  # bytes of a character that is not complete yet; each may show as one U+FFFD
-_MOST_PENDING = 64  # tokens; more only where a model writes no valid text at all
+_UNDECIDED = 3  # most bytes of an incomplete character; each may decode to one U+FFFD
+_MOST_PENDING = 64  # tokens; only a model that writes no valid text reaches this
 
 
 class Decoder(Protocol):
@@ -18,17 +18,17 @@ class Decoder(Protocol):
 class TextStream:
     """The text of a growing list of tokens.
 
-    Everything that `push` and `finish` return, joined, is what decoding all tokens at once gives, cut before the first
-    stop string. (A run of byte tokens that is not UTF-8 may decode differently at once; SentencePiece only.)
+    The results of `push` and `finish`, joined, equal the decoding of all tokens at once, cut before the first stop
+    string. (With SentencePiece, byte tokens that are not UTF-8 may differ from that.)
 
     Args:
-      tokenizer: What decodes.
-      stop: Strings at which the text ends; they are not part of it. The first to be complete counts, however the text
-        is cut into tokens.
-      skip_special_tokens: Whether special tokens are left out of the text.
+      tokenizer: decodes the tokens.
+      stop: strings that end the text and are not part of it. The first complete one counts, however the text is cut
+        into tokens.
+      skip_special_tokens: whether special tokens are left out of the text.
 
     Attributes:
-      stopped: Whether a stop string was met; later tokens add nothing.
+      stopped: whether the text has reached a stop string; later tokens add nothing.
     """
 
     def __init__(self, tokenizer: Decoder, stop: Sequence[str] = (), *, skip_special_tokens: bool = True):
@@ -37,26 +37,26 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._skip_special_tokens = skip_special_tokens
-        self._settled: list[int] = []  # the tokens before the pending ones that the decoder needs to see
+        self._settled: list[int] = []  # the tokens before the pending ones, which the decoder needs as context
         self._pending: list[int] = []
-        self._shown = 0  # characters of the pending tokens' text that have left the decoder
+        self._shown = 0  # characters of the pending tokens' text that were returned already
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self._parts: list[str] = []
         self.stopped = False
 
     @property
     def text(self) -> str:
-        """All text that was returned so far."""
+        """All text returned so far."""
         return "".join(self._parts)
 
     def push(self, token_id: int) -> str:
-        """Returns the new text that is certain: no half character, nothing that may turn out to begin a stop string."""
+        """Returns the new text that is certain: no incomplete character, no possible beginning of a stop string."""
         if self.stopped:
             return ""
         return self._release(self._decode(token_id), is_last=False)
 
     def finish(self) -> str:
-        """Returns what was held back; to be called once, when no token follows."""
+        """Returns the text kept back so far. Call it once, after the last token."""
         if self.stopped:
             return ""
         rest = self._pending_text()[self._shown :]
@@ -64,8 +64,8 @@ class TextStream:
         return self._release(rest, is_last=True)
 
     def _decode(self, token_id: int) -> str:
-        """Returns the characters that this token makes certain."""
-        if self._is_skipped(token_id):  # as context it would cost the next token its space
+        """Returns the characters that are certain with this token."""
+        if self._is_skipped(token_id):  # as context it would remove the next token's space
             return ""
         self._pending.append(token_id)
         text = self._pending_text()
@@ -84,16 +84,16 @@ class TextStream:
         return not shown and bool(self._tokenizer.decode([token_id], False))
 
     def _pending_text(self) -> str:
-        """Returns the text of the pending tokens, as it reads behind the settled ones."""
+        """Returns the text of the pending tokens, decoded after the settled ones."""
         before = self._tokenizer.decode(self._settled, self._skip_special_tokens)
         text = self._tokenizer.decode(self._settled + self._pending, self._skip_special_tokens)
         if text.startswith(before):
             return text[len(before) :]
-        # New bytes spoilt a run of valid ones that was shown already.
+        # New bytes have made a run of valid bytes invalid that was shown already.
         return self._tokenizer.decode(self._pending, self._skip_special_tokens)
 
     def _release(self, new: str, *, is_last: bool) -> str:
-        """Returns what may be shown of the text held back and the new text."""
+        """Returns the part of the kept-back and the new text that may be shown."""
         text = self._held + new
         ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
@@ -107,7 +107,7 @@ class TextStream:
         return shown
 
     def _may_become_stop(self, text: str) -> int:
-        """Returns the length of the longest end of the text that is the beginning of a stop string."""
+        """Returns the length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):

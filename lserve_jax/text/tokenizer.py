@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the checkpoint's own vocabulary and chat template."""
+"""Text to token ids and back, with the checkpoint's vocabulary and chat template."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -28,11 +28,11 @@ class Tokenizer:
     """A vocabulary, its special tokens and its chat template.
 
     Args:
-      backend: The vocabulary and the rules of splitting, merging and decoding. Truncation and padding are switched off.
-      special_tokens: Texts by name (`bos_token`, `eos_token`, …), as a chat template reads them.
-      eos_token_ids: At which tokens generation ends.
-      chat_template: Jinja source, or `None`.
-      source: Where all this came from, for messages.
+      backend: the vocabulary and the rules of splitting, merging and decoding. Truncation and padding are switched off.
+      special_tokens: texts by name (``bos_token``, ``eos_token``, …), as a chat template reads them.
+      eos_token_ids: the tokens that end generation.
+      chat_template: Jinja source, or None.
+      source: where all this came from, for messages.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Tokenizer:
     def from_folder(cls, path: str | Path) -> "Tokenizer":
         """Returns the tokenizer of a folder in Hugging Face's layout.
 
-        Reads `tokenizer.json` and, where present, `tokenizer_config.json`, `special_tokens_map.json`,
-        `chat_template.jinja` and `generation_config.json` (its `eos_token_id` comes first in `eos_token_ids`).
+        Reads ``tokenizer.json`` and, if present, ``tokenizer_config.json``, ``special_tokens_map.json``,
+        ``chat_template.jinja`` and ``generation_config.json`` (its ``eos_token_id`` comes first in ``eos_token_ids``).
 
         Raises:
-          ValueError: A file is missing or not what it should be; the message names all such files and keys.
+          ValueError: if a file is missing or malformed; the message names all such files and keys.
         """
         folder = Path(path)
         problems: list[str] = []
@@ -88,11 +88,11 @@ class Tokenizer:
         """Returns the tokenizer that a GGUF file's metadata (plain Python values) describes.
 
         Args:
-          metadata: Key-values of the file; `tokenizer.*` is read.
-          source: The file's name, for messages.
+          metadata: key-values of the file; ``tokenizer.*`` is read.
+          source: the file's name, for messages.
 
         Raises:
-          ValueError: Keys are missing, misshapen or unknown; the message lists all of them.
+          ValueError: if keys are missing, malformed or unknown; the message lists all of them.
         """
         backend = gguf.build_backend(metadata, source=source)
         template = metadata.get("tokenizer.chat_template")
@@ -113,7 +113,7 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token that begins a text, or `None`."""
+        """The token that begins a text, or None."""
         return self._backend.token_to_id(self._special_tokens.get("bos_token", ""))
 
     @property
@@ -124,11 +124,12 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns the ids of a text, in which the texts of special tokens mean those tokens.
 
-        Bytes that the vocabulary lacks are dropped, as everywhere (SmolLM2 has no U+0004, for one).
+        Bytes that the vocabulary lacks are dropped, as other libraries do (SmolLM2 lacks U+0004, for example).
 
         Args:
-          text: Anything that UTF-8 can write.
-          add_special_tokens: Whether to put what the tokenizer wants around a text (usually the beginning token).
+          text: anything that UTF-8 can encode.
+          add_special_tokens: whether to add the tokens that the tokenizer puts around a text (usually the beginning
+            token).
         """
         _check_text(text)
         try:
@@ -137,18 +138,18 @@ class Tokenizer:
             raise ValueError(f"{self._source}: the tokenizer cannot encode a text: {_one_line(error)}") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Returns the text of the ids; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
+        """Returns the text of the ids; bytes that are not UTF-8 become U+FFFD, unknown ids add nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     @property
     def chat_template(self) -> str | None:
-        """The source of the chat template; None where there is none."""
+        """The source of the chat template, or None."""
         return self._chat_template
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Returns a conversation as text; what looks like a special token in a message has become one.
+        """Returns a conversation as text, in which the text of a special token in a message means that token.
 
-        `apply_chat_template` keeps it text: this is for programs that want text themselves.
+        `apply_chat_template` keeps such text literal; use this only for programs that need text.
         """
         _check_messages(messages)
         return self._template().render(messages, add_generation_prompt=add_generation_prompt)
@@ -162,11 +163,11 @@ class Tokenizer:
         token stays text.
 
         Args:
-          messages: `{"role": …, "content": …}` each; further keys are the template's business.
-          add_generation_prompt: Whether to end with the head of the assistant's answer.
+          messages: mappings ``{"role": …, "content": …}``; the template may read further keys.
+          add_generation_prompt: whether to end with the head of the assistant's answer.
 
         Raises:
-          ValueError: There is no template, the messages are misshapen, or the template refuses them or fails.
+          ValueError: if there is no template, the messages are malformed, or the template refuses them or fails.
         """
         _check_messages(messages)
         template = self._template()
@@ -190,13 +191,13 @@ class Tokenizer:
         return self._compiled_template
 
     def save(self, folder: str | Path) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, from which `from_folder` makes the same tokenizer."""
+        """Writes the ``tokenizer.json`` and ``tokenizer_config.json`` of the same tokenizer, for `from_folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            # Ours: Hugging Face has them in generation_config.json, which belongs to the model.
+            # Not Hugging Face's key: there, generation_config.json has these ids, and it belongs to the model.
             "eos_token_ids": list(self.eos_token_ids),
             **self._special_tokens,
         }
@@ -215,7 +216,7 @@ def _read_backend(folder: Path, problems: list[str]) -> tokenizers.Tokenizer | N
         return None
     try:
         return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except BaseException as error:  # the library raises bare Exception, and where it panics a BaseException of its own
+    except BaseException as error:  # the library raises bare Exception, or its BaseException when it panics
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         problems.append(f"{TOKENIZER_FILE} is not a tokenizer: {_one_line(error)}")
@@ -223,7 +224,7 @@ def _read_backend(folder: Path, problems: list[str]) -> tokenizers.Tokenizer | N
 
 
 def _read_json(folder: Path, name: str, problems: list[str]) -> dict[str, Any]:
-    """Returns the object in a file, or an empty one where there is no such file."""
+    """Returns the object in a file, or an empty one if there is no such file."""
     path = folder / name
     if not path.is_file():
         return {}
@@ -239,7 +240,7 @@ def _read_json(folder: Path, name: str, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_template(folder: Path, config: Mapping[str, Any], problems: list[str]) -> str | None:
-    """Returns the chat template: of its own file, else of the configuration (there a text, or a list of named ones)."""
+    """Returns the chat template of its file, or else of the configuration (there a text or a list of named ones)."""
     path = folder / TEMPLATE_FILE
     if path.is_file():
         try:
@@ -258,7 +259,7 @@ def _read_template(folder: Path, config: Mapping[str, Any], problems: list[str])
 
 
 def _special_tokens(config: Mapping[str, Any], name: str, problems: list[str]) -> dict[str, str]:
-    """Returns the special tokens' texts by name; a file gives each as a text or as an object with `content`."""
+    """Returns the special tokens' texts by name; a file gives each as a text or as an object with ``content``."""
     special = {}
     for key in SPECIAL_NAMES:
         value = config.get(key)
@@ -282,7 +283,7 @@ def _read_ids(config: Mapping[str, Any], key: str, name: str, problems: list[str
 def _add_tokens(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str], problems: list[str]
 ) -> None:
-    """Adds the tokens that only the configuration knows, and makes the beginning and end of text special."""
+    """Adds the tokens that only the configuration has, and makes the beginning and end of text special."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     decoder = config.get("added_tokens_decoder") or {}
     is_map = isinstance(decoder, dict) and all(
@@ -330,10 +331,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def open_tokenizer(source: TokenizerSource, named: str | None = None) -> Tokenizer | None:
-    """Returns the tokenizer that ``named`` names, or else the checkpoint's own; None where it has none.
+    """Returns the tokenizer that ``named`` names, or else the checkpoint's; None if it has none.
 
     Args:
-      source: where the checkpoint's tokenizer lies: its folder, the metadata of its GGUF file, or nowhere.
+      source: where the checkpoint's tokenizer is: a folder, the metadata of its GGUF file, or None.
       named: folder or GGUF file to take the tokenizer from instead.
     """
     if named is not None:

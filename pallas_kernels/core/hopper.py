@@ -1,4 +1,4 @@
-"""The device that Mosaic GPU kernels are traced for: Hopper (H100, H200), or a refusal in one line."""
+"""The device for which Mosaic GPU kernels are traced: Hopper (H100, H200), or a refusal in one line."""
 
 import re
 from collections.abc import Callable
@@ -25,10 +25,10 @@ class Device(NamedTuple):
 
 
 def require_hopper() -> Device:
-    """Returns the device that is traced for: that of the abstract mesh in force, else the first of the default backend.
+    """Returns the traced program's device: that of the current abstract mesh, or the default backend's first one.
 
     Raises:
-      NotImplementedError: if it is no Hopper GPU.
+      NotImplementedError: if it is not a Hopper GPU.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind, cores = (device.device_kind, device.num_cores) if device is not None else _first_device()
@@ -40,10 +40,10 @@ def require_hopper() -> Device:
 def on_hopper(api: str) -> Callable[..., Any]:
     """Returns the Mosaic GPU kernel of an op, whose module is imported by the first call on a Hopper GPU.
 
-    Elsewhere it refuses, and no process waits for Pallas' own imports (a sixth of a second).
+    On other devices it refuses, without the time of Pallas' imports (a sixth of a second).
 
     Args:
-      api: ``__name__`` of the op's `api`, beside which its `mosaic_gpu` lies.
+      api: ``__name__`` of the op's `api` module; its `mosaic_gpu` is in the same package.
     """
     package = api.removesuffix(".api")
 
@@ -55,7 +55,7 @@ def on_hopper(api: str) -> Callable[..., Any]:
 
 
 def refuse_pools(pools: list[PagedKV]) -> None:
-    """Refuses pools of a layer that the attention kernels are not made for.
+    """Refuses pools of a layer that the attention kernels do not support.
 
     Raises:
       NotImplementedError: with the reason.
@@ -73,7 +73,7 @@ def _first_device() -> tuple[str, int | None]:
 
 
 def refuse_unless(condition: bool, reason: str) -> None:
-    """Refuses arguments that a kernel is not made for.
+    """Refuses arguments that a kernel does not support.
 
     Raises:
       NotImplementedError: with the reason, if the condition does not hold.

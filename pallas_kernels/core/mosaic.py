@@ -11,21 +11,21 @@ from jax._src import config as jax_config  # the interpreter's switch has no pub
 
 
 def is_interpreted() -> bool:
-    """Returns whether kernels traced now run in the interpreter (`plgpu.force_gpu_interpret_mode`)."""
+    """Returns whether kernels that are traced now run in the interpreter (`plgpu.force_gpu_interpret_mode`)."""
     return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 def tile(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> Any:
-    """Returns shared memory [..., rows, columns] tiled and swizzled as wgmma and the copy engine want it.
+    """Returns shared memory [..., rows, columns], tiled and swizzled for wgmma and the copy engine.
 
     Args:
-      shape: of the memory.
-      dtype: of its elements.
-      columns: the narrowest slice of the last axis that will be taken; all of it unless given.
+      shape: shape of the memory.
+      dtype: dtype of its elements.
+      columns: the narrowest slice of the last axis that will be taken; the whole axis by default.
     """
     size = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle((columns or shape[-1]) * size * 8)
-    transforms: Any = (plgpu.TilingTransform, plgpu.SwizzleTransform)  # which pyright takes for abstract
+    transforms: Any = (plgpu.TilingTransform, plgpu.SwizzleTransform)  # pyright considers these abstract
     tiling, swizzling = transforms
     return plgpu.SMEM(shape, dtype, transforms=(tiling((8, swizzle // size)), swizzling(swizzle)))
 
@@ -39,7 +39,7 @@ def channel_per_thread(channels: int) -> Any:
 
 
 class CodePart(NamedTuple):
-    """What an equal part of a row's codes is turned into for tensor cores: ``code = factor · value + bias``."""
+    """The values for tensor cores of one of the equal parts of a row's codes: ``code = factor · value + bias``."""
 
     mask: int
     factor: float
@@ -61,8 +61,8 @@ VALUE_PARTS = {
 def widened_keys(codes: jax.Array, bits: int) -> list[jax.Array]:
     """Returns the `KEY_PARTS` of codes [rows, H · bits / 8] as float16 [rows, H / parts]; every value is exact.
 
-    The byte becomes the low bits of 1024 = 0x6400, whose last bit counts one: no conversion, and no shift of bytes,
-    which GPUs do not have.
+    The byte becomes the low bits of 1024 = 0x6400, whose last bit counts one. This needs no conversion and no shift of
+    bytes, which GPUs do not have.
     """
     wide = codes.astype(jnp.uint16)
     return [_with_exponent(wide & part.mask, 0x6400, jnp.float16) for part in KEY_PARTS[bits]]
@@ -71,8 +71,8 @@ def widened_keys(codes: jax.Array, bits: int) -> list[jax.Array]:
 def widened_values(codes: jax.Array, bits: int) -> list[jax.Array]:
     """Returns the `VALUE_PARTS` of codes [rows, H · bits / 8] as bfloat16 [rows, H / parts]; every value is exact.
 
-    bfloat16, for weights may be as small as they like. It holds seven bits behind 128 = 0x4300, enough for a low
-    nibble. Others go through signed bytes, for which there is a fast conversion.
+    The dtype is bfloat16, since weights may be arbitrarily small. It has seven bits after 128 = 0x4300, enough for a
+    low nibble. Other codes go through signed bytes, for which there is a fast conversion.
     """
     if bits == 8:
         return [(codes ^ 0x80).astype(jnp.int8).astype(jnp.bfloat16)]
@@ -88,7 +88,7 @@ def _with_exponent(x: jax.Array, exponent: int, dtype: Any) -> jax.Array:
 
 
 def by_part(numbers: tuple[float, ...], shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
-    """Returns float32 of a shape that holds one number along each equal part of an axis."""
+    """Returns a float32 array with one number along each of the equal parts of an axis."""
     if len(numbers) == 1:
         return plgpu.layout_cast(jnp.full(shape, numbers[0], jnp.float32), layout)
     first, second = numbers
@@ -117,12 +117,12 @@ def product(rows: int, columns: int, *factors: tuple[Any, Any]) -> jax.Array:
 def product_of_registers(
     rows: int, columns: int, left_rows: Callable[[int], list[jax.Array]], rights: list[Any]
 ) -> jax.Array:
-    """Returns ``Σ left @ right`` like `product`, with left operands that are made in registers, 64 rows at a time.
+    """Returns ``Σ left @ right`` like `product`, with left operands in registers, 64 rows at a time.
 
     Args:
       rows: a multiple of 64.
       columns: a multiple of 8.
-      left_rows: makes rows ``i … i + 63`` of each left operand from i.
+      left_rows: i → rows ``i … i + 63`` of each left operand.
       rights: the right operands, references to shared memory.
     """
     starts = range(0, rows, 64)

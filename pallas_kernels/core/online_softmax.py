@@ -1,6 +1,6 @@
 """Softmax over blocks of keys, one at a time (Milakov & Gimelshein 2018; FlashAttention).
 
-Products of float32 arrays, here and in the ops, ask for the highest precision: a GPU's default rounds to 11 bits.
+Products of float32 arrays, here and in the ops, use the highest precision, since a GPU's default rounds to 11 bits.
 """
 
 import math
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 HIDDEN = -1e30
-"""The score of a hidden key. Its exponential is zero under every maximum, for none falls below `FLOOR`."""
+"""The score of a hidden key. Its exponential is zero under every maximum, since no maximum is below `FLOOR`."""
 
 FLOOR = -1e20
 """The maximum of a row that has seen no key: finite, so that it does not become NaN."""
@@ -25,7 +25,7 @@ class OnlineSoftmax(NamedTuple):
 
     @classmethod
     def start(cls, rows: tuple[int, ...], columns: int) -> "OnlineSoftmax":
-        """Returns the state that has seen nothing."""
+        """Returns the state before any key."""
         zeros = jnp.zeros(rows, jnp.float32)
         return cls(zeros + FLOOR, zeros, jnp.zeros((*rows, columns), jnp.float32))
 
@@ -41,15 +41,15 @@ class OnlineSoftmax(NamedTuple):
         """Returns the state after a block.
 
         Args:
-          scores: [..., R, S] float32 products of queries and keys; hidden ones may hold anything, NaN too.
-          values: [..., S, W], finite also where hidden; the product runs in its dtype and accumulates in float32.
+          scores: [..., R, S] float32 products of queries and keys; those of hidden keys may be anything, even NaN.
+          values: [..., S, W], finite even for hidden keys; the product runs in its dtype and accumulates in float32.
           scale: positive factor of the scores.
           visible: broadcastable to [..., R, S] bool; None if every row sees every key.
           has_ones: whether the values are those of `with_ones`, for `finish_ones`; ``total`` then stays zero.
         """
         if visible is not None:
             scores = jnp.where(visible, scores, HIDDEN / scale)
-        # The scale comes after the maximum: on CPUs each pass over the scores counts.
+        # The scale is applied after the maximum, to save a pass over the scores on CPUs.
         maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1) * scale)
         shifted = scores * scale - maximum[..., None]
         weights = _exp_bfloat16(shifted) if values.dtype == jnp.bfloat16 else jnp.exp(shifted)
@@ -66,15 +66,15 @@ class OnlineSoftmax(NamedTuple):
         return self.values / jnp.where(self.total > 0, self.total, 1.0)[..., None]
 
     def finish_ones(self, head_dim: int) -> jax.Array:
-        """Returns the attention output [..., H] float32 where the values had ones."""
+        """Returns the attention output [..., H] float32 if the values were those of `with_ones`."""
         return OnlineSoftmax(self.maximum, self.values[..., head_dim], self.values[..., :head_dim]).finish()
 
 
 def with_ones(v: jax.Array, exists: jax.Array) -> jax.Array:
-    """Returns values [..., S, `columns_with_ones`] whose column H is one; all zero where a key does not exist.
+    """Returns values [..., S, `columns_with_ones`] whose column H is one; rows of keys that do not exist are zero.
 
-    The weighted sum of that column is the softmax's denominator, of the very weights that the product sees. Where
-    rows are many, that is far less work than a sum over their scores.
+    The weighted sum of that column is the softmax's denominator, of exactly the weights that the product uses. For many
+    rows, this is far less work than a sum over their scores.
 
     Args:
       v: [..., S, H].
@@ -88,14 +88,14 @@ def with_ones(v: jax.Array, exists: jax.Array) -> jax.Array:
 
 
 def columns_with_ones(head_dim: int) -> int:
-    """Returns how many columns `with_ones` makes: as many as CPUs' matrix units take whole."""
+    """Returns the number of columns of `with_ones`: H + 1, rounded up to whole tiles of CPUs' matrix units."""
     return -(-(head_dim + 1) // 16) * 16
 
 
 def _exp_bfloat16(x: jax.Array) -> jax.Array:
-    """Returns exp(x) as bfloat16, for float32 x <= 0: 2^n by its exponent's bits times a cubic of relative error 1e-4.
+    """Returns exp(x) as bfloat16 for float32 x <= 0: 2^n, by the exponent's bits, times a cubic of relative error 1e-4.
 
-    That is a twentieth of bfloat16's rounding, in a third of the time of XLA's own. Zero from -88 down.
+    The error is a twentieth of bfloat16's rounding, and the time a third of XLA's. The result is zero from -88 down.
     """
     y = jnp.maximum(x * math.log2(math.e), -127.0)
     whole = jnp.floor(y)

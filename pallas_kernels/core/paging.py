@@ -38,7 +38,7 @@ class PagedKV(NamedTuple):
 
 
 class LayerKV(NamedTuple):
-    """The two pools of a layer; a class without heads has none. Query and KV heads stand retrieval first."""
+    """The two pools of a layer; a class without heads has none. Retrieval heads precede streaming heads."""
 
     retrieval: PagedKV | None
     streaming: PagedKV | None
@@ -67,11 +67,11 @@ def pools(kv: LayerKV, tables: PageTables) -> list[tuple[str, PagedKV, jax.Array
 
 
 def parts_stored_alike(kv: LayerKV, heads: int) -> list[tuple[LayerKV, slice]]:
-    """Returns the layer, or its classes one by one where their pages differ, each with its part of ``heads`` heads.
+    """Returns the layer, or its classes one by one if their pages differ, each with its part of ``heads`` heads.
 
     Args:
       kv: the layer.
-      heads: how many heads it has: query heads, or KV heads.
+      heads: its number of query heads or of KV heads.
     """
     found = [pool for pool in kv if pool is not None]
     if len({(pool.page_size, bits_of(pool.k), bits_of(pool.v)) for pool in found}) == 1:
@@ -92,10 +92,10 @@ def is_visible(queries: jax.Array, keys: jax.Array, sink: int | None, local: int
 
 
 def div_down(x: jax.Array, size: jax.Array | int) -> jax.Array:
-    """Returns x // size for x >= 0 (for others: nonsense).
+    """Returns x // size for x >= 0; for x < 0 the result is meaningless.
 
-    One instruction, where the floor of signed numbers takes ten. Programs divide by page sizes everywhere, and loading
-    one from the compilation cache takes time for each instruction.
+    It takes one instruction, while the floor of signed numbers takes ten. Programs divide by page sizes everywhere, and
+    loading a program from the compilation cache takes time for each instruction.
     """
     if isinstance(size, int) and size & (size - 1) == 0:
         return jax.lax.shift_right_logical(x, jnp.asarray(size.bit_length() - 1, x.dtype))
@@ -108,12 +108,12 @@ def div_up(x: jax.Array, size: jax.Array | int) -> jax.Array:
 
 
 def take(x: jax.Array, *index: jax.Array) -> jax.Array:
-    """Returns x[index] for indices that lie inside the array: neither wrapped nor clamped."""
+    """Returns x[index] for indices inside the array, without wrapping or clamping."""
     return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def streaming_page_count(sink: int, local: int, page_size: int) -> int:
-    """Returns how many pages the sink and the window of one query can touch at most, over all alignments."""
+    """Returns the most pages that the sink and the window of one query can touch, over all alignments."""
     return -(-sink // page_size) + (local + page_size - 2) // page_size + 1
 
 

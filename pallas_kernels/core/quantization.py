@@ -43,7 +43,7 @@ def quantize(x: jax.Array, bits: int) -> QuantizedArray:
     """Returns ``x`` [..., H] quantised row by row: ``code = clip(round((x − min) / scale), 0, 2**bits − 1)``.
 
     ``scale = (max − min) / (2**bits − 1)`` and ``zero = −min / scale``, computed in float32; a constant row is exact.
-    The code is ``round(x / scale + zero)``, written so that no compiler fuses it into another rounding somewhere.
+    The code is ``round(x / scale + zero)``, written so that no compiler fuses it with a different rounding.
 
     Raises:
       ValueError: if ``bits`` is neither 8 nor 4, or H is odd.

@@ -8,7 +8,7 @@ type Bits = tuple[int | None, int | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One layer's attention; an op takes the fields that concern it.
+    """One layer's attention; an op uses the fields that it needs.
 
     Attributes:
       batch: sequences of a decode step; a prefill call has one.
@@ -129,4 +129,4 @@ TINY = {
     "all_retrieval": Workload(retrieval=2, streaming=0, **_TINY),
     "all_streaming": Workload(retrieval=0, streaming=2, **_TINY),
 }
-"""What tests run: nothing is a multiple of anything that it need not be."""
+"""Workloads of tests, in which no size is a multiple of another one unless it must be."""

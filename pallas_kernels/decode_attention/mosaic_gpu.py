@@ -1,4 +1,4 @@
-"""`decode_attention` for Hopper: a launch for all heads stored alike; `program` is what each program of it does."""
+"""`decode_attention` for Hopper: one launch for all heads with the same storage; `program` is one program of it."""
 
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -22,9 +22,9 @@ class Config:
     """A launch.
 
     Attributes:
-      block_keys: keys of a block, a multiple of 64 that divides the page or is a multiple of it.
+      block_keys: keys per block, a multiple of 64 that divides the page size or is a multiple of it.
       stages: blocks in flight, a multiple of ``warpgroups``.
-      warpgroups: those that compute; one more copies.
+      warpgroups: compute warpgroups; one more copies.
       splits: programs that share the pages of a retrieval head.
     """
 
@@ -48,10 +48,10 @@ def decode_attention(
 ) -> jax.Array:
     """Returns what `pallas_kernels.decode_attention` defines; ``config`` overrides the tuned launch.
 
-    Jitted for its cache: layers of one shape share one kernel, which takes seconds to build.
+    It is jitted for the cache: layers of one shape share one kernel, which takes seconds to build.
 
     Raises:
-      NotImplementedError: on any device but a Hopper GPU, and for what the kernel is not made for.
+      NotImplementedError: on any device but a Hopper GPU, and for arguments that the kernel does not support.
     """
     device = require_hopper()
     alike = parts_stored_alike(kv, q.shape[1])
@@ -96,8 +96,8 @@ def heuristic(
 ) -> Config:
     """Returns the launch for a shape: one program per multiprocessor, with nearly all of its shared memory.
 
-    Splits depend on nothing that varies with load: as many as make one wave of programs, but one turn for each
-    warpgroup, and few enough to join.
+    Splits do not depend on load. There are as many as make one wave of programs, limited so that each warpgroup has a
+    turn and the parts are few enough to join.
     """
     block_keys = 64 * 128 // head_dim
     warpgroups = 2 if bits == (16, 16) or group > 8 else 3  # codes are more work, wide groups take more registers
@@ -136,7 +136,7 @@ def _bits(pool: PagedKV) -> tuple[int, int]:
 
 
 def _refuse(q: jax.Array, found: list[PagedKV], group: int) -> None:
-    """Refuses what the kernel is not made for."""
+    """Refuses arguments that the kernel does not support."""
     refuse_unless(q.dtype == jnp.bfloat16, f"queries must be bfloat16, not {q.dtype}")
     refuse_unless(q.shape[-1] in (64, 128), f"head_dim must be 64 or 128, not {q.shape[-1]}")
     refuse_unless(group <= 16, f"at most 16 query heads may share a KV head, not {group}")
@@ -152,11 +152,11 @@ def _launch(
     classes: list[Heads],
     config: Config,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns what the kernel computes of queries [B, K, G, H].
+    """Returns the kernel's results for queries [B, K, G, H].
 
     Returns:
-      Outputs [B, K, G, H] bfloat16 of the heads that are not split; those of others are not written.
-      Parts [B, K of the first class, splits, G, H] float32 of the heads that are.
+      Outputs [B, K, G, H] bfloat16 of the heads that are not split; those of split heads are not written.
+      Parts [B, K of the first class, splits, G, H] float32 of the split heads.
       The base-2 logarithm [B, K of the first class, splits, G padded] float32 of each part's sum of exponentials.
     """
     batch, _, group, head_dim = queries.shape
@@ -210,12 +210,12 @@ def _scratch(config: Config, pool: PagedKV, group: int, head_dim: int) -> dict[s
         "free": plgpu.Barrier(num_barriers=stages),
         "q": plgpu.SMEM((padded, head_dim), jnp.bfloat16),
         "q_ready": plgpu.Barrier(),
-        # Of each warpgroup:
+        # For each warpgroup:
         "q_tile": tile((warpgroups, padded, head_dim), jnp.bfloat16 if bits[0] == 16 else jnp.float16, k_columns),
         "by_query": plgpu.SMEM((warpgroups, padded), jnp.float32),
         "v_wide": tile((warpgroups, keys, head_dim), jnp.bfloat16, v_columns) if bits[1] < 16 else None,
         "p": tile((warpgroups, padded, keys), jnp.bfloat16, v_columns and min(v_columns, 64)),
-        # To join them, and to leave:
+        # To join warpgroups, and for the result:
         "values": plgpu.SMEM((warpgroups - 1, padded, head_dim), jnp.float32),
         "vectors": plgpu.SMEM((warpgroups - 1, 4, padded), jnp.float32),
         "joined": plgpu.Barrier(num_arrivals=warpgroups - 1),
@@ -226,14 +226,14 @@ def _scratch(config: Config, pool: PagedKV, group: int, head_dim: int) -> dict[s
 
 
 def _padded(group: int) -> int:
-    """Returns the columns of wgmma that a query group takes."""
+    """Returns the wgmma columns of a query group."""
     return -(-group // 8) * 8
 
 
 def _merge(whole: jax.Array, parts: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns outputs [B, K, G, H] with the split heads' parts joined, a softmax over their scales, in place.
+    """Returns outputs [B, K, G, H] after joining the parts of split heads in place, by a softmax over their scales.
 
-    A separate kernel with one program per query head: XLA would make three kernels of it.
+    It is a separate kernel with one program per query head; XLA would make three kernels of it.
     """
     batch, num_heads, splits, group, head_dim = parts.shape
     out = jax.new_ref(whole)

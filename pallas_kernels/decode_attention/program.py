@@ -1,14 +1,14 @@
 """One program of the Hopper kernel of `decode_attention`: a share of the pages of one KV head of one sequence.
 
-A decode step has few queries for each key, so products are turned round: scores are Sᵀ = K·qᵀ [keys, G] and outputs
-Oᵀ += Vᵀ·pᵀ [H, G], with wgmma's 64 rows on the side that is long and the query group, padded to 8 or 16, on the other.
-One warpgroup reads page ids and copies pages to shared memory; others, ahead of which it runs, take blocks in turn.
+A decode step has few queries per key, so products are transposed: scores are Sᵀ = K·qᵀ [keys, G] and outputs
+Oᵀ += Vᵀ·pᵀ [H, G], with wgmma's 64 rows on the long side and the query group, padded to 8 or 16, on the other side.
+One warpgroup reads page ids and copies pages to shared memory in advance; the others take blocks in turn.
 
-Quantised pages are never multiplied out. With w = p · scale_v and codes as `core.mosaic` widens them,
+Quantised pages are never dequantised. With w = p · scale_v and codes as `core.mosaic` widens them,
 
     q · k = scale_k (Σ_d q_d code_kd − zero_k Σ_d q_d)       Σ_j p_j v_j = Σ_j w_j code_vj − Σ_j w_j zero_vj
 
-and all that does not depend on the element d of a part comes after the products.
+and all terms that do not depend on the element d of a part are applied after the products.
 """
 
 import math
@@ -35,9 +35,9 @@ from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables
 from pallas_kernels.core.quantization import QuantizedArray
 
 _LARGEST = 65504.0
-"""Of float16. No query comes near it."""
+"""The largest float16. No query is near it."""
 _NOWHERE = 2**30
-"""The position of keys that are not there: past every sequence's end."""
+"""The position of keys that do not exist: past every sequence's end."""
 _WGMMA = plgpu.Layout.WGMMA
 _BY_KEY, _BY_QUERY = _WGMMA.reduce(1), _WGMMA.reduce(0)
 _BY_ROW = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (2, 32), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
@@ -45,16 +45,16 @@ _BY_ROW = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (2, 32), (2,))), warp_dims=(
 
 
 class Heads(NamedTuple):
-    """The heads of one class: all that is static about them.
+    """The static properties of the heads of one class.
 
     Attributes:
       name: "retrieval" or "streaming".
       pool: shapes of the pages.
-      first: the first of the KV heads.
-      group: query heads of each.
+      first: the first KV head.
+      group: query heads per KV head.
       splits: programs that share the pages of one head.
       pages: most pages that one head reads.
-      has_list: pages come from a list, not in their natural order.
+      has_list: whether pages come from a list, not in their natural order.
       window: sink and local window of streaming heads.
     """
 
@@ -69,10 +69,10 @@ class Heads(NamedTuple):
 
 
 class _Share(NamedTuple):
-    """What a program reads: blocks of runs of ``run`` tokens that lie in one page, a page or a part of a large one.
+    """What a program reads: blocks of runs of ``run`` tokens; a run is a page or a part of a large one.
 
-    ``starts_of`` gives the position of the first token of each run of a block, `_NOWHERE` past the share's end. A key
-    is seen below ``length``, and by streaming heads above ``lowest`` or in the sink.
+    ``starts_of`` gives the position of the first token of each run of a block, `_NOWHERE` past the share's end. Keys
+    are visible below ``length``; streaming heads see only those above ``lowest`` or in the sink.
     """
 
     run: int
@@ -83,7 +83,7 @@ class _Share(NamedTuple):
 
 
 def _share(heads: Heads, listed: Any, length: jax.Array, split: jax.Array, block_keys: int) -> _Share:
-    """Returns the share of a split: whole blocks, as equal as can be, by the sequence's own length alone."""
+    """Returns the share of a split: whole blocks, as equal as possible; it depends only on the sequence's length."""
     size = heads.pool.page_size
     run = min(size, block_keys)
     page_runs, block_runs = size // run, block_keys // run
@@ -135,7 +135,7 @@ def attend(
     scale_gmem: Any,
     scratch: dict[str, Any],
 ) -> None:
-    """Runs program ``program`` of a class of heads: `mosaic_gpu._launch` says what the arrays are."""
+    """Runs program ``program`` of a class of heads; `mosaic_gpu._launch` defines the arrays."""
     batch, count = lengths_gmem.shape[0], heads.pool.num_kv_heads
     b, head, split = program % batch, program // batch % count, program // (batch * count)
     listed = selected_gmem.at[b, head] if heads.has_list else None
@@ -168,7 +168,7 @@ def _copy_blocks(
 ) -> None:
     """Copies the blocks of a share to shared memory, as slots become free."""
     size, run = heads.pool.page_size, share.run
-    # Where there is nothing to see the first run of the newest page stands in; its keys will be hidden.
+    # The first run of the newest page replaces runs that do not exist; its keys are hidden later.
     newest = (share.length - 1) // size * size
 
     @pl.loop(0, share.blocks)
@@ -191,7 +191,7 @@ def _copy_blocks(
 
 
 def _attend_blocks(heads: Heads, share: _Share, stages: int, role: jax.Array, scratch: dict[str, Any]) -> "_Softmax":
-    """Returns what warpgroup ``role`` makes of every ``warpgroups``-th block of a share."""
+    """Returns the state of warpgroup ``role`` after every ``warpgroups``-th block of a share."""
     warpgroups = scratch["p"].shape[0]
     private = ("q_tile", "p", "by_query", "v_wide")
     own = scratch | {name: scratch[name].at[role] for name in private if scratch[name] is not None}
@@ -217,7 +217,7 @@ def _attend_blocks(heads: Heads, share: _Share, stages: int, role: jax.Array, sc
 class _Softmax(NamedTuple):
     """Running state to base 2, float32.
 
-    Sums over keys stay apart by the rows of a block until the end: adding them up takes shuffles and barriers.
+    Sums over keys stay separate for each row of a block until the end, since adding them takes shuffles and barriers.
 
     Attributes:
       maximum: [G padded].
@@ -234,7 +234,7 @@ class _Softmax(NamedTuple):
 
     @classmethod
     def start(cls, scratch: dict[str, Any]) -> "_Softmax":
-        """Returns the state that has seen nothing."""
+        """Returns the state before any key."""
         (padded, keys), head_dim = scratch["p"].shape, scratch["q"].shape[1]
         floor = plgpu.layout_cast(jnp.full((padded,), FLOOR, jnp.float32), _BY_QUERY)
         sums, values = (plgpu.layout_cast(jnp.zeros((n, padded), jnp.float32), _WGMMA) for n in (keys, head_dim))
@@ -258,7 +258,7 @@ class _Softmax(NamedTuple):
         return _Softmax(self.maximum, total, weights, zeros, self.values)
 
     def join(self, other: "_Softmax") -> "_Softmax":
-        """Returns the state, added up, that has seen what both have."""
+        """Returns the added-up state of the keys of both."""
         maximum = jnp.maximum(self.maximum, other.maximum)
         mine, theirs = (jnp.exp2(x.maximum - maximum) for x in (self, other))
         total, weights, zeros = (x * mine + y * theirs for x, y in zip(self[1:-1], other[1:-1], strict=True))
@@ -268,22 +268,22 @@ class _Softmax(NamedTuple):
 
 
 def _over_keys(reduction: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-    """Returns the reduction [G padded] of [keys, G padded] over keys."""
+    """Returns the reduction [G padded] of ``x`` [keys, G padded] over keys."""
     return plgpu.layout_cast(reduction(x, axis=0), _BY_QUERY)
 
 
 def _to_keys(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns a value for each query [G padded] in all rows of ``shape``."""
+    """Returns ``x`` [G padded], a value per query, broadcast to all rows of ``shape``."""
     return jax.lax.broadcast_in_dim(x, shape, (1,))
 
 
 def _by_key(vector_smem: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Returns a value for each key in all columns of ``shape``."""
+    """Returns a vector with a value per key, broadcast to all columns of ``shape``."""
     return jax.lax.broadcast_in_dim(plgpu.load(vector_smem, layout=_BY_KEY), shape, (0,))
 
 
 def _is_visible(shape: tuple[int, ...], starts: list[jax.Array], heads: Heads, share: _Share) -> jax.Array:
-    """Returns which keys of a block are seen, in the rows of ``shape``, from the positions where its pages start."""
+    """Returns which keys of a block are visible, in the rows of ``shape``, given the positions where its runs start."""
     key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
     position = key + starts[0]
     for i, start in enumerate(starts[1:], 1):
@@ -296,9 +296,9 @@ def _is_visible(shape: tuple[int, ...], starts: list[jax.Array], heads: Heads, s
 def _hide_values(
     scratch: dict[str, Any], slot: jax.Array, starts: list[jax.Array], heads: Heads, share: _Share
 ) -> None:
-    """Zeroes unseen rows of values: what was never written may be NaN, which a weight of zero does not hide.
+    """Zeroes hidden rows of values: unwritten memory may be NaN, which a weight of zero does not hide.
 
-    Quantised rows need none of it: their codes are numbers, and their scales are hidden with the weights.
+    Quantised rows do not need this: their codes are numbers, and their scales are hidden with the weights.
     """
     values, run = scratch["v"], share.run
     if isinstance(values, QuantizedArray):
@@ -317,8 +317,8 @@ def _hide_values(
 def _prepare_queries(heads: Heads, scratch: dict[str, Any]) -> tuple[jax.Array, jax.Array] | None:
     """Makes a wgmma operand of the queries, and returns Σ_d q_d and Σ_d q_d bias_d [G padded] for quantised keys.
 
-    Rows past the group become zero. The factors of key codes are multiplied in: powers of two, which round nothing.
-    Key codes are multiplied in float16, which holds bfloat16 numbers between 2**-14 and 2**16 exactly.
+    Rows past the group become zero. Queries are multiplied by the factors of key codes, powers of two, without
+    rounding. Key codes are multiplied in float16, which represents bfloat16 numbers between 2**-14 and 2**16 exactly.
     """
     shape = scratch["q"].shape
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_BY_ROW)
@@ -383,7 +383,7 @@ def _add_values(
 
 
 def _join(state: _Softmax, scratch: dict[str, Any], role: jax.Array, store: Callable[[_Softmax], None]) -> None:
-    """Passes the states of all warpgroups, joined, to ``store`` in the first."""
+    """Joins the states of all warpgroups in the first one, which passes the result to ``store``."""
     values_smem, vectors_smem = scratch["values"], scratch["vectors"]
     others = vectors_smem.shape[0]
 
@@ -409,9 +409,9 @@ def _join(state: _Softmax, scratch: dict[str, Any], role: jax.Array, store: Call
 
 
 def _store(heads: Heads, scratch: dict[str, Any], state: _Softmax, out_gmem: Any, scale_gmem: Any | None) -> None:
-    """Writes the outputs of the real queries (zeros where no key was seen), and a part's scale.
+    """Writes the outputs of the real queries (zeros if no key was visible), and a part's scale.
 
-    The scale is the base-2 logarithm of the sum of exponentials: what a part counts for among the others of its head.
+    The scale is the base-2 logarithm of the sum of exponentials: the part's weight among the parts of its head.
     """
     values, shape = state.values, state.values.shape
     if isinstance(scratch["v"], QuantizedArray):

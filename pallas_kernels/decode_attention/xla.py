@@ -1,6 +1,7 @@
 """`decode_attention` for any device: sequence by sequence, a few pages at a time, online softmax in float32.
 
-The trip counts are data: a sequence costs what it reads, an empty slot nothing, and longer contexts recompile nothing.
+The trip counts are data: a sequence costs what it reads, an empty slot costs nothing, and longer contexts need no new
+compilation.
 """
 
 from functools import partial

@@ -1,15 +1,14 @@
 """`kv_write` for Hopper: one launch quantises, writes and updates the statistics of both head classes of a layer.
 
 The pools are updated in place: they become Refs (`jax.new_ref`) that the kernel closes over, and arrays again
-afterwards (`jax.freeze`). JAX turns this into a custom call whose results alias its operands, so a program that donates
-the pools copies nothing, also in loops; one that keeps them pays for one copy in front.
+afterwards (`jax.freeze`). JAX turns this into a custom call whose results alias its operands. So a program that donates
+the pools copies nothing, also in loops; a program that keeps them makes one copy first.
 
-A decode step has one program per sequence and up to four heads, one head per warp, from memory to memory directly. A
-chunk has one for each head and tile of rows that lie together in a page. Tiles are made of whole sub-pages, so that
-nobody else touches their statistics; where a chunk begins or ends within a tile, its other rows are written back as
-they were.
+A decode step has one program per sequence and up to four heads, one head per warp, directly from memory to memory. A
+chunk has one program per head and tile of rows in one page. Tiles consist of whole sub-pages, so that no other program
+touches their statistics. If a chunk begins or ends within a tile, the tile's other rows are written back unchanged.
 
-Channels are held in halves, since a byte of 4-bit codes is made of one channel of each.
+Channels are processed in two halves, since a byte of 4-bit codes has one channel of each.
 """
 
 import math
@@ -30,27 +29,27 @@ from pallas_kernels.core.quantization import SMALLEST_RELATIVE_SCALE, QuantizedA
 
 _WARPS, _LANES = 4, 32
 _PARAMETERS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
-"""No barriers around stores: threads read old values where they write new ones (warps that repeat a row may read the
-others' result, which merging again leaves as it is), and what the copy engine brings they wait for."""
+"""No barriers around stores: threads read old values only where they write new ones (warps that repeat a row may read
+another's result, which a second merge does not change), and they wait for what the copy engine copies."""
 
 type _Rows = tuple[jax.Array, jax.Array]
-"""Rows of a tile: the first, and the one behind the last."""
+"""Rows of a tile: the first, and the one after the last."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A launch for a chunk: rows of a tile, which are whole sub-pages and divide the page."""
+    """A launch for a chunk: rows per tile, which are whole sub-pages and divide the page."""
 
     rows: int
 
 
 def heuristic(page_size: int, sub_page_size: int) -> Config:
-    """Returns 32 rows where page and sub-page allow it, so that a multiprocessor holds four to seven programs."""
+    """Returns 32 rows if page and sub-page allow it, so that a multiprocessor runs four to seven programs."""
     return Config(rows=min(page_size, max(sub_page_size, 32)))
 
 
 class _Pool(NamedTuple):
-    """One head class: its `PagedKV` made of Refs, its page table, and its heads."""
+    """One head class: its `PagedKV` of Refs, its page table, and its heads."""
 
     pages: Any
     table: jax.Array
@@ -66,8 +65,8 @@ class _Encoded(NamedTuple):
     """Rows ready to be stored.
 
     Attributes:
-      parts: in two halves, numbers or 8-bit codes; or 4-bit codes, packed. Codes are int32: the low byte counts.
-      scale, zero: [rows] float32 of rows that are quantised.
+      parts: numbers or 8-bit codes in two halves, or packed 4-bit codes. Codes are the low bytes of int32.
+      scale, zero: [rows] float32 of quantised rows.
     """
 
     parts: list[jax.Array]
@@ -88,10 +87,10 @@ def kv_write(
 ) -> LayerKV:
     """Returns what `pallas_kernels.kv_write` defines.
 
-    Jitted for its cache: layers of one shape share one kernel, which takes a second or two to build.
+    It is jitted for the cache: layers of one shape share one kernel, which takes a second or two to build.
 
     Raises:
-      NotImplementedError: on any device but a Hopper GPU, and for shapes and dtypes that the kernel is not made for.
+      NotImplementedError: on any device but a Hopper GPU, and for shapes and dtypes that the kernel does not support.
     """
     device = require_hopper()
     new = (k, v) if k_bounded is None or kv.retrieval is None else (k, v, k_bounded)
@@ -130,7 +129,7 @@ def _check(new: tuple[jax.Array, ...], kv: LayerKV) -> None:
 def _write_token(new: tuple[jax.Array, ...], classes: list[_Pool], starts: jax.Array, counts: jax.Array) -> None:
     """Writes one token of each sequence: one program per sequence and up to four heads of a class, one head per warp.
 
-    ``new`` are keys, values, and perhaps the keys that statistics bound.
+    ``new`` has keys, values and, optionally, the keys that statistics bound.
     """
     batch, _, num_heads, head_dim = new[0].shape
     rows = math.gcd(_WARPS, *(len(pool.heads) for pool in classes))
@@ -147,7 +146,7 @@ def _write_token(new: tuple[jax.Array, ...], classes: list[_Pool], starts: jax.A
         def write(pool: _Pool, table_gmem: Any) -> None:
             page_size = pool.pages.page_size
             page = table_gmem[b, jnp.minimum(start // page_size, table_gmem.shape[1] - 1)]
-            encoded_k, encoded_v = _encode(pool.pages.k, keys), _encode(pool.pages.v, values)  # while the page comes
+            encoded_k, encoded_v = _encode(pool.pages.k, keys), _encode(pool.pages.v, values)  # during the copy
 
             @pl.when(is_new & (page >= 0))
             def _() -> None:
@@ -168,10 +167,10 @@ def _write_token(new: tuple[jax.Array, ...], classes: list[_Pool], starts: jax.A
 def _write_chunk(
     new: tuple[jax.Array, ...], classes: list[_Pool], starts: jax.Array, counts: jax.Array, config: Config
 ) -> None:
-    """Writes chunks: a program for a head of a sequence and a tile of the rows that the chunk touches."""
+    """Writes chunks: one program per head of a sequence and tile of the rows that the chunk touches."""
     batch, tokens, num_heads, head_dim = new[0].shape
     rows, copied = config.rows, min(config.rows, tokens)
-    step = min(rows, 32)  # at a time in registers
+    step = min(rows, 32)  # rows in registers at a time
     layout, by_channel = _rows_a_warp(step, head_dim // 2), channel_per_thread(head_dim)
 
     def kernel(*refs: Any, new_smem: list[Any], ready: Any) -> None:
@@ -179,7 +178,7 @@ def _write_chunk(
         b, head = jax.lax.axis_index("b"), jax.lax.axis_index("head")
         start = starts_gmem[b]
         position = (start // rows + jax.lax.axis_index("tile")) * rows
-        token = position - start  # of the tile's first row; before the chunk in its first tile
+        token = position - start  # the token of the tile's first row; negative if the chunk begins within the tile
         here = (jnp.maximum(-token, 0), jnp.minimum(counts_gmem[b] - token, rows))
         is_whole = here[1] - here[0] == rows
 
@@ -228,12 +227,12 @@ def _write_chunk(
 
         @pl.when(here[0] < here[1])
         def _() -> None:
-            for gmem, smem in zip(new_gmem, new_smem, strict=True):  # rows behind the chunk arrive as zeros
+            for gmem, smem in zip(new_gmem, new_smem, strict=True):  # rows after the chunk arrive as zeros
                 source = gmem.at[b, pl.ds(jnp.maximum(token, 0), copied), head]
                 plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(here[0], copied)], ready)
             _in_class_of(head, classes, tables_gmem, write)
 
-    # The second half is for what a late start pushes out of the first.
+    # The second half has the rows that a late start moves out of the first.
     tile = plgpu.SMEM((2 * rows, head_dim), jnp.bfloat16)
     plgpu.kernel(
         kernel,
@@ -245,7 +244,7 @@ def _write_chunk(
 
 
 def _split(refs: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-    """Returns a kernel's new tokens, its starts and counts, and its page tables."""
+    """Returns a kernel's new tokens, starts and counts, and page tables."""
     return refs[:count], refs[count : count + 2], refs[count + 2 :]
 
 
@@ -259,7 +258,7 @@ def _in_class_of(
 
 
 def _row_a_warp(rows: int, columns: int) -> Any:
-    """The layout of 1, 2 or 4 rows, each in the lanes of one warp, or of several warps alike."""
+    """Returns the layout of 1, 2 or 4 rows, each in the lanes of one warp, or repeated in several warps."""
     repeats = () if rows == _WARPS else (plgpu.Replicated(_WARPS // rows),)
     return plgpu.Layout.TILED(
         plgpu.Tiling(((rows, columns), (columns // _LANES,))),
@@ -270,7 +269,7 @@ def _row_a_warp(rows: int, columns: int) -> Any:
 
 
 def _rows_a_warp(rows: int, columns: int) -> Any:
-    """The layout of many rows: each in a few lanes of one warp, with up to 16 bytes of bfloat16 per lane."""
+    """Returns the layout of many rows, each in a few lanes of one warp, with up to 16 bytes of bfloat16 per lane."""
     vector = 8 if rows * columns >= 8 * _WARPS * _LANES else 4
     rows_a_warp = _LANES * vector // columns
     return plgpu.Layout.TILED(
@@ -288,7 +287,7 @@ def _halves(ref: Any, layout: Any) -> list[jax.Array]:
 
 
 def _behind(first: jax.Array, rows: _Rows) -> _Rows:
-    """Returns rows counted from another first one."""
+    """Returns rows counted from another first row."""
     return rows[0] - first, rows[1] - first
 
 
@@ -299,7 +298,7 @@ def _is_in(rows: _Rows, shape: tuple[int, ...], layout: Any) -> jax.Array:
 
 
 def _encode(stored: Any, halves: list[jax.Array]) -> _Encoded:
-    """Returns rows as their pages store them: as they are, or as `quantize` has them, with the same roundings."""
+    """Returns rows as their pages store them: unchanged, or quantised with the same roundings as `quantize`."""
     if not isinstance(stored, QuantizedArray):
         return _Encoded(halves)
     largest_code = 2**stored.bits - 1
@@ -313,7 +312,7 @@ def _encode(stored: Any, halves: list[jax.Array]) -> _Encoded:
 
 
 def _put(stored: Any, at: tuple[Any, ...], encoded: _Encoded, layout: Any, new: _Rows | None = None) -> None:
-    """Writes rows: all of them, or the new ones alone."""
+    """Writes all rows, or only the new ones."""
 
     def put(target: Any, value: jax.Array, layout: Any) -> None:
         if new is not None:
@@ -331,10 +330,10 @@ def _put(stored: Any, at: tuple[Any, ...], encoded: _Encoded, layout: Any, new: 
 
 
 def _over(x: jax.Array, divisors: jax.Array) -> jax.Array:
-    """Returns rows over a normal number each.
+    """Returns rows divided by one normal number each.
 
-    That is how a GPU divides (div.full, which XLA and Mosaic take for `/`): by an approximate reciprocal, with scaling
-    for divisors that are not normal. Said like this, it takes one instruction an element instead of three.
+    A GPU divides (div.full, to which XLA and Mosaic compile ``/``) by an approximate reciprocal, with scaling for
+    divisors that are not normal. Written like this, it takes one instruction per element instead of three.
     """
     if is_interpreted():
         return x / divisors[:, None]
@@ -342,11 +341,11 @@ def _over(x: jax.Array, divisors: jax.Array) -> jax.Array:
 
 
 def _round(x: jax.Array, largest: int) -> jax.Array:
-    """Returns ``clip(round(x), 0, largest)`` of numbers that are not negative in the low byte of an int32.
+    """Returns ``clip(round(x), 0, largest)`` of numbers that are not negative, in the low byte of an int32.
 
     2**23 + x has no bits for a fraction, so the addition rounds (half to even), and its low bits are the integer. A GPU
-    has four times fewer units to round and convert. The minimum also keeps the addition apart from the division's
-    multiplication: fused, they would round once.
+    has four times fewer units to round and convert. The minimum also prevents the fusion of the addition with the
+    division's multiplication, which would round only once.
     """
     return jax.lax.bitcast_convert_type(jnp.minimum(x, jnp.float32(largest)) + jnp.float32(2**23), jnp.int32)
 
@@ -354,7 +353,7 @@ def _round(x: jax.Array, largest: int) -> jax.Array:
 def _merge(
     pages: Any, at: tuple[Any, ...], low: list[jax.Array], high: list[jax.Array], is_first: jax.Array, layout: Any
 ) -> None:
-    """Takes minima and maxima, in parts of the channels, into a sub-page's statistics, which its first token sets."""
+    """Merges minima and maxima, in parts of the channels, into a sub-page's statistics, which its first token sets."""
 
     def old(statistics: Any) -> list[jax.Array]:
         return [
@@ -370,7 +369,7 @@ def _merge(
 
 
 def _set(pages: Any, at: tuple[Any, ...], low: list[jax.Array], high: list[jax.Array]) -> None:
-    """Writes a sub-page's statistics, in parts of the channels."""
+    """Writes a sub-page's statistics in parts of the channels."""
     for statistics, parts in ((pages.k_min, low), (pages.k_max, high)):
         for i, part in enumerate(parts):
             statistics.at[(*at, _columns(part, i))][...] = part

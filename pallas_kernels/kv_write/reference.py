@@ -1,4 +1,4 @@
-"""The specification of `kv_write`: token by token with numpy. Not for jit."""
+"""The specification of `kv_write`: token by token, with numpy. It cannot be jitted."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
-"""`kv_write` for any device: whole pages are read, merged and put back in place, one at a time.
+"""`kv_write` for any device: reads, merges and writes whole pages in place, one at a time.
 
-A scatter would be shorter, but XLA's CPU runs it element row by element row (one loop step per token and head). A
-chunk costs one step per page it touches, a decode step (T = 1) one step of a single row per sequence.
+A scatter would be shorter, but XLA's CPU backend runs it row by row (one loop step per token and head). Here, a chunk
+costs one step per page that it touches, and a decode step (T = 1) one step of a single row per sequence.
 """
 
 from typing import Any
@@ -77,7 +77,7 @@ def _encode(x: jax.Array, stored: jax.Array | QuantizedArray) -> Any:
 
 
 def _tileable(x: jax.Array, tile: int) -> jax.Array:
-    """Returns [B, T, K, …] with a tile of padding on both ends of T, so that a tile's slice never leaves the array."""
+    """Returns ``x`` [B, T, K, …] padded by a tile on both ends of T, so that a tile's slice never leaves the array."""
     return jnp.pad(x, [(0, 0), (tile - 1, tile - 1)] + [(0, 0)] * (x.ndim - 2))
 
 
@@ -89,7 +89,7 @@ def _rows(chunk: jax.Array, b: jax.Array, offset: jax.Array, tile: int) -> jax.A
 
 
 def _merge(target: jax.Array, rows: jax.Array, is_new: jax.Array, start: tuple[Any, ...]) -> jax.Array:
-    """Returns ``target`` with the new ones of ``rows`` [K, tile, …] put at (page, 0, row)."""
+    """Returns ``target`` with the new ones of ``rows`` [K, tile, …] written at ``start``, (page, 0, row)."""
     start = start + (0,) * (target.ndim - 3)
     old = jax.lax.dynamic_slice(target, start, (1, *rows.shape))
     is_new = is_new.reshape(1, 1, -1, *(1,) * (rows.ndim - 2))
@@ -99,7 +99,7 @@ def _merge(target: jax.Array, rows: jax.Array, is_new: jax.Array, start: tuple[A
 def _merge_statistics(
     pool: PagedKV, keys: jax.Array, is_new: jax.Array, page: jax.Array, row: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns ``k_min`` and ``k_max`` with keys [K, tile, H] taken in, of which ``is_new`` [tile] count."""
+    """Returns ``k_min`` and ``k_max`` merged with the new keys among ``keys`` [K, tile, H], by ``is_new`` [tile]."""
     assert pool.k_min is not None and pool.k_max is not None
     sub_size = pool.page_size // pool.k_min.shape[2]
     heads, tile, head_dim = keys.shape
@@ -108,7 +108,7 @@ def _merge_statistics(
     is_new = is_new.reshape(1, subs, -1, 1)
     first_row = row + jnp.arange(subs)[None, :, None, None] * sub_size
     first_new = first_row + jnp.argmax(is_new, axis=2, keepdims=True)
-    # Where the sub-page's own first token is among the new, it sets.
+    # If the sub-page's first token is new, the old statistics do not count.
     is_merge = div_down(first_new, sub_size) * sub_size != first_new
     is_touched = jnp.any(is_new, axis=2, keepdims=True)
     start = (page, 0, div_down(row, sub_size), 0)

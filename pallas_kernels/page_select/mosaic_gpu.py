@@ -1,13 +1,14 @@
-"""`page_select` for Hopper: a kernel scores the pages, another one chooses among the scores.
+"""`page_select` for Hopper: one kernel scores the pages, another one selects by the scores.
 
-Scoring. A program takes every n-th tile of one sequence: the statistics of a few pages and some KV heads, a row of
-shared memory for each sub-page. With s the spread, a channel scores ``(q + s·|q|)/2 · k_max + (q − s·|q|)/2 · k_min``,
-so two products on tensor cores score all rows for the queries of all heads of the tile; each row keeps its own head's.
-Copies begin and end at multiples of eight rows, around those of a page that are not.
+Scoring. A program takes every n-th tile of one sequence: the statistics of a few pages and some KV heads, one row of
+shared memory per sub-page. With s the spread, a channel scores ``(q + s·|q|)/2 · k_max + (q − s·|q|)/2 · k_min``, so
+two products on tensor cores score all rows for the queries of all heads of the tile; each row keeps its head's scores.
+Copies begin and end at multiples of eight rows, and include the rows around a page that does not.
 
-Choosing. The pages that nobody may leave out frame the list: only those between are ranked. Scores are stored as
-integers that compare alike. Bisection finds the last one that is chosen, and running counts of chosen pages tell which
-page each entry of the list is. Lists are updated in place (see `kv_write`); those of sequences that do not select stay.
+Selecting. The list begins and ends with the pages that are always selected; only those between are ranked. Scores are
+stored as integers of the same order. Bisection finds the last selected score, and running counts of selected pages give
+the page of each entry of the list. Lists are updated in place (see `kv_write`); those of sequences that do not select
+stay unchanged.
 """
 
 import math
@@ -27,7 +28,7 @@ from pallas_kernels.core.mosaic import product, tile
 from pallas_kernels.core.paging import NO_PAGE, PagedKV
 
 _ROWS = 64
-"""Rows of a tile: those of one wgmma."""
+"""Rows per tile: those of one wgmma."""
 
 _CHUNKS, _CHUNK = 128, 16
 """Ranked pages are counted in blocks of chunks, one chunk per thread."""
@@ -45,14 +46,14 @@ _BY_CHUNK = plgpu.Layout.TILED(plgpu.Tiling(((_CHUNKS, 4), (32, 4))), warp_dims=
 
 @dataclass(frozen=True)
 class Config:
-    """A launch of the scoring kernel: the programs that share a sequence, and the tiles that each has in flight."""
+    """A launch of the scoring kernel: the programs per sequence, and the tiles in flight per program."""
 
     splits: int
     stages: int
 
 
 class _Shape(NamedTuple):
-    """What both kernels are made for: sizes of the op's arrays, and its options."""
+    """The sizes of the op's arrays and its options, for which both kernels are built."""
 
     num_heads: int
     group: int
@@ -70,7 +71,7 @@ class _Shape(NamedTuple):
 
     @property
     def heads(self) -> int:
-        """KV heads of a tile: as many as reads the fewest rows, and of those as many as can be, up to 64 queries."""
+        """KV heads per tile: as many as read the fewest rows per head, the most of several, up to 64 queries."""
         fitting = [
             n
             for n in range(1, self.num_heads + 1)
@@ -80,26 +81,26 @@ class _Shape(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of a tile that one page takes."""
+        """Rows of a tile per page."""
         return _window(self.heads * self.subs)
 
     @property
     def pages(self) -> int:
-        """Pages of a tile."""
+        """Pages per tile."""
         return _ROWS // self.rows
 
     @property
     def columns(self) -> int:
-        """Queries of a tile, with padding: a layout of registers wants whole tiles for each warp."""
+        """Queries per tile, padded because a register layout needs whole tiles for each warp."""
         return _rounded(self.heads * self.group, 32 * 64 // self.head_dim)
 
     @property
     def blocks(self) -> int:
-        """Blocks of scores of one head."""
+        """Blocks of scores per head."""
         return -(-self.max_pages // _BLOCK)
 
     def end_of_ranked(self, held: jax.Array) -> jax.Array:
-        """Returns the first page after those that are ranked: the first recent one; 0 where all pages are selected."""
+        """Returns the first page after the ranked ones: the first recent page, or 0 if all pages are selected."""
         recent = jax.lax.div(jnp.maximum(held - self.interval, 0), jnp.int32(self.page_size))
         return jnp.where(held > self.num_selected * self.page_size, recent, 0)
 
@@ -109,7 +110,7 @@ def _rounded(n: int, multiple: int) -> int:
 
 
 def _window(count: int) -> int:
-    """Returns the rows from a multiple of eight to another one that hold ``count`` rows from any multiple of it on."""
+    """Returns the size of a window, bounded by multiples of eight, that holds ``count`` rows from any multiple."""
     return _rounded(count + 8 - math.gcd(count, 8), 8)
 
 
@@ -124,7 +125,7 @@ def _aligned(first: jax.Array, count: int) -> tuple[jax.Array, jax.Array | int]:
 def heuristic(batch: int, shape: _Shape, device: Device) -> Config:
     """Returns 64 KB in flight per program, so that three share a multiprocessor, and programs for all multiprocessors.
 
-    Of a batch only some sequences select at a step: each gets no fewer than 32 programs, where it has tiles for them.
+    Only some sequences of a batch select at a step, so each gets at least 32 programs if it has tiles for them.
     """
     sequences = batch * (shape.num_heads // shape.heads)
     tiles = -(-shape.max_pages // shape.pages)
@@ -150,10 +151,10 @@ def page_select(
 ) -> jax.Array:
     """Returns what `pallas_kernels.page_select` defines; the queries' factors are rounded to bfloat16.
 
-    Jitted for its cache: layers of one shape share the kernels, which take a second or two to build.
+    It is jitted for the cache: layers of one shape share the kernels, which take a second or two to build.
 
     Raises:
-      NotImplementedError: on any device but a Hopper GPU, and for shapes and dtypes that the kernels are not made for.
+      NotImplementedError: on any device but a Hopper GPU, and for shapes and dtypes that the kernels do not support.
     """
     device = require_hopper()
     k_min, k_max = pages.k_min, pages.k_max
@@ -167,7 +168,7 @@ def page_select(
         spread=spread,
         has_lookahead=has_lookahead,
     )
-    # Tokens of the sequences that select, 0 for the others; the same for all layers of a step.
+    # Tokens of sequences that select, 0 for others; the same for all layers of a step.
     held = jnp.where(is_refresh, lengths, 0)
     keys = None
     if shape.max_pages > num_selected:
@@ -183,10 +184,10 @@ def page_select(
 
 
 def _shape_of(q: jax.Array, pages: PagedKV, table: jax.Array, previous: jax.Array, **options: Any) -> _Shape:
-    """Returns what the kernels are made for, from the op's arrays and options.
+    """Returns the shape for which the kernels are built, from the op's arrays and options.
 
     Raises:
-      NotImplementedError: for shapes and dtypes that the kernels are not made for.
+      NotImplementedError: for shapes and dtypes that the kernels do not support.
     """
     assert pages.k_min is not None
     num_pages, num_heads, subs, head_dim = pages.k_min.shape
@@ -226,7 +227,7 @@ def _score(
 ) -> list[jax.Array]:
     """Returns the scores of ranked pages as order keys [B, K, blocks · block] int32; others are not written.
 
-    With lookahead also those of their last sub-pages.
+    With lookahead, it also returns those of their last sub-pages.
     """
     batch, _, head_dim = q.shape
     groups = shape.num_heads // shape.heads
@@ -276,16 +277,16 @@ def _score_scratch(shape: _Shape, config: Config, q_dtype: Any, statistics_dtype
 
 
 class _Tiles(NamedTuple):
-    """The tiles of one scoring program: number i holds pages ``(split + i · splits) · pages …`` of a sequence.
+    """The tiles of one scoring program: the i-th has pages ``(split + i · splits) · pages …`` of a sequence.
 
     Attributes:
-      shape, config: what the kernel is made for.
+      shape, config: what the kernel is built for.
       table_gmem: page tables [B, max_pages].
       low_gmem, high_gmem: statistics [rows, H].
       b: the sequence.
       first_head: the first KV head of the tiles.
       split: the program's number among those that share the sequence.
-      end: the first page after those that are ranked.
+      end: the first page after the ranked ones.
       count: number of tiles.
       scratch: see `_score_scratch`.
     """
@@ -307,7 +308,7 @@ class _Tiles(NamedTuple):
         return (self.split + i * self.config.splits) * self.shape.pages
 
     def windows(self, i: jax.Array) -> list[tuple[jax.Array, jax.Array | int]]:
-        """Returns where the statistics of the i-th tile's pages are. Pages after the last one are that one again."""
+        """Returns where the statistics of the i-th tile's pages are. Pages after the last one repeat it."""
         first, shape = self.first_page(i), self.shape
         pages = [self.table_gmem[self.b, jnp.minimum(first + n, self.end - 1)] for n in range(shape.pages)]
         page_rows, rows = shape.num_heads * shape.subs, shape.heads * shape.subs
@@ -347,7 +348,7 @@ class _Tiles(NamedTuple):
         """Writes the scores [rows] of the i-th tile as order keys, and with lookahead those of last sub-pages."""
         first, shape = self.first_page(i), self.shape
         wanted = [(scores, 0)]
-        if shape.has_lookahead:  # rows by themselves, as `_max_over_subs` has left them
+        if shape.has_lookahead:  # scores of single rows, which `_max_over_subs` has left there
             ends = plgpu.load(self.scratch["bounds"].at[pl.ds(0, _ROWS)], layout=_BY_ROW)
             wanted.append((ends, shape.subs - 1))
         for target_gmem, (values, sub) in zip(keys_gmem, wanted, strict=True):
@@ -359,7 +360,7 @@ class _Tiles(NamedTuple):
 
 
 def _split(q_smem: Any, on_low_smem: Any, spread: float) -> None:
-    """Leaves the factor of the upper bounds where q was, and puts that of the lower ones beside it."""
+    """Replaces q by the factor of the upper bounds, and writes the factor of the lower ones to ``on_low_smem``."""
     q = plgpu.load(q_smem, layout=plgpu.Layout.SMEM_GMEM_COPY(q_smem.shape, q_smem.dtype, 128))
     zero = jnp.zeros((), q.dtype)
     rising, falling = (part.astype(jnp.float32) for part in (jnp.maximum(q, zero), jnp.minimum(q, zero)))
@@ -370,15 +371,13 @@ def _split(q_smem: Any, on_low_smem: Any, spread: float) -> None:
 
 
 def _page_scores(bounds: jax.Array, first_rows: list[Any], bounds_smem: Any, shape: _Shape) -> jax.Array:
-    """Returns scores [rows], right in the first row of each page and head, from bounds [rows, queries].
-
-    Other rows may hold anything.
+    """Returns scores [rows], which are valid in the first row of each page and head; other rows may hold anything.
 
     Args:
-      bounds: in the WGMMA layout.
-      first_rows: of each page.
+      bounds: [rows, queries] in the WGMMA layout.
+      first_rows: first row of each page.
       bounds_smem: [2 · rows] float32.
-      shape: sizes.
+      shape: the sizes.
     """
     row, column = (
         plgpu.broadcasted_iota(jnp.int32, bounds.shape, axis, layout=plgpu.Layout.WGMMA) for axis in range(2)
@@ -396,7 +395,7 @@ def _page_scores(bounds: jax.Array, first_rows: list[Any], bounds_smem: Any, sha
 
 
 def _max_over_subs(bounds: jax.Array, bounds_smem: Any, shape: _Shape) -> jax.Array:
-    """Returns for each row the maximum [rows] of it and the rows that follow, as many as a page has sub-pages."""
+    """Returns for each row the maximum [rows] over as many rows, from this one on, as a page has sub-pages."""
     best = plgpu.layout_cast(jnp.max(bounds, axis=1), _BY_ROW)
     bounds_smem[pl.ds(0, _ROWS)] = best
     for sub in range(1, shape.subs):
@@ -405,7 +404,7 @@ def _max_over_subs(bounds: jax.Array, bounds_smem: Any, shape: _Shape) -> jax.Ar
 
 
 def _order_key(scores: jax.Array) -> jax.Array:
-    """Returns integers that compare as the scores do; zeros of either sign are equal."""
+    """Returns integers in the order of the scores; zeros of either sign are equal."""
     bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
@@ -422,7 +421,7 @@ def _choose(selected_gmem: Any, held: jax.Array, keys: jax.Array | None, shape: 
         slot = plgpu.broadcasted_iota(jnp.int32, (slots,), 0, layout=plgpu.Layout.WG_STRIDED((slots,), vec_size=1))
 
         def write(pages: jax.Array) -> None:
-            """Writes a list. After the last page come those that tokens until the next selection will begin."""
+            """Writes a list. After the last page, it has those that tokens until the next selection will begin."""
             is_reached = (pages * shape.page_size < tokens + (shape.interval - 1)) & (pages < shape.max_pages)
             scratch["pages"][...] = jnp.where(is_reached, pages, NO_PAGE)
 
@@ -461,7 +460,7 @@ def _choose(selected_gmem: Any, held: jax.Array, keys: jax.Array | None, shape: 
 
 
 class _Ranked(NamedTuple):
-    """The keys [blocks · block] of one head, also as [blocks, chunks, chunk]; pages from ``first`` to ``end`` count."""
+    """The keys [blocks · block] of one head, also as [blocks, chunks, chunk]; pages ``first … end − 1`` count."""
 
     keys_gmem: Any
     chunks_gmem: Any
@@ -474,13 +473,13 @@ class _Ranked(NamedTuple):
         return pl.cdiv(self.end, _BLOCK)
 
     def in_chunks(self, block: jax.Array) -> jax.Array:
-        """Returns the keys [chunks, chunk] of a block, the least number where no page is ranked."""
+        """Returns the keys [chunks, chunk] of a block; pages that are not ranked have the least number."""
         keys = plgpu.load(self.chunks_gmem.at[block], layout=_BY_CHUNK, optimized=False)
         chunk, offset = (plgpu.broadcasted_iota(jnp.int32, keys.shape, axis, layout=_BY_CHUNK) for axis in range(2))
         return self._ranked(keys, block * _BLOCK + chunk * _CHUNK + offset)
 
     def fold(self) -> Callable[[Callable[[jax.Array, Any], Any], Any], Any]:
-        """Returns a fold over the keys [block] of blocks, of a step (keys, state) and the first state.
+        """Returns a fold over the keys [block] of blocks; it takes a step (keys, state) and the first state.
 
         A single block stays in registers from one fold to the next.
         """
@@ -510,7 +509,7 @@ def _best(ranked: _Ranked, free: jax.Array, entry: jax.Array, counts_smem: Any, 
     def place(
         block: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Counts the chosen pages before each chunk, and finds for each entry the last chunk with no more of them."""
+        """Counts the selected pages before each chunk, and finds for each entry the last chunk with no more of them."""
         above, level, found, found_chunk = state
         keys = ranked.in_chunks(block)
         is_above, is_level = keys > last, keys == last
@@ -543,19 +542,19 @@ def _best(ranked: _Ranked, free: jax.Array, entry: jax.Array, counts_smem: Any, 
 
 
 def _threshold(ranked: _Ranked, free: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the key above which pages are chosen, and of those that have just this key the number that are, too."""
+    """Returns the key above which pages are selected, and how many of the pages with exactly this key are selected."""
     fold = ranked.fold()
 
     def everywhere(value: int) -> jax.Array:
         return plgpu.layout_cast(jnp.full((_BLOCK,), value, jnp.int32), _COALESCED)
 
     def extend(keys: jax.Array, extremes: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """The least number is no key, so its complement is none either."""
+        """Returns the new extremes. The least number is no key, so its complement is no key either."""
         complements = jnp.where(keys == _LEAST, _LEAST, ~keys)
         return jnp.maximum(extremes[0], keys), jnp.maximum(extremes[1], complements)
 
     def count(least: jax.Array) -> jax.Array:
-        """Returns how many keys are no less than one."""
+        """Returns how many keys are at least ``least``."""
 
         def add(keys: jax.Array, total: jax.Array) -> jax.Array:
             return total + jnp.where(keys >= least, jnp.int32(1), jnp.int32(0))
@@ -570,7 +569,7 @@ def _threshold(ranked: _Ranked, free: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (at_low != free) & (low + 1 < high)
 
     def bisect(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Halves [low, high): at least as many as are chosen have a key from low on, and no more one from high on."""
+        """Halves [low, high): enough pages have a key of at least low, and too few a key of at least high."""
         low, high, at_low, at_high = state
         middle = (low & high) + ((low ^ high) >> 1)
         at_middle = count(middle)

@@ -1,4 +1,4 @@
-"""The specification of `page_select`: one sequence and head after the other with numpy. Not for jit."""
+"""The specification of `page_select`: one sequence and head after the other, with numpy. It cannot be jitted."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def page_select(
 def page_scores(
     q: jax.Array, pages: PagedKV, table: jax.Array, b: int, head: int, length: int, reduction: str, spread: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the scores [pages with a token] float32 of one sequence and KV head, and of each page's last sub-page."""
+    """Returns the scores [pages with a token] float32 of one sequence and KV head, and those of last sub-pages."""
     assert pages.k_min is not None and pages.k_max is not None
     sub_size = pages.page_size // pages.k_min.shape[2]
     queries = np.asarray(q[b], np.float32).reshape(pages.num_kv_heads, -1, q.shape[-1])[head]

@@ -51,7 +51,7 @@ def page_select(
         return jnp.where(best > -jnp.inf, chosen.astype(jnp.int32), max_pages)
 
     def every_page(b: jax.Array) -> jax.Array:
-        """Selects all pages: there are no more than may be selected, and no score is needed."""
+        """Selects all pages, without scores: there are at most as many as may be selected."""
         index = jnp.arange(min(num_selected, max_pages), dtype=jnp.int32)
         index = jnp.where(index * page_size < take(lengths, b), index, max_pages)
         return jnp.broadcast_to(index, (pages.num_kv_heads, index.size))
@@ -76,7 +76,7 @@ def page_select(
 def _page_scores(
     q: jax.Array, pages: PagedKV, table: jax.Array, length: jax.Array, reduction: str, spread: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the scores [K, max_pages] float32 of pages and of their last sub-pages; -inf past the sequence's end."""
+    """Returns the scores [K, max_pages] float32 of pages and of their last sub-pages, -inf past the sequence's end."""
     k_min, k_max = pages.k_min, pages.k_max
     assert k_min is not None and k_max is not None
     heads, subs, head_dim = k_min.shape[1:]
@@ -109,11 +109,11 @@ def _page_scores(
 def _product(queries: jax.Array, keys: jax.Array) -> jax.Array:
     """Returns the products [K, G, P, S] float32 of float32 queries [K, G, H] and keys [K, P, S, H].
 
-    With bfloat16 keys, queries are split into two bfloat16 numbers each: exact to 2^-17, without a float32 copy of the
-    keys, and on CPUs that multiply bfloat16 matrices several times as fast.
+    With bfloat16 keys, each query is split into two bfloat16 numbers. This is exact to 2^-17, needs no float32 copy of
+    the keys, and is several times as fast on CPUs that multiply bfloat16 matrices.
     """
     if keys.dtype == jnp.bfloat16:
-        # Not a conversion there and back, which XLA may take for nothing.
+        # Not a conversion to bfloat16 and back, which XLA may remove.
         upper = jax.lax.reduce_precision(queries, exponent_bits=8, mantissa_bits=7)
         queries = jnp.concatenate([upper, queries - upper], axis=1).astype(jnp.bfloat16)
     else:

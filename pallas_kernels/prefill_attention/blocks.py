@@ -1,4 +1,4 @@
-"""Which key blocks a block of queries visits: by default a causal range, or sink blocks and window blocks."""
+"""The key blocks that a block of queries visits: by default a causal range, or sink blocks and window blocks."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from pallas_kernels.core.paging import div_down, div_up, take
 
 
 class Window(NamedTuple):
-    """What a query sees beside causality: everything, or the sink and the local window."""
+    """The keys up to its position that a query sees: all of them, or the sink and the local window."""
 
     sink: int | None
     local: int | None
 
 
 class KeyRange(NamedTuple):
-    """Keys at positions ``first … end − 1``, in blocks of ``block`` from the first."""
+    """Keys at positions ``first … end − 1``, in blocks of ``block`` keys from the first."""
 
     first: jax.Array | int
     end: jax.Array

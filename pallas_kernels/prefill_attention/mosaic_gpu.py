@@ -1,12 +1,12 @@
-"""`prefill_attention` for Hopper: one launch for all heads that are stored alike, in the manner of FlashAttention-3.
+"""`prefill_attention` for Hopper: one launch for all heads with the same storage, in the manner of FlashAttention-3.
 
 A program attends 128 queries of one head. A warpgroup copies key blocks into a ring, from pages and from the chunk; two
 others take 64 queries each. Each of them runs the softmax of a block while the tensor cores multiply the values of the
-block before, and while the other one has its turn on them.
+previous block, and while the other warpgroup uses the tensor cores.
 
 The ranges of key blocks that a program visits are computed before the launch: per head class and query block (`walks`),
-or per KV head where the caller gives a walk. Masks are applied where a block has a hidden key. The multiprocessors take
-programs in order: retrieval heads first, then late queries before early ones. Without a walk that is longest first, so
+or per KV head if the caller gives a walk. Only blocks with a hidden key are masked. The multiprocessors take programs
+in order: retrieval heads first, and late queries before early ones. Without a walk, this order is longest first, so
 that short programs fill the gaps at the end.
 """
 
@@ -45,20 +45,20 @@ _ROWS = QUERIES // 2
 _EVERYTHING = 2**30
 """The local window of retrieval heads."""
 _COMPUTE_REGISTERS, _FEED_REGISTERS = 216, 72
-"""Registers per thread: two computing warpgroups and one that feeds them share 504."""
+"""Registers per thread of a compute warpgroup and of the copying one; two of the first and the second share 504."""
 _WGMMA = plgpu.Layout.WGMMA
 _BY_QUERY = _WGMMA.reduce(1)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A launch: blocks of keys, and of values, in flight."""
+    """A launch: the blocks of keys and of values in flight."""
 
     stages: int
 
 
 class _Heads(NamedTuple):
-    """The query heads ``first … first + count − 1``, one class, and what is static about them."""
+    """The query heads ``first … first + count − 1`` of one class, and their static properties."""
 
     name: str
     first: int
@@ -83,10 +83,10 @@ def prefill_attention(
 ) -> jax.Array:
     """Returns what `pallas_kernels.prefill_attention` defines; rows from ``counts`` on are zeros.
 
-    Jitted for its cache: layers of one shape share one kernel, which takes seconds to build.
+    It is jitted for the cache: layers of one shape share one kernel, which takes seconds to build.
 
     Raises:
-      NotImplementedError: on any device but a Hopper GPU, and for what the kernel is not made for.
+      NotImplementedError: on any device but a Hopper GPU, and for arguments that the kernel does not support.
     """
     device = require_hopper()
     alike = parts_stored_alike(kv, q.shape[2])
@@ -117,7 +117,7 @@ def prefill_attention(
 
 
 def heuristic(head_dim: int) -> Config:
-    """Returns the launch for a head dimension: rings of 128 KiB, which leave room for codes; two stages at least."""
+    """Returns the launch for a head dimension: at least two stages, in rings of 128 KiB, which leave room for codes."""
     return Config(stages=2 if head_dim == 128 else 4)
 
 
@@ -125,8 +125,8 @@ def walks(starts: jax.Array, counts: jax.Array, tokens: int, windows: list[Windo
     """Returns the key blocks that each query block visits, as ranges [B, classes, query blocks, 6] int32.
 
     The ranges are (s, low, high) of the history, then of the chunk: blocks ``0 … s − 1`` and ``low … high − 1`` of
-    `KEYS` keys, counted from the first key of the source. All of them hold a key that one of the queries sees, and no
-    other block does. A query block behind ``counts`` visits nothing.
+    `KEYS` keys, counted from the first key of the source. Each of them contains a key that one of the queries sees, and
+    no other block does. A query block after ``counts`` visits nothing.
 
     Args:
       starts: [B] int32 position of each sequence's first query.
@@ -146,11 +146,11 @@ def walks(starts: jax.Array, counts: jax.Array, tokens: int, windows: list[Windo
 
 
 def _walks_per_head(ranges: jax.Array, walk: Walk, classes: list[_Heads], group: int, starts: jax.Array) -> jax.Array:
-    """Returns the ranges [B, K, query blocks, 6] of each KV head: `walks`, with the history as a walk has it.
+    """Returns the ranges [B, K, query blocks, 6] of each KV head: `walks`, with the history's ranges from a walk.
 
     Args:
       ranges: `walks` of the classes.
-      walk: of the layer.
+      walk: the layer's walk.
       classes: the heads.
       group: query heads per KV head.
       starts: [B] int32 position of each sequence's first query.
@@ -170,7 +170,7 @@ def _walks_per_head(ranges: jax.Array, walk: Walk, classes: list[_Heads], group:
 
 
 def _refuse(q: jax.Array, k: jax.Array, v: jax.Array, found: list[PagedKV], walk: Walk | None) -> None:
-    """Refuses what the kernel is not made for."""
+    """Refuses arguments that the kernel does not support."""
     for x in (q, k, v):
         refuse_unless(x.dtype == jnp.bfloat16, f"queries, keys and values must be bfloat16, not {x.dtype}")
     refuse_unless(q.shape[-1] in (64, 128), f"head_dim must be 64 or 128, not {q.shape[-1]}")
@@ -221,8 +221,8 @@ def _launch(
 
 
 def _scratch(config: Config, pool: PagedKV, head_dim: int) -> dict[str, Any]:
-    """Returns the shared memory of a program: queries, rings of keys and values, and codes on their way there."""
-    columns = _tile_width(pool, head_dim)  # of all operands: those of a product must be swizzled alike
+    """Returns the shared memory of a program: queries, rings of keys and values, and codes before their conversion."""
+    columns = _tile_width(pool, head_dim)  # for all operands: those of a product need the same swizzle
     parts = KEYS // pool.page_size
     scratch = {
         "q": tile((2, _ROWS, head_dim), jnp.bfloat16, columns),
@@ -242,7 +242,7 @@ def _scratch(config: Config, pool: PagedKV, head_dim: int) -> dict[str, Any]:
 
 
 class _Steps(NamedTuple):
-    """The key blocks that a program visits, in order: of the history, then of the chunk (see `walks`)."""
+    """The key blocks that a program visits: first of the history, then of the chunk (see `walks`)."""
 
     history: Ranges
     chunk: Ranges
@@ -260,7 +260,7 @@ class _Steps(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """What a program attends: its head's class and number, its sequence, its first row of the chunk, and its window."""
+    """The work of a program: its head's class and number, its sequence, its first row of the chunk, and its window."""
 
     index: jax.Array
     head: jax.Array
@@ -310,7 +310,7 @@ def _attend(
     role = jax.lax.axis_index("role")
 
     def read() -> tuple[jax.Array, jax.Array, _Steps]:
-        """Returns start, count and steps; each role reads them: registers kept from one to the other are spilled."""
+        """Returns start, count and steps. Each role reads them, since shared registers would be spilled."""
         start, count = starts_gmem[b], counts_gmem[b]
         index = head // group if has_walk_per_head else place.index
         ranges = [walks_gmem[b, index, row // QUERIES, i] for i in range(6)]
@@ -358,9 +358,9 @@ def _store(values: jax.Array, staging_smem: Any, out_gmem: Any) -> None:
 
 
 def _rows_layout(columns: int, width: int) -> Any:
-    """Returns the layout in which a warpgroup moves rows through registers, 8 neighbours of a row per thread.
+    """Returns the layout in which a warpgroup moves rows through registers, 8 adjacent elements of a row per thread.
 
-    A warp takes rows of one swizzled tile, ``width`` columns wide, so that stores have no bank conflicts.
+    A warp takes rows of one swizzled tile of ``width`` columns, so that stores have no bank conflicts.
     """
     rows = 16 * 64 // min(columns, 64)
     warp = (256 // width, width)
@@ -370,16 +370,16 @@ def _rows_layout(columns: int, width: int) -> Any:
 
 
 def _tile_width(pool: PagedKV, head_dim: int) -> int:
-    """Returns the columns of a swizzled tile: the halves of a row of 4-bit codes are written separately."""
+    """Returns the columns of a swizzled tile; the two halves of a row of 4-bit codes are written separately."""
     return min(head_dim // 2, 64) if 4 in (bits_of(pool.k), bits_of(pool.v)) else 64
 
 
 class _Feed(NamedTuple):
-    """What the copying warpgroup works with: a pool, a head of it, a sequence's pages and length, and the steps.
+    """The arguments of the copying warpgroup: a pool, one of its heads, a sequence's pages and length, and the steps.
 
-    Key blocks enter the ring exact: rows of tokens that do not exist are zeros, whatever memory holds there. (Hidden
-    keys have weight zero, but zero times NaN is NaN.) The copy engine fills with zeros what lies past the end of an
-    array, so whole parts of a block are asked for there; parts with a few such rows go through registers.
+    In the ring, rows of tokens that do not exist are zeros, whatever the pages contain there. (Hidden keys have weight
+    zero, but zero times NaN is NaN.) The copy engine writes zeros for what is past the end of an array, so whole parts
+    of a block without tokens are requested there; parts with a few such rows go through registers.
     """
 
     pool: PagedKV
@@ -393,7 +393,7 @@ class _Feed(NamedTuple):
     scratch: dict[str, Any]
 
     def run(self) -> None:
-        """Copies the blocks in the order in which they are read: values one step after keys."""
+        """Copies the blocks in the order of their use: values one step after keys."""
         for name in "kv":
             if self._is_quantized(name):
                 pl.when(self.steps.history.count > 0)(partial(self._request, name, jnp.int32(0)))
@@ -409,7 +409,7 @@ class _Feed(NamedTuple):
                 plgpu.barrier_wait(self.scratch[f"{name}_free"].at[step % self.config.stages])
 
     def _feed(self, name: str, step: jax.Array) -> None:
-        """Brings a block of keys or of values into its ring."""
+        """Copies a block of keys or of values into its ring."""
         is_history, block = self.steps.block(step)
         slot = step % self.config.stages
         pl.when(step >= self.config.stages)(partial(plgpu.barrier_wait, self.scratch[f"{name}_free"].at[slot]))
@@ -422,7 +422,7 @@ class _Feed(NamedTuple):
         return isinstance(getattr(self.pool, name), QuantizedArray)
 
     def _copy_new(self, name: str, block: jax.Array, target: Any, ready: Any) -> None:
-        """Copies a block of the chunk, in parts of the size of pages."""
+        """Copies a block of the chunk in parts of the size of a page."""
         size, source = self.pool.page_size, self.new[name]
 
         @pl.loop(0, KEYS // size)
@@ -433,7 +433,7 @@ class _Feed(NamedTuple):
             self._copy_rows(source.at[pl.ds(first, size)], rows, target.at[pl.ds(i * size, size)], ready)
 
     def _page(self, block: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns a page of a block, past the end where none is held, and how many of its tokens exist."""
+        """Returns a page of a block, or one past the end if it has none, and how many of its tokens exist."""
         size, num_pages = self.pool.page_size, jax.tree.leaves(self.pool.k)[0].shape[0]
         entry = block * (KEYS // size) + i
         rows = jnp.maximum(self.start - entry * size, 0)
@@ -472,7 +472,7 @@ class _Feed(NamedTuple):
         pl.when(step + 1 < self.steps.history.count)(partial(self._request, name, step + 1))
 
     def _copy_rows(self, source_gmem: Any, rows: jax.Array, target_smem: Any, ready: Any) -> None:
-        """Copies a part of a block, of which ``rows`` exist, and arrives at ``ready``."""
+        """Copies a part of a block, of which ``rows`` rows exist, and arrives at ``ready``."""
         size, columns = target_smem.shape
         layout = _rows_layout(columns, _tile_width(self.pool, columns))
         pl.when((rows >= size) | (rows == 0))(partial(plgpu.copy_gmem_to_smem, source_gmem, target_smem, ready))
@@ -518,15 +518,15 @@ def _softmax_of_walk(
     role: jax.Array,
     scratch: dict[str, Any],
 ) -> jax.Array:
-    """Returns the attention [64, H] float32 of a compute warpgroup's queries, which stand at row ``first``."""
-    # Of indices whose value it can tell, the compiler makes addresses in advance, and spills them.
+    """Returns the attention [64, H] float32 of a compute warpgroup's queries, which start at row ``first``."""
+    # The compiler would compute addresses for indices with a known value in advance, and spill them.
     zero, mine, other = jax.lax.optimization_barrier((jnp.int32(0), role, 1 - role))
     q_smem, my_turn, other_turn = (scratch["q"].at[mine], *(scratch["turn"].at[i] for i in (mine, other)))
     head_dim = q_smem.shape[-1]
     scale = math.log2(math.e) / math.sqrt(head_dim)
 
     def weigh(step: jax.Array, maximum: jax.Array, total: jax.Array, scores: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns the new maximum and total, the decay of what was summed before, and the weights of a block."""
+        """Returns the new maximum and total, the decay of the previous sums, and the weights of a block."""
         is_history, block = steps.block(step)
         key = block * KEYS + jnp.where(is_history, 0, start)
         scores = _hide(scores, key, jnp.where(is_history, start, start + count), start + first, place)
@@ -591,19 +591,19 @@ def _hide(scores: jax.Array, key: jax.Array, end: jax.Array, query: jax.Array, p
     """Returns scores [64, `KEYS`] with `HIDDEN` for the keys that are not seen, if the block has any.
 
     Args:
-      scores: of queries from position ``query`` on, by keys from position ``key`` on.
+      scores: scores of queries from position ``query`` on, by keys from position ``key`` on.
       key: position of the first key.
       end: position at which the keys of this source end.
       query: position of the first query.
-      place: the window.
+      place: the program's place, for the window.
     """
     is_whole = (key + KEYS <= end) & (key + KEYS - 1 <= query)
     is_whole &= (key > query + _ROWS - 1 - place.local) | (key + KEYS <= place.sink)
 
     def replace(scores: jax.Array) -> jax.Array:
         rows, columns = (plgpu.broadcasted_iota(jnp.int32, scores.shape, i, layout=_WGMMA) for i in (0, 1))
-        # A thread's columns differ from each other in all bits but these: what is compared with is one register for
-        # a row, and the columns are constants. As plain positions they would occupy 32 registers in the whole loop.
+        # The columns of a thread agree in these bits. Without them, the columns are constants, and a row's bound is one
+        # register. As plain positions, the columns would occupy 32 registers in the whole loop.
         columns, offset = columns & ~6, columns & 6
         newest = jnp.minimum(query + rows + 1, end) - key - offset
         oldest = query + rows - place.local - key - offset
@@ -625,9 +625,9 @@ def _product(left_smem: Any, right_smem: Any) -> jax.Array:
 
 def _accumulate(left: jax.Array, right_smem: Any, sums: jax.Array) -> jax.Array:
     """Returns ``sums + left @ right`` float32, with ``left`` in registers."""
-    if is_interpreted():  # it knows no left operand in registers, and no accumulator that does not start with zeros
+    if is_interpreted():  # it supports no left operand in registers, and only accumulators that start with zeros
         right = right_smem[...]
-        plgpu.commit_smem()  # this is an ordinary read, wgmma's is not: what is copied there next must come after it
+        plgpu.commit_smem()  # an ordinary read, unlike wgmma's: the next copy to this memory must come after it
         return sums + jnp.dot(left, right, preferred_element_type=jnp.float32)
 
     def multiply(sums_ref: Any) -> jax.Array:
@@ -653,9 +653,9 @@ def _overlap(
       scores_of: left and right, in shared memory.
       values_of: w in registers, v in shared memory, sums in registers.
       wait_for_values: called before v is read.
-      yield_turn: called when both products have been started.
+      yield_turn: called after both products have started.
       weigh: called with the first product.
-      wait_for_keys: called before the second product is waited for. It ends a basic block, without which the compiler
+      wait_for_keys: called before waiting for the second product. It ends a basic block, without which the compiler
         would wait for both products before ``weigh``.
     """
     weights, values_smem, sums = values_of

@@ -51,7 +51,7 @@ def prefill_attention(
 
 
 def _is_visited(walk: BlockRanges | BlockList | None, tokens: int, history: int) -> jax.Array:
-    """Returns whether each row visits each key of the history, then of the chunk: broadcastable to [B, K, T, S]."""
+    """Returns whether each row visits each key of history and chunk, in this order; broadcastable to [B, K, T, S]."""
     if walk is None:
         return jnp.ones((1, 1, 1, 1), jnp.bool_)
     blocks = walk.is_visited(-(-history // walk.keys))

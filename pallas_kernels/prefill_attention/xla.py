@@ -1,8 +1,8 @@
-"""`prefill_attention` for any device: head by head, query block by query block over the visible key blocks.
+"""`prefill_attention` for any device: head by head, and for each query block over the visible key blocks.
 
-Keys come from two sources, the pages before the chunk and the chunk itself, walked alike. Products run in the dtype of
-the queries (bfloat16 uses AMX on CPUs that have it) and accumulate in float32. Trip counts are data. One head at a time
-keeps the scores of a block in a core's cache.
+Keys come from two sources, the pages before the chunk and the chunk itself; one loop serves both. Products run in the
+dtype of the queries (bfloat16 uses AMX on CPUs that have it) and accumulate in float32. Trip counts are data. One head
+at a time keeps the scores of a block in a core's cache.
 """
 
 import math
@@ -28,19 +28,19 @@ from pallas_kernels.prefill_attention.blocks import (
 )
 
 BLOCK = 256
-"""Tokens of a query block, and of a block of keys (of which a page is the least)."""
+"""Tokens per query block and per block of keys, which is at least a page."""
 _DENSE_BLOCK = 2 * BLOCK
-"""Keys of a block of history that every query sees whole."""
+"""Keys per block of a history that every query sees completely."""
 
 
 class KeySource(NamedTuple):
-    """Keys that are fetched block by block."""
+    """Keys that a head fetches block by block."""
 
     keys: KeyRange
     visits: Callable[[jax.Array], Ranges | Listed]
     """Index of a query block → the key blocks that it visits."""
     fetch: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
-    """Block index → keys [block, H], values [block, H], and which of them exist [block] bool; the first one does."""
+    """Block index → keys [block, H], values [block, H], and which of them exist, [block] bool; the first one exists."""
     is_all_visible: bool
     """Whether each query sees all keys that exist."""
 
@@ -50,10 +50,10 @@ class HeadClass(NamedTuple):
 
     Attributes:
       first, count: the heads.
-      window: what they see.
-      block: queries of a block, and keys of a block of the chunk.
-      history: the pool and the page table that hold it, if there is any.
-      walk: what is visited of it; None for the blocks with a visible key.
+      window: what the heads see.
+      block: queries per block, and keys per block of the chunk.
+      history: the pool and the page table of the history, if there is any.
+      walk: the visited blocks of the history; None for the blocks with a visible key.
     """
 
     first: int
@@ -108,7 +108,7 @@ def prefill_attention(
 def _head_classes(
     kv: LayerKV, tables: PageTables, window: Window, tokens: int, has_history: bool, walk: Walk, block: int
 ) -> list[HeadClass]:
-    """Returns the classes of a layer's heads; one, where a chunk without history lies inside every window."""
+    """Returns the classes of a layer's heads; a single one if a chunk without history lies inside every window."""
     found = pools(kv, tables)
     assert window.local is not None
     if not has_history and tokens <= window.local:
@@ -134,7 +134,7 @@ def _attend_head(
     window: Window,
     block: int,
 ) -> jax.Array:
-    """Returns ``out`` [B, T, K, G, H] with the outputs of one sequence's KV head in it; T a multiple of ``block``."""
+    """Returns ``out`` [B, T, K, G, H] with the outputs of one sequence's KV head; T is a multiple of ``block``."""
     b, head = at
     group, head_dim = q.shape[3:]
 
@@ -166,7 +166,7 @@ def _walk(
         keys, values, exists = source.fetch(index)
         visible = None
         if source.is_all_visible:
-            keys = jnp.where(exists[:, None], keys, keys[:1])  # a key that does not count may not be the largest
+            keys = jnp.where(exists[:, None], keys, keys[:1])  # a key that does not exist must not give the maximum
         else:
             at = source.keys.first + index * source.keys.block + jnp.arange(source.keys.block)
             visible = exists & is_visible(positions[:, None], at, *window)
@@ -178,13 +178,13 @@ def _walk(
 
 
 def history_block(queries: int, page_size: int, window: Window) -> int:
-    """Returns the keys per block of history, where the walk is not given, for the queries per block."""
+    """Returns the keys per block of history for the queries per block, if no walk is given."""
     keys = _DENSE_BLOCK if window.local is None and queries == BLOCK else queries
     return max(keys // page_size, 1) * page_size
 
 
 def _history(heads: HeadClass, b: jax.Array, head: jax.Array, start: jax.Array, dtype: jnp.dtype) -> KeySource:
-    """Returns a head's tokens before the chunk, dequantised from their pages."""
+    """Returns the source of a head's tokens before the chunk, dequantised from their pages."""
     assert heads.history is not None
     pool, tables = heads.history
     walk, window, block = heads.walk, heads.window, heads.block
@@ -221,7 +221,7 @@ def _chunk(
     count: jax.Array,
     heads: HeadClass,
 ) -> KeySource:
-    """Returns the chunk's own tokens of one sequence's head."""
+    """Returns the source of the chunk's tokens of one sequence's head."""
     b, head = at
     block = heads.block
     positions = KeyRange(start, start + count, block)

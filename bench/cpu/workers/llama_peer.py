@@ -7,7 +7,7 @@ from typing import Any
 import protocol
 
 CHUNK = 2048
-"""Prompt tokens per call; llama.cpp cuts them into 512s, its default."""
+"""Prompt tokens per call; llama.cpp splits them into batches of 512, its default."""
 
 
 class LlamaCpp:

@@ -7,7 +7,7 @@ import protocol
 
 
 class Ours:
-    """An `LLM`. Times are those of the wall, the host's work included and compilation left out."""
+    """An `LLM`. Times are wall-clock times that include the host's work and exclude compilation."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         begin = time.perf_counter()
@@ -43,7 +43,7 @@ class Ours:
     def measure(
         self, prompt: list[int], batch: int, steps: int, sampling: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Returns the times of ``batch`` prefills one after another, and of the steps that they decode together."""
+        """Returns the times of ``batch`` successive prefills, and of the steps that decode them together."""
         llm, compiled_before = self.llm, self.llm.compile_seconds
         self.prefilled.clear()
         params = self.sampling_params(max_tokens=steps + 1, ignore_eos=True, **(sampling or {}))
@@ -70,7 +70,7 @@ class Ours:
         }
 
     def _curve(self, begin: float) -> list[tuple[int, float]]:
-        """Returns the seconds until so many tokens of the prompt were done: at powers of two, and at the end."""
+        """Returns the seconds until a number of the prompt's tokens was done, at powers of two and at the end."""
         return [(n, at - begin) for n, total, at, _ in self.prefilled if n == total or n & (n - 1) == 0]
 
     def _note(self, stage: str, done: int, total: int) -> None:

@@ -47,7 +47,7 @@ def times(prompt: list[int], prefill_s: float, decode_s: float, steps: int, toke
 
 
 def memory() -> dict[str, int]:
-    """Returns the bytes that this process has resident now, and had at most."""
+    """Returns this process's resident bytes, now and at the peak."""
     status = Path("/proc/self/status")
     if not status.exists():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

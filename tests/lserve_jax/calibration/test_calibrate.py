@@ -149,7 +149,7 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_pattern(
     assert run("--out", broken, *TRAINING, *QUICK).status == 0
     assert files(broken) == files(whole)
     check_refusal(
-        run("--out", broken, *TRAINING, *QUICK), "the folder is not empty and has no training.npz to go on from"
+        run("--out", broken, *TRAINING, *QUICK), "the folder is not empty and has no training.npz to continue from"
     )
 
 

@@ -174,7 +174,7 @@ def test_a_state_of_other_settings_or_another_model_is_refused(tmp_path: Path):
     for refuse in (other.require_same, lambda: other.restore(state)):
         with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
             refuse()
-        assert str(error.value) == f"{path}: was begun with seed=0 (now 1): go on with that, or name another folder"
+        assert str(error.value) == f"{path}: was begun with seed=0 (now 1): continue with that, or name another folder"
     same = Checkpoint(folder=tmp_path, settings={"seed": 0, "lr": 0.02})
     same.require_same()
     with pytest.raises(ValueError, match=r"is of a model of another shape; name another folder$"):

@@ -172,9 +172,9 @@ def test_a_malicious_template_is_stopped_soon(template: str, monkeypatch: pytest
 
 REFUSED = "|".join(
     [
-        r"more than [\d,]+ (loop turns and calls|characters written)",
+        r"more than [\d,]+ (loop iterations and calls|characters written)",
         r"a value of [\d,]+ characters or items where [\d,]+ are allowed",
-        r"the number -?\d+ handed to a function where at most 10,000 is allowed",
+        r"the number -?\d+ passed to a function where at most 10,000 is allowed",
         r"a format with a width above 9,999 or taken from an argument",
         r"maximum recursion depth exceeded",
         r"access to attribute '(expandtabs|translate)' of 'str' object is unsafe",
