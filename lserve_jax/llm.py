@@ -23,6 +23,9 @@ type Message = Mapping[str, Any]
 type OnProgress = Callable[[str, int, int], None]
 """Stage, done, total: ("weights", bytes, bytes), ("prefill", tokens, tokens), ("compile <program>", 0, 1)."""
 
+_ATTENDING = ("prefill", "decode")
+"""What the names of programs with attention begin with."""
+
 
 class LLM:
     """A model, its KV cache and its compiled steps.
@@ -120,8 +123,14 @@ class LLM:
 
     @property
     def implementations(self) -> tuple[Choice, ...]:
-        """Returns the implementation of each attention op in the programs compiled so far, and why others refused."""
-        return self.engine.programs.choices
+        """Returns the implementation that each attention op took in the programs that have run, and why others refused.
+
+        Empty if nothing has run.
+        """
+        ran = {name: found for name, found in self.engine.programs.choices.items() if name.startswith(_ATTENDING)}
+        if not all(ran.values()):  # JAX had the trace before this process recorded one
+            return self.setup.implementations
+        return tuple(dict.fromkeys(choice for found in ran.values() for choice in found))
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:

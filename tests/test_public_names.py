@@ -84,11 +84,22 @@ def test_old_names_of_the_model_warn_and_work():
     assert tree["final_norm"]["scale"].shape == (config.hidden_size,)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = models.nothing
+    with pytest.warns(FutureWarning, match=r"say kind\(layer\)\.decode\.num_selected"):
+        assert tiny_inference_config().num_selected(0) == 256
+
+
+def test_the_old_module_of_model_configurations_still_has_them():
+    from lserve_jax import config
+
+    assert (config.ModelConfig, config.RopeConfig) == (ModelConfig, lserve_jax.RopeConfig)
 
 
 def test_the_old_name_of_a_batchs_size_warns_and_works():
     config = tiny_inference_config()
     new = init_cache(config, max_num_seqs=2, retrieval_pages=300, streaming_pages=60)
+    for sizes in ({}, {"slots": 2, "max_num_seqs": 2}):
+        with pytest.raises(TypeError, match="init_cache needs max_num_seqs"):
+            init_cache(config, retrieval_pages=300, streaming_pages=60, **sizes)
     with pytest.warns(FutureWarning, match=r"init_cache\(slots=\) is deprecated: say max_num_seqs="):
         old = init_cache(config, slots=2, retrieval_pages=300, streaming_pages=60)
     assert old[0].selected is not None and new[0].selected is not None

@@ -1,5 +1,6 @@
 """Everything static about a compiled step: model, sparsity, head classes, number types and kernels."""
 
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -131,6 +132,15 @@ class InferenceConfig:
     def is_rotated(self) -> bool:
         """Returns whether pages hold rotated keys and values (`pallas_kernels.rotate`): with "int4", for all heads."""
         return self.kv_dtype == "int4"
+
+    def num_selected(self, layer: int) -> int | None:
+        """Deprecated: ``kind(layer).decode.num_selected``."""
+        warnings.warn(
+            "InferenceConfig.num_selected is deprecated: say kind(layer).decode.num_selected",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return self.kind(layer).decode.num_selected
 
     @cached_property
     def kinds(self) -> tuple[LayerKind, ...]:

@@ -19,18 +19,26 @@ from lserve_jax.runtime.sampling import SamplingParams
 from lserve_jax.text.stream import TextStream
 from lserve_jax.text.tokenizer import Tokenizer
 
+_BUSY = (
+    "this model is at work in another thread: an LLM serves one thread at a time; "
+    "pass several prompts to one call, or finish what is open first"
+)
+
 
 class Session:
     """The loop over an engine: every device call advances all open requests.
 
-    One thread at a time may be inside. A second thread gets one clear error and does not disturb the first.
+    While requests are open, only the thread that opened them may open more. Another thread gets one clear error, and
+    the first does not notice. A stream may be read by any thread; if two read at once, one waits for the other.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._generations: dict[int, Generation] = {}
         self._ended: list[int] = []
-        self._is_entered = threading.Lock()
+        self._owner: int | None = None  # the thread whose requests are open
+        self._holder: int | None = None  # the thread that holds the lock
+        self._lock = threading.Lock()
 
     @property
     def is_idle(self) -> bool:
@@ -44,14 +52,14 @@ class Session:
 
         Raises:
           Exception: if the host work of one of these requests raised it; requests of other runs go on.
-          RuntimeError: if another thread is inside, or a call for several requests failed in another run.
+          RuntimeError: if another thread has requests open, or a call for several requests failed in another run.
         """
         sequences: list[EngineSequence] = []
         try:
             with self.entered() as engine:
                 for generation in generations:
-                    sequences.append(engine.add(generation.request))
                     self._generations[generation.request.id] = generation
+                    sequences.append(engine.add(generation.request))
             is_done = not generations
             while not is_done:
                 if any(sequence.finish_reason == "abort" for sequence in sequences):
@@ -64,26 +72,21 @@ class Session:
                 is_done = all(generation.finish_reason is not None for generation in generations)
                 yield brought
         finally:
-            self._ended += [sequence.request.id for sequence in sequences]
-            self._abort_ended()
+            self._ended += [generation.request.id for generation in generations]
+            self._remove_if_free()
 
     @contextmanager
     def entered(self) -> Iterator[Engine]:
-        """Yields the engine to the one thread that is inside.
+        """Yields the engine to the one thread that may open requests, or that needs the model for itself.
 
         Raises:
-          RuntimeError: if another thread is inside.
+          RuntimeError: if another thread is inside, or has requests open.
         """
-        if not self._is_entered.acquire(blocking=False):
-            raise RuntimeError(
-                "this model is at work in another thread: an LLM serves one thread at a time; "
-                "pass several prompts to one call, or give each thread its turn"
-            )
-        try:
+        with self._held(may_wait=False):
+            if self._owner not in (None, threading.get_ident()):
+                raise RuntimeError(_BUSY)
+            self._owner = threading.get_ident()
             yield self.engine
-        finally:
-            self._is_entered.release()
-            self._abort_ended()
 
     def _step(self) -> list[Progress]:
         """Returns the results of one device call, after each request has recorded its result."""
@@ -91,22 +94,41 @@ class Session:
         def accept(sequence: EngineSequence, tokens: list[int]) -> tuple[int, str | None]:
             return self._generations[sequence.request.id].accept(tokens)
 
-        with self.entered():
+        with self._held(may_wait=True):
             brought = self.engine.step(accept)
             for one in brought:
                 self._generations[one.sequence.request.id].note(one, self.engine.programs.compile_seconds)
         return brought
 
-    def _abort_ended(self) -> None:
-        """Removes requests whose run has ended from the engine, or leaves that to the thread that is inside."""
-        while self._ended and self._is_entered.acquire(blocking=False):
+    @contextmanager
+    def _held(self, *, may_wait: bool) -> Iterator[None]:
+        """Holds the lock; the same thread gets an error and not a deadlock, should a callback enter again."""
+        if self._holder == threading.get_ident() or not self._lock.acquire(blocking=may_wait):
+            raise RuntimeError(_BUSY)
+        try:
+            self._holder = threading.get_ident()
+            yield
+        finally:
+            self._remove_ended()
+            self._holder = None
+            self._lock.release()
+            self._remove_if_free()
+
+    def _remove_if_free(self) -> None:
+        """Removes requests whose run has ended, or leaves that to the thread that holds the lock."""
+        while self._ended and self._lock.acquire(blocking=False):
             try:
-                for request_id in list(self._ended):
-                    self.engine.scheduler.abort(request_id)
-                    self._generations.pop(request_id, None)
-                    self._ended.remove(request_id)
+                self._remove_ended()
             finally:
-                self._is_entered.release()
+                self._lock.release()
+
+    def _remove_ended(self) -> None:
+        for request_id in list(self._ended):
+            self.engine.scheduler.abort(request_id)
+            self._generations.pop(request_id, None)
+            self._ended.remove(request_id)
+        if not self._generations:
+            self._owner = None
 
 
 class Generation:
@@ -196,9 +218,11 @@ class Generation:
 
     def take_chunk(self) -> TextChunk:
         """Returns the text and tokens since the last call."""
-        chunk = TextChunk.of("".join(self._new_text), tuple(self.token_ids[self._num_streamed :]))
-        self._new_text, self._num_streamed = [], len(self.token_ids)
-        return chunk
+        # Another thread may append meanwhile: what is taken is what was counted first.
+        begin, self._num_streamed = self._num_streamed, len(self.token_ids)
+        new = self._new_text[:]
+        del self._new_text[: len(new)]
+        return TextChunk.of("".join(new), tuple(self.token_ids[begin : self._num_streamed]))
 
     def output(self, costs: "Costs") -> RequestOutput:
         """Returns the output of the finished request."""

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -35,14 +35,19 @@ _GPU_PREFILL_CHUNK = 2048
 class Setup:
     """A model that is opened but not loaded, all its settings, and the memory that they need.
 
-    ``warnings`` name settings that are valid but hardly intended; `warn` logs them.
+    Attributes:
+      checkpoint: the open checkpoint.
+      config: model, attention, head classes and number types.
+      plan: sizes and memory.
+      has_pattern: whether a head pattern says which heads stream.
+      has_recall: whether the recall of page selection is measured.
     """
 
     checkpoint: Checkpoint
     config: InferenceConfig
     plan: MemoryPlan
+    has_pattern: bool = False
     has_recall: bool = False
-    warnings: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> Sizes:
@@ -53,6 +58,11 @@ class Setup:
     def implementations(self) -> tuple[Choice, ...]:
         """Returns the implementations of the ops, and why others refused (see `lserve_jax.runtime.implementations`)."""
         return implementations(self.config, self.sizes, self.plan.pools)
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """Returns one line per setting that is valid but hardly intended; `warn` logs them."""
+        return tuple(_warnings(self))
 
     def warn(self) -> None:
         """Logs the warnings."""
@@ -99,48 +109,47 @@ def prepare(
       ValueError: if a model or setting is invalid, in one line.
     """
     named = {"max_model_len": max_model_len, "prefill_chunk": prefill_chunk, "recall_interval": recall_interval}
-    named = {name: value for name, value in named.items() if value is not None}
-    check_sizes(max_num_seqs=max_num_seqs, steps_per_call=steps_per_call, **named)
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
+    _check(implementation, max_num_seqs=max_num_seqs, steps_per_call=steps_per_call, **named)
     from_preset(attention, **options)  # reports invalid options before a checkpoint is opened
     checkpoint = open_checkpoint(model)
     policy = from_preset(attention, of_model=model_settings(checkpoint, head_pattern), **options)
     heads = _head_classes(checkpoint, policy, head_pattern, assume_streaming)
+    named_implementation = None if implementation == "auto" else implementation
     config = InferenceConfig(
-        model=checkpoint.config,
-        attention=policy,
-        heads=heads,
-        dtype=dtype,
-        implementation=None if implementation == "auto" else implementation,
+        model=checkpoint.config, attention=policy, heads=heads, dtype=dtype, implementation=named_implementation
     )
     length = max_model_len or checkpoint.config.max_context
     chunk = min(prefill_chunk or _PREFILL_CHUNK.get(jax.default_backend(), _GPU_PREFILL_CHUNK), length)
     calls = {"prefill_chunk": chunk, "steps_per_call": recall_interval or steps_per_call}
     sizes = Sizes(max_model_len=length, max_num_seqs=max_num_seqs, **calls)
     plan = plan_memory(config, sizes)
-    setup = Setup(checkpoint=checkpoint, config=config, plan=plan, has_recall=recall_interval is not None)
-    return replace(setup, warnings=tuple(_warnings(setup, has_pattern=heads is not None)))
+    has_recall = recall_interval is not None
+    setup = Setup(checkpoint=checkpoint, config=config, plan=plan, has_pattern=heads is not None, has_recall=has_recall)
+    if config.implementation is not None:
+        _ = setup.implementations  # it refuses here, before anything is loaded
+    return setup
 
 
-def _warnings(setup: Setup, *, has_pattern: bool) -> Iterator[str]:
-    """Yields a warning for each setting that is valid but hardly intended.
+def _check(implementation: str | None, **sizes: int | None) -> None:
+    """Raises ValueError for what is wrong without a look at any model; sizes that are None are not named."""
+    check_sizes(**{name: value for name, value in sizes.items() if value is not None})
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
 
-    Raises:
-      NotImplementedError: if the named implementation refuses; this happens before anything is loaded.
-    """
+
+def _warnings(setup: Setup) -> Iterator[str]:
     name, config, model = setup.checkpoint.name, setup.config, setup.checkpoint.config
-    if config.attention.static_sparsity > 0 and not has_pattern:
+    if config.attention.static_sparsity > 0 and not setup.has_pattern:
         yield f"no head pattern for {name}: all KV heads are retrieval heads (a pattern is given with head_pattern)"
     if setup.sizes.max_model_len > model.max_context:
         yield (
             f"max_model_len={setup.sizes.max_model_len} is beyond the {model.max_context} tokens that this model was "
             "made for: expect nonsense past them"
         )
-    if config.implementation is not None or jax.default_backend() == "gpu":
-        for choice in setup.implementations:
-            if choice.implementation == "xla" and choice.refusals:
-                yield f"{choice.op} runs as xla on this GPU, which is slow: {describe([choice])}"
+    if jax.default_backend() == "gpu":
+        slow = [choice for choice in setup.implementations if choice.implementation == "xla" and choice.refusals]
+        if slow:
+            yield f"attention is slow on this GPU: {describe(slow, with_ops=True)}"
 
 
 def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:

@@ -51,6 +51,8 @@ def init_cache(
     Raises:
       ValueError: if a size is below 1, or a pool that a layer needs has no page.
     """
+    if (slots is None) == (max_num_seqs is None):
+        raise TypeError("init_cache needs max_num_seqs")
     if slots is not None:
         warnings.warn("init_cache(slots=) is deprecated: say max_num_seqs=", FutureWarning, stacklevel=2)
         max_num_seqs = slots

@@ -55,14 +55,14 @@ def refusals(choices: Sequence[Choice]) -> dict[str, list[str]]:
     return found
 
 
-def describe(choices: Sequence[Choice]) -> str:
+def describe(choices: Sequence[Choice], *, with_ops: bool = False) -> str:
     """Returns one readable line: which ops each implementation computes, and why others refused."""
     ops: dict[str, list[str]] = {}
     for op, names in by_op(choices).items():
         ops.setdefault(names, []).append(op)
     refused = [f"{name} refused: {reason}" for name, reasons in refusals(choices).items() for reason in reasons]
     taken = ", ".join(f"{names} for {', '.join(members)}" for names, members in ops.items())
-    if len(ops) == 1:
+    if len(ops) == 1 and not with_ops:
         taken = next(iter(ops))
     return "; ".join([taken, *refused])
 

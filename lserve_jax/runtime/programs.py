@@ -55,6 +55,7 @@ class Programs:
     def __init__(self, on_compile: Callable[[str], None] | None = None) -> None:
         self.compile_seconds = 0.0
         self._programs: dict[str, _Program] = {}
+        self._ran: dict[str, None] = {}
         self._on_compile = on_compile
         self._threads = ThreadPoolExecutor(thread_name_prefix="compile")
 
@@ -64,10 +65,9 @@ class Programs:
         return tuple(self._programs)
 
     @property
-    def choices(self) -> tuple[Choice, ...]:
-        """Returns the implementation that each op took in the programs compiled so far."""
-        done = [one.compiled for one in self._programs.values() if one.compiled.done() and not one.compiled.exception()]
-        return tuple(dict.fromkeys(choice for compiled in done for choice in compiled.result()[1]))
+    def choices(self) -> dict[str, tuple[Choice, ...]]:
+        """Returns, for each program that has run, which implementation each op took; empty if that is not known."""
+        return {name: self._programs[name].compiled.result()[1] for name in self._ran}
 
     def start(self, calls: Sequence[Call], *, later: Collection[str] = ()) -> None:
         """Starts to compile the new programs among ``calls``, in the order in which they are needed.
@@ -111,6 +111,7 @@ class Programs:
         """Returns the finished result of a call; compiles its program first if necessary."""
         self.compile([call])
         program = self._programs[call.name]
+        self._ran[call.name] = None
         try:
             return jax.block_until_ready(program.compiled.result()[0](*call.args))
         finally:

@@ -28,7 +28,8 @@ for line in sys.stdin:
         raise ValueError("out of memory")
     if length == fake.get("hangs_at"):
         import time
-        time.sleep(60)
+        open(os.environ["FAKE_LOG"] + ".hangs", "w").close()
+        time.sleep(3600)
     print(json.dumps({"prefill_s": length / fake["rate"], "prefilled": length, "steps": request["steps"],
                       "decode_s": request["steps"] * fake["ms"] / 1e3, "tokens": [1], "compile_s": 2.0,
                       "programs": ["decode"], "num_compilations": 4, "rss_bytes": 1000, "peak_bytes": 1120}))

@@ -1,6 +1,9 @@
 """Who is measured on a CPU in which order, what is missing, resumed and counted."""
 
+import queue
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -41,9 +44,29 @@ def test_a_second_run_measures_what_is_missing_and_nothing_else(tmp_path: Path, 
     assert len(lines_of(tmp_path)) == 8
 
 
-def test_a_worker_that_fails_or_hangs_costs_its_own_lines_only(tmp_path: Path, asked: Path):
+class Impatient(queue.Queue[Any]):
+    """A queue whose time is over as soon as a worker says that it hangs, however busy the machine is."""
+
+    flag: Path
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        del block, timeout
+        while True:
+            try:
+                return super().get(timeout=0.05)
+            except queue.Empty:
+                if self.flag.exists():
+                    self.flag.unlink()
+                    raise
+
+
+def test_a_worker_that_fails_or_hangs_costs_its_own_lines_only(
+    tmp_path: Path, asked: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Impatient.flag = asked.with_name(f"{asked.name}.hangs")
+    monkeypatch.setattr("bench.cpu.process.queue", SimpleNamespace(Queue=Impatient, Empty=queue.Empty))
     systems = [fake(asked, "bad", fails_at=8), fake(asked, "slow", hangs_at=16), fake(asked, "gone", dies=True)]
-    run = a_run(tmp_path, [*systems, fake(asked, "good")], "--rounds", "1", "--timeout", "6")
+    run = a_run(tmp_path, [*systems, fake(asked, "good")], "--rounds", "1")
     assert run.part("single")
     errors = {(line["part"], line["system"], line["length"]): line["reason"] for line in lines_of(tmp_path, "error")}
     assert "out of memory" in errors["single", "bad", 8]

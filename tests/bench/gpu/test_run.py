@@ -22,13 +22,31 @@ for name in ("first", "bad", "last"):
 """
 
 
+class Clock:
+    """The clock of the supervisor: the real one, until a task says that it hangs; then many seconds have passed."""
+
+    def __init__(self, flag: Path, seconds: float) -> None:
+        self._flag, self._seconds = flag, seconds
+        self.sleep = time.sleep
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self._seconds * self._flag.exists()
+
+    def time(self) -> float:
+        return time.time() + self._seconds * self._flag.exists()
+
+
+def hang(flag: Path) -> str:
+    return f"Path({str(flag)!r}).touch() or time.sleep(100_000)"
+
+
 def run_parts(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     bads: dict[str, str],
     *,
-    minutes: float = 2.0,
-    task_seconds: float | None = 12.0,
+    minutes: float = 1000.0,
+    task_seconds: float | None = 1000.0,
 ) -> list[Any]:
     """Runs parts of three tasks each, whose second one does something else; the lines that they leave."""
     for name, bad in bads.items():
@@ -46,30 +64,31 @@ def outcomes(lines: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 def test_a_crash_and_a_hang_cost_one_task_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    lines = run_parts(tmp_path, monkeypatch, {"crash": "os.abort()", "hang": "time.sleep(1000)", "fine": "pass"})
+    flag = tmp_path / "hangs"
+    monkeypatch.setattr("bench.gpu.supervise.time", Clock(flag, 1500))
+    lines = run_parts(tmp_path, monkeypatch, {"crash": "os.abort()", "hang": hang(flag), "fine": "pass"})
     assert outcomes(lines) == [
         (part, task, "error" if (part, task) in (("crash", "bad"), ("hang", "bad")) else "done")
         for part in ("crash", "hang", "fine")
         for task in ("first", "bad", "last")
     ]
     reasons = [line["reason"] for line in lines if line["kind"] == "error"]
-    assert reasons == ["the process ended with status -6", "a task took more than 12 s"]
+    assert reasons == ["the process ended with status -6", "a task took more than 1000 s"]
     assert [line["ended"] for line in lines if line["kind"] == "part"] == ["done"] * 3
     assert "not measured" in (tmp_path / parts.TARGETS).read_text()
     assert (tmp_path / parts.TARGETS).read_text() in capsys.readouterr().out
 
 
 def test_a_part_that_runs_over_its_box_is_continued_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    flag = tmp_path / "flag"
-    slow = f"Path({str(flag)!r}).exists() or time.sleep(1000)"
-    begin = time.monotonic()
-    lines = run_parts(tmp_path, monkeypatch, {"slow": slow, "fine": "pass"}, minutes=0.5, task_seconds=None)
-    assert time.monotonic() - begin < 35
+    flag, hangs = tmp_path / "flag", tmp_path / "hangs"
+    monkeypatch.setattr("bench.gpu.supervise.time", Clock(hangs, 1e6))
+    slow = f"Path({str(flag)!r}).exists() or {hang(hangs)}"
+    lines = run_parts(tmp_path, monkeypatch, {"slow": slow, "fine": "pass"}, task_seconds=None)
     assert "out of time" in next(line["ended"] for line in lines if line["kind"] == "part")
     assert outcomes(lines)[0] == ("slow", "first", "done")
     assert ("fine", "last", "done") in outcomes(lines)
     flag.touch()
-    lines = run_parts(tmp_path, monkeypatch, {"slow": slow, "fine": "pass"}, minutes=2)
+    lines = run_parts(tmp_path, monkeypatch, {"slow": slow, "fine": "pass"})
     done = outcomes(lines)
     assert sorted(done) == sorted(
         (part, task, "done") for part in ("slow", "fine") for task in ("first", "bad", "last")

@@ -97,13 +97,60 @@ def test_a_second_thread_gets_one_clear_error_and_the_first_goes_on(llm: LLM, mo
     assert outputs[0].token_ids == expected.token_ids
 
 
+def in_thread(act: Any) -> Any:
+    """What a function returns, or the error that it raises, in another thread."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(act())
+        except RuntimeError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_a_second_thread_gets_the_error_between_two_calls_too_and_may_enter_when_nothing_is_open(llm: LLM):
+    expected = llm.generate([5, 6, 7, 8], PARAMS)[0]
+    stream = llm.stream([5, 6, 7, 8], PARAMS)
+    texts = [next(stream)]
+    for act in (lambda: llm.generate([1], PARAMS), lambda: llm.logits([1, 2]), lambda: next(llm.stream([1], PARAMS))):
+        error = in_thread(act)
+        assert isinstance(error, RuntimeError)
+        assert "at work in another thread" in str(error)
+    texts.append(in_thread(lambda: next(stream)))  # a stream may be read by any thread
+    assert "".join([*texts, *stream]) == expected.text
+    assert in_thread(lambda: llm.generate([5, 6, 7, 8], PARAMS)[0]).token_ids == expected.token_ids
+
+
+def test_a_callback_that_enters_the_model_again_gets_the_error_and_no_deadlock(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+):
+    step, errors = Engine.step, []
+
+    def entering(self: Engine, accept: Any) -> Any:
+        with pytest.raises(RuntimeError, match="at work"):
+            llm.generate([1], PARAMS)
+        errors.append(None)
+        return step(self, accept)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", entering)
+        llm.generate([5, 6, 7, 8], PARAMS)
+    assert errors
+
+
 def test_a_stream_that_is_closed_while_another_thread_is_inside_ends_when_that_leaves(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ):
-    abandoned = llm.stream([9, 10, 11], PARAMS)
+    expected = llm.generate([5, 6, 7, 8], PARAMS)[0].text
+    abandoned, other = llm.stream([9, 10, 11], PARAMS), llm.stream([5, 6, 7, 8], PARAMS)
     next(abandoned)
-    inside, leave = threading.Event(), threading.Event()
-    step = Engine.step
+    texts = [next(other)]
+    inside, leave, step = threading.Event(), threading.Event(), Engine.step
 
     def waiting(self: Engine, accept: Any) -> Any:
         inside.set()
@@ -112,12 +159,13 @@ def test_a_stream_that_is_closed_while_another_thread_is_inside_ends_when_that_l
 
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", waiting)
-        first = threading.Thread(target=lambda: llm.generate([5, 6, 7, 8], SamplingParams(max_tokens=2)))
-        first.start()
+        reader = threading.Thread(target=lambda: texts.extend(other))
+        reader.start()
         assert inside.wait(600)
         abandoned.close()
         leave.set()
-        first.join()
+        reader.join()
+    assert "".join(texts) == expected
 
 
 def test_a_cache_that_cannot_be_made_again_at_once_is_made_by_a_later_call(llm: LLM, monkeypatch: pytest.MonkeyPatch):
