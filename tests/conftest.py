@@ -83,6 +83,22 @@ def _resident() -> int:
     return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
+def _give_back() -> None:
+    """Drops compiled programs and returns freed memory to the system."""
+    global _kept  # noqa: PLW0603
+    jax.clear_caches()
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)  # of glibc
+    _kept = _resident()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_of_other_files_given_back() -> None:
+    """Begins a file of tests without what the models of the file before it took: one that needs 1.1 GiB may follow."""
+    if _resident() > 2 * _GROWTH:
+        _give_back()
+
+
 @pytest.fixture(autouse=True)
 def memory_given_back() -> Iterator[None]:
     """Drops compiled programs and returns freed memory to the system, whenever a process has grown.
@@ -94,10 +110,7 @@ def memory_given_back() -> Iterator[None]:
     _kept = min(_kept, _resident())
     yield
     if _resident() > _kept + _GROWTH:
-        jax.clear_caches()
-        gc.collect()
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)  # of glibc
-        _kept = _resident()
+        _give_back()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
