@@ -67,6 +67,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 MEMORY_LIMIT = 2 * 2**30
 """Bytes per process that runs tests: `make test` runs two of them, also on machines that do other work."""
+_FAILS_ABOVE = 3 * 2**30
+"""A run with a larger process fails. The room between is for compilations that happen to run side by side."""
 _PEAKS: dict[str, int] = {}
 """The largest resident size of each process that has ended, in bytes, by the name of the worker."""
 
@@ -121,7 +123,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     if not _PEAKS:
         _PEAKS["main"] = peak
-    if max(_PEAKS.values()) > MEMORY_LIMIT and os.environ["JAX_PLATFORMS"] == "cpu":  # CUDA maps gigabytes
+    if max(_PEAKS.values()) > _FAILS_ABOVE and os.environ["JAX_PLATFORMS"] == "cpu":  # CUDA maps gigabytes
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
