@@ -2,9 +2,10 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib import resources
 
-from lserve_jax.cli.common import ProgressBars, run_command, set_up_logging, use_compilation_cache
+from lserve_jax.cli.common import OneLineParser, ProgressBars, run_command, set_up_logging, use_compilation_cache
 from lserve_jax.cli.report import summary
 from lserve_jax.engine.setup import DEFAULT_MODEL, prepare
 from lserve_jax.llm import LLM
@@ -14,8 +15,9 @@ TOKEN_BUDGET = 1024
 """A quarter of the document, so that the page selector has to find the answer."""
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if the answer is right, 1 if it is wrong, 2 if the demo cannot run."""
+    OneLineParser(prog="python -m lserve_jax.demo", description=__doc__).parse_args(argv)
     is_right: list[bool] = []
     status = run_command(lambda: is_right.append(_answer()))
     return status or (0 if all(is_right) else 1)

@@ -31,8 +31,8 @@ class LLM:
     """A model, its KV cache and its compiled steps.
 
     Sequences are batched continuously; results depend neither on the other sequences of a batch nor on their order.
-    Several streams may be open at once and share the batch. A thread that enters while another is inside gets a
-    `RuntimeError`.
+    Several streams may be open at once and share the batch. While requests are open, another thread that begins one
+    gets a `RuntimeError`; any thread may read a stream.
     """
 
     def __init__(
