@@ -60,6 +60,11 @@ class Scheduler:
         self._free_slots = list(range(sizes.max_num_seqs - 1, -1, -1))
 
     @property
+    def num_free_slots(self) -> int:
+        """Returns how many slots no sequence has."""
+        return len(self._free_slots)
+
+    @property
     def is_idle(self) -> bool:
         """Returns whether every request has finished."""
         return not self.waiting and not self.running

@@ -55,7 +55,7 @@ def draw(cells: Sequence[Cell], rows: Sequence[Row], folder: Path) -> list[Path]
 
 
 def _kinds(cells: Sequence[Cell]) -> Iterator[tuple[str, Callable[[list[Cell]], "Figure"], list[Cell]]]:
-    yield "scores.png", _scores, [cell for cell in cells if "score" in cell]
+    yield "scores.png", score_figure, [cell for cell in cells if "score" in cell]
     yield "perplexity.png", _perplexity, [cell for cell in cells if "tail_nll" in cell]
     yield "drift.png", _drift, [cell for cell in cells if "agreement" in cell]
 
@@ -93,7 +93,7 @@ def _needles(task: str, rows: Sequence[Row]) -> "Figure":
     for axes in panels.flat[len(variants) :]:
         axes.axis("off")
     for axes, variant in zip(panels.flat, variants, strict=False):
-        grid = _grid([row for row in rows if row["variant"] == variant], lengths)
+        grid = depth_grid([row for row in rows if row["variant"] == variant], lengths)
         axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", origin="upper")
         for (y, x), value in np.ndenumerate(grid):
             if np.isfinite(value):
@@ -109,7 +109,7 @@ def _needles(task: str, rows: Sequence[Row]) -> "Figure":
     return figure
 
 
-def _grid(rows: Sequence[Row], lengths: Sequence[int]) -> np.ndarray:
+def depth_grid(rows: Sequence[Row], lengths: Sequence[int]) -> np.ndarray:
     """Returns a task's mean scores [depths, lengths], NaN for cells without samples."""
     total, count = np.zeros((2, _DEPTHS, len(lengths)))
     for row in rows:
@@ -122,7 +122,7 @@ def _grid(rows: Sequence[Row], lengths: Sequence[int]) -> np.ndarray:
 # --- scores, perplexity, drift ---------------------------------------------------------------------------------------
 
 
-def _scores(cells: Sequence[Cell]) -> "Figure":
+def score_figure(cells: Sequence[Cell]) -> "Figure":
     """Returns the scores of all variants by task with their intervals, one panel per length."""
     tasks, variants, lengths = names(cells, "task"), names(cells, "variant"), sorted(names(cells, "length"))
     figure, panels = new_figure(1, len(lengths), width=max(5.0, 0.9 * len(tasks) + 3.5), height=2.8)

@@ -75,7 +75,7 @@ def assert_idle(llm: LLM) -> None:
     assert scheduler.is_idle
     for pool in (scheduler.allocator.retrieval, scheduler.allocator.streaming):
         assert pool is None or pool.num_free == pool.num_pages
-    assert sorted(scheduler._free_slots) == list(range(llm.setup.sizes.max_num_seqs))
+    assert scheduler.num_free_slots == llm.setup.sizes.max_num_seqs
     assert llm.session.is_idle
 
 

@@ -154,7 +154,7 @@ def assert_nothing_leaks(scheduler: Scheduler) -> None:
     assert scheduler.schedule() is None
     for pool in (scheduler.allocator.retrieval, scheduler.allocator.streaming):
         assert pool is None or pool.num_free == pool.num_pages
-    assert len(scheduler._free_slots) == scheduler.sizes.max_num_seqs
+    assert scheduler.num_free_slots == scheduler.sizes.max_num_seqs
 
 
 CONFIGS = st.builds(

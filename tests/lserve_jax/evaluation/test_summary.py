@@ -92,7 +92,7 @@ def test_tables_are_aligned_and_say_points_and_percent():
 
 def test_a_grid_holds_the_mean_score_by_depth_and_length():
     found = [needle(9, "dense", 1.0), needle(9, "dense", 0.0), needle(0, "dense", 1.0, length=128)]
-    grid = plots._grid(found, [64, 128])
+    grid = plots.depth_grid(found, [64, 128])
     assert grid[9, 0] == 0.5
     assert grid[0, 1] == 1.0
     assert np.isnan(grid).sum() == 18
@@ -113,7 +113,7 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path: Path):
 def test_long_names_take_no_height_from_what_they_name():
     pytest.importorskip("matplotlib")
     labels = ["dense", *(f"{SPARSE}+head_pattern=random/{seed}+dense_layers=7" for seed in range(6))]
-    figure = plots._scores(summarise([needle(0, label, 1.0) for label in labels], "dense"))
+    figure = plots.score_figure(summarise([needle(0, label, 1.0) for label in labels], "dense"))
     figure.canvas.draw()  # warns, which fails, where nothing is left of a panel
     (axes,) = figure.axes
     (legend,) = figure.legends
@@ -124,9 +124,9 @@ def test_long_names_take_no_height_from_what_they_name():
 
 def test_of_a_copy_the_right_tokens_are_drawn():
     copied = needle(9, "dense", 0.0) | {"task": "copy", "token_accuracy": 0.75}
-    assert plots._grid([copied], [64])[9, 0] == 0.75
+    assert plots.depth_grid([copied], [64])[9, 0] == 0.75
     pytest.importorskip("matplotlib")
-    (axes,) = plots._scores(summarise([copied, copied | {"index": 1}], "dense")).axes
+    (axes,) = plots.score_figure(summarise([copied, copied | {"index": 1}], "dense")).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["copy (tokens)"]
     assert axes.lines[0].get_ydata() == pytest.approx(75)
 
