@@ -24,7 +24,7 @@ demo: .venv/.installed ## answer a question about a document with the embedded m
 
 test: lint typecheck pytest ## everything that must hold: style, types, all tests (15 minutes on two cores)
 
-fast: .venv/.installed-dev ## tests while you work: no benchmarks, GPU kernels or slow ones (3 minutes on two cores)
+fast: .venv/.installed-dev ## tests while you work: no benchmarks, GPU kernels or slow ones (3 minutes on two cores, once cached)
 	@$(PYTHON) -m pytest $(PYTEST_FLAGS) --ignore tests/bench -m "not hopper and not slow and not sweep" $(ARGS)
 
 lint: .venv/.installed-dev ## ruff: rules and format

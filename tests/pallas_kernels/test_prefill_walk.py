@@ -203,6 +203,7 @@ def test_a_head_class_without_a_walk_does_as_without_one(implementation: str, gi
     assert (out[:, mine] != whole[:, mine]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("tokens", [TOKENS, 300])
 def test_all_blocks_give_the_same_bits_as_no_walk(tokens: int, storage: str, rng: np.random.Generator):

@@ -20,6 +20,8 @@ from lserve_jax.engine.setup import prepare
 from tests.lserve_jax.calibration import planted
 from tests.lserve_jax.runtime.tiny_steps import TINY
 
+pytestmark = pytest.mark.slow
+
 MODEL = str(TINY / "llama3")  # 2 layers of 2 KV heads, a byte or so a token
 # One shape for all runs, so that each program is compiled once.
 SIZES = ("--length", "1280", "--chunk", "256", "--sink", "16", "--local", "64", "--seed", "3")

@@ -18,6 +18,8 @@ from lserve_jax.weights import abstract_params
 from tests.lserve_jax.calibration import planted
 from tests.lserve_jax.runtime.tiny_steps import TINY
 
+pytestmark = pytest.mark.slow
+
 CHUNK = 64
 
 
@@ -85,7 +87,6 @@ TINY_CONFIG = InferenceConfig(
 )
 
 
-@pytest.mark.slow
 def test_scoring_through_pages_equals_a_dense_computation(rng: np.random.Generator):
     params, prompt = open_checkpoint(str(TINY / "llama3")).load_params("float32"), random_prompt(rng, 130)
     got, expected = score_heads(params, TINY_CONFIG, [prompt], chunk=32)["noise"], dense_scores(params, prompt)
@@ -247,7 +248,6 @@ def temporaries(program: str, layers: int, length: int, answer: int = 32) -> int
     return analysis.temp_size_in_bytes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("program", ["probe", "slopes"])
 def test_memory_at_32k_tokens_is_a_few_times_one_heads_scores(program: str):
     length, answer = 32768, 32

@@ -15,6 +15,8 @@ from lserve_jax.models.llama import Llama
 from lserve_jax.weights import abstract_params
 from tests.lserve_jax.calibration import planted
 
+pytestmark = pytest.mark.slow
+
 SHORT = TrainingConfig(steps=6, learning_rate=0.1)
 
 
@@ -70,7 +72,6 @@ def test_streaming_attention_and_its_gradient_are_those_of_the_mask(
         np.testing.assert_allclose(got, expected, atol=5e-5)
 
 
-@pytest.mark.slow
 def test_the_loss_and_its_slopes_are_those_of_two_whole_streams(rng: np.random.Generator):
     """The full stream's outputs first, then a model in which they are blended with streaming ones."""
     sequence, params = example(3), planted.params()
@@ -197,7 +198,6 @@ def test_a_schedule_that_cannot_be_is_refused(field: str):
         TrainingConfig(**{field: -1})
 
 
-@pytest.mark.slow
 def test_memory_grows_linearly_with_the_sequence():
     config, training = planted.config_of(1), SHORT
 

@@ -17,6 +17,8 @@ from lserve_jax.engine.outputs import TextChunk
 from lserve_jax.runtime.programs import Call, Programs
 from tests.lserve_jax.runtime.tiny_steps import Stepper
 
+pytestmark = pytest.mark.slow
+
 MODEL = str(Path(__file__).parents[2] / "golden" / "tiny" / "llama3")
 VOCABULARY = 128
 MAX_LENGTH = 220
@@ -197,7 +199,6 @@ def test_programs_are_those_of_the_first_requests_however_requests_vary(sparse: 
     assert (sparse.engine.programs.names, sparse.compile_seconds) == (programs, seconds)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("length", [5, 64, 65, 150])
 def test_what_is_compiled_while_weights_load_is_all_that_the_first_prompt_needs(length: int, sparse: LLM):
     events: list[tuple[str, int]] = []
@@ -340,7 +341,6 @@ def test_draws_without_a_seed_differ(sparse: LLM):
     assert len({output.token_ids for output in sparse.generate([prompt(33)] * 4, params)}) == 4
 
 
-@pytest.mark.slow
 def test_log_probabilities_are_those_of_the_models_own_distribution(dense: LLM):
     for fields in ({}, {"temperature": 1.7, "top_k": 30, "seed": 8}):
         output = free_run(dense, prompt(70), 40, **fields)
@@ -484,7 +484,6 @@ def test_as_many_sampling_params_as_prompts_are_needed(sparse: LLM):
 # --- what was read --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gates", "fields"),
     [

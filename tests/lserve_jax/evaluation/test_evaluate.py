@@ -18,6 +18,8 @@ from lserve_jax.evaluation.store import Store
 from lserve_jax.evaluation.variants import parse_variant
 from tests.lserve_jax import checkpoints
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 TOKENIZER = ROOT / "tests" / "golden" / "tiny" / "llama3"  # about a character a token
 SPARSE = "lserve:page_size=16+sub_page_size=4+sink=16+local=64+prefill_local=64+token_budget=25%"

@@ -18,6 +18,8 @@ from scipy.special import log_softmax
 from lserve_jax import LLM, SamplingParams, harness
 from lserve_jax.text.chat_template import ChatTemplate
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 MODEL = str(ROOT / "tests" / "golden" / "tiny" / "llama3")
 SETTINGS: dict[str, Any] = {"attention": "dense", "max_model_len": 64, "prefill_chunk": 64, "max_num_seqs": 2}
@@ -364,7 +366,6 @@ def test_model_arguments_make_the_model():
         make({"pretrained": MODEL})
 
 
-@pytest.mark.slow
 def test_the_command_line_is_the_harness_with_our_model(tasks: Path, tmp_path: Path):
     command = [sys.executable, "-m", "lserve_jax.harness", "--model_args", f"model={MODEL},max_model_len=64"]
     command += ["--tasks", str(tasks / "tiny_choice.yaml"), "--output_path", str(tmp_path), "--limit", "2"]

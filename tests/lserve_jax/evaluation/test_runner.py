@@ -26,6 +26,8 @@ from lserve_jax.evaluation.store import Store
 from lserve_jax.evaluation.variants import parse_variants
 from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 
+pytestmark = pytest.mark.slow
+
 TINY = str(Path(__file__).parents[2] / "golden" / "tiny" / "llama3")
 TEXT = (Path(__file__).parents[3] / "LICENSE").read_text(encoding="utf-8")
 CONTEXT = 512

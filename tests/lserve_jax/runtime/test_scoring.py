@@ -14,6 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from lserve_jax import LLM, SamplingParams, attention_recall
 from pallas_kernels import PagedKV
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).parents[2] / "golden" / "tiny" / "llama3"
 SIZES: dict[str, Any] = {"max_model_len": 256, "prefill_chunk": 64, "max_num_seqs": 2, "dtype": "float32"}
 SPARSE: dict[str, Any] = {"page_size": 16, "sub_page_size": 4, "sink": 16, "local": 32, "token_budget": 64}

@@ -19,6 +19,8 @@ from lserve_jax.engine.allocator import PageAllocator, PagePool, stack_tables
 from lserve_jax.engine.request import Request, Sequence
 from pallas_kernels import LayerKV, PagedKV, PageTables, decode_attention, kv_write, prefill_attention
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = (1, 63, 64, 65, 100, 127, 128, 129, 200, 256, 257, 300, 384, 385, 448, 449, 512, 1000)
 STEPS, CHUNK = 300, 256
 PAGE, HEAD_DIM = 64, 4
