@@ -16,7 +16,7 @@ from lserve_jax.engine.allocator import stack_tables
 from lserve_jax.engine.request import Request, Sequence
 from lserve_jax.engine.scheduler import Decode, Prefill, Scheduler
 from lserve_jax.models.llama import Params
-from lserve_jax.runtime.cache import KVCache, init_cache
+from lserve_jax.runtime.cache import KVCache, empty_cache
 from lserve_jax.runtime.programs import Call, Programs
 from lserve_jax.runtime.recall import recall_step
 from lserve_jax.runtime.sampling import SamplingParams, SamplingState
@@ -86,7 +86,8 @@ class Engine:
         self.scheduler = Scheduler(sizes, config.attention, pools)
         self._pools = pools
         self._has_recall = has_recall
-        self.cache: KVCache = self._abstract_cache()
+        self.cache: KVCache = jax.eval_shape(self.new_cache)
+        self._has_cache = False
         self._max_pages = retrieval_pages(sizes.max_model_len, config.attention.page_size)
 
     def expect(self, request: Request) -> None:
@@ -148,23 +149,13 @@ class Engine:
 
     def new_cache(self) -> KVCache:
         """Returns an empty cache."""
-        return init_cache(
-            self.config,
-            max_num_seqs=self.sizes.max_num_seqs,
-            retrieval_pages=self._pools.retrieval,
-            streaming_pages=self._pools.streaming,
-        )
-
-    def _abstract_cache(self) -> KVCache:
-        return jax.eval_shape(self.new_cache)
+        return empty_cache(self.config, self.sizes, self._pools)
 
     def _restore_cache(self) -> None:
-        """Allocates a new cache if a failed call destroyed the old one. If memory lacks now, the next call retries."""
-        leaves = jax.tree.leaves(self.cache)
-        if all(isinstance(leaf, jax.Array) and not leaf.is_deleted() for leaf in leaves):
-            return
-        self.cache = self._abstract_cache()  # frees the rest of the old cache before the new one is allocated
-        self.cache = jax.jit(self.new_cache)()
+        """Allocates the cache if there is none. If memory lacks now, the next call retries."""
+        if not self._has_cache:
+            self.cache = jax.jit(self.new_cache)()
+            self._has_cache = True
 
     @contextmanager
     def _ending_all_on_failure(self) -> Iterator[None]:
@@ -176,6 +167,9 @@ class Engine:
             yield
         except BaseException:
             self.scheduler.abort_all()
+            if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(self.cache)):
+                self.cache = jax.eval_shape(self.new_cache)  # frees the rest of it
+                self._has_cache = False
             raise
 
     def _prefill(self, plan: Prefill, accept: Accept) -> Progress:

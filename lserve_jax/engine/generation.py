@@ -1,7 +1,7 @@
 """The host side of one request (`Generation`), and the loop in which requests share the engine (`Session`)."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from time import perf_counter
@@ -182,14 +182,19 @@ class Generation:
         if token in self.params.stop_token_ids:
             self.finish_reason = "stop"
         elif self._stream is not None:
-            try:
-                self._new_text.append(self._stream.push(token))
-            except Exception as error:  # noqa: BLE001 - no error may end other requests
-                self.error, self.finish_reason = error, "error"
-                return True
-            if self._stream.stopped:
+            self._add_text(self._stream.push, token)
+            if self.error is not None:
+                self.finish_reason = "error"
+            elif self._stream.stopped:
                 self.finish_reason = "stop"
         return self.finish_reason is not None
+
+    def _add_text(self, make: Callable[..., str], *tokens: int) -> None:
+        """Adds the text that ``make`` returns, or keeps its error, which must not end other requests."""
+        try:
+            self._new_text.append(make(*tokens))
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            self.error = error
 
     def note(self, progress: Progress, compile_seconds: float) -> None:
         """Records log-probabilities and times of a call, and the pages of the sequence when it finished.
@@ -211,10 +216,7 @@ class Generation:
             self.finish_reason = sequence.finish_reason
             self._pages_held = progress.pages_held
             if self._stream is not None and not self._stream.stopped and self.error is None:
-                try:
-                    self._new_text.append(self._stream.finish())
-                except Exception as error:  # noqa: BLE001 - as above
-                    self.error = error
+                self._add_text(self._stream.finish)
 
     def take_chunk(self) -> TextChunk:
         """Returns the text and tokens since the last call."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lserve_jax.config.checks import require_whole
 from lserve_jax.config.inference import InferenceConfig, LayerKind, Storage
-from lserve_jax.config.sizes import check_sizes
+from lserve_jax.config.sizes import PoolSizes, Sizes, check_sizes
 from pallas_kernels import NO_PAGE, LayerKV, PagedKV, QuantizedArray, selection_width
 
 _BITS = {"int8": 8, "int4": 4}
@@ -59,6 +59,16 @@ def init_cache(
     check_sizes(max_num_seqs=max_num_seqs)
     assert max_num_seqs is not None
     return tuple(_layer(config, kind, max_num_seqs, retrieval_pages, streaming_pages) for kind in config.kinds)
+
+
+def empty_cache(config: InferenceConfig, sizes: Sizes, pools: PoolSizes) -> KVCache:
+    """Returns the empty cache of an engine."""
+    return init_cache(
+        config,
+        max_num_seqs=sizes.max_num_seqs,
+        retrieval_pages=pools.retrieval,
+        streaming_pages=pools.streaming,
+    )
 
 
 def _layer(

@@ -10,7 +10,7 @@ from lserve_jax.config.pages import retrieval_pages
 from lserve_jax.config.sizes import PoolSizes, Sizes
 from lserve_jax.models.llama import Attend
 from lserve_jax.runtime.attend import decode_attend, prefill_attend
-from lserve_jax.runtime.cache import LayerCache, init_cache
+from lserve_jax.runtime.cache import LayerCache, empty_cache
 from pallas_kernels import Choice, PageTables, observe_choices
 
 
@@ -23,14 +23,7 @@ def implementations(config: InferenceConfig, sizes: Sizes, pools: PoolSizes) -> 
       NotImplementedError: if the implementation that ``config`` names refuses, with its reason.
     """
     with observe_choices() as choices:
-        cache = jax.eval_shape(
-            lambda: init_cache(
-                config,
-                max_num_seqs=sizes.max_num_seqs,
-                retrieval_pages=pools.retrieval,
-                streaming_pages=pools.streaming,
-            )
-        )
+        cache = jax.eval_shape(lambda: empty_cache(config, sizes, pools))
         for kind, layer in dict(zip(config.kinds, cache, strict=True)).items():
             _trace(config, sizes, kind, layer, prefill_attend, batch=1, tokens=sizes.prefill_chunk)
             _trace(config, sizes, kind, layer, decode_attend, batch=sizes.max_num_seqs, tokens=1)

@@ -111,11 +111,12 @@ class Programs:
         """Returns the finished result of a call; compiles its program first if necessary."""
         self.compile([call])
         program = self._programs[call.name]
-        self._ran[call.name] = None
         try:
-            return jax.block_until_ready(program.compiled.result()[0](*call.args))
+            result = jax.block_until_ready(program.compiled.result()[0](*call.args))
         finally:
             program.next_is_due.set()
+        self._ran[call.name] = None
+        return result
 
 
 def _abstract(args: tuple[Any, ...]) -> tuple[Any, ...]:

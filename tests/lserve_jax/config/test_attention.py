@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from lserve_jax.config.attention import KV_DTYPES, PRESETS, AttentionConfig, from_preset
+from pallas_kernels import PagedKV, page_select
 
 
 def test_presets_differ_from_the_defaults_in_what_makes_each_system():
@@ -214,3 +216,20 @@ def test_unknown_options_are_refused_with_the_known_ones():
         from_preset("lserve", window=3, budget=None)
     with pytest.raises(ValueError, match="unknown attention option preset"):
         from_preset("lserve", preset="dense")
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 64])
+@pytest.mark.parametrize("interval", [1, 4, 9])
+@pytest.mark.parametrize("sink", [0, 20])
+def test_the_pages_that_are_always_read_are_those_of_the_op(page_size: int, interval: int, sink: int):
+    """The check stands in both: this side imports no jax, and the op knows nothing of this side."""
+    config = AttentionConfig(
+        token_budget=None, page_size=page_size, sub_page_size=page_size, selector_interval=interval, sink=sink
+    )
+    page = np.zeros((1, 1, page_size, 4), np.float32)
+    arrays: Any = (None, PagedKV(page, page), None, None, None, None)  # type: ignore[arg-type]
+    select = partial(page_select, *arrays, interval=interval, sink_pages=config.sink_pages, implementation="nobody")
+    with pytest.raises(ValueError, match="must be at least"):
+        select(num_selected=config.forced_pages - 1)
+    with pytest.raises(ValueError, match="implementation='nobody'"):
+        select(num_selected=config.forced_pages)
