@@ -117,8 +117,11 @@ def test_constraints_pin_every_requirement_inside_its_bounds():
     assert not wrong, f"run `make lock`: {wrong}"
 
 
-def test_the_extras_that_the_readme_names_exist():
-    named = set(re.findall(r"lserve_jax\[([a-z0-9_,]+)\]", (ROOT / "README.md").read_text(encoding="utf-8")))
+def test_the_extras_that_the_pages_name_exist():
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/usage.md")]
+    named = {name for page in pages for name in re.findall(r"(?:lserve_jax|'\.)\[([a-z0-9_,]+)\]", page)}
+    listed = pages[1].split("## Extras")[1].split("`pip install -c")[0]
+    named |= set(re.findall(r"`([a-z0-9]+)`", listed))
+    assert named >= {"cuda12", "cuda13", "hub", "eval", "serve"}
     missing = {extra for group in named for extra in group.split(",")} - PROJECT["optional-dependencies"].keys()
-    assert named
     assert not missing
