@@ -4,6 +4,7 @@
 """
 
 from lserve_jax.config.attention import AttentionConfig, from_preset
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import HeadClasses, classify, load_gates
 from lserve_jax.config.hf import read_hf
 from lserve_jax.config.inference import InferenceConfig
@@ -22,6 +23,7 @@ __all__ = [
     "AttentionConfig",
     "HeadClasses",
     "InferenceConfig",
+    "InputError",
     "ModelConfig",
     "RequestOutput",
     "RopeConfig",

@@ -38,6 +38,7 @@ from lserve_jax.cli.common import (
 )
 from lserve_jax.cli.flags import add_fields, add_shared, given, whole
 from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import QUOTAS
 from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.models.llama import Params
@@ -153,11 +154,11 @@ def _calibrate(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     require_target(args.out, CHECKPOINT_FILE if args.method == "train" else None)
     if args.prompts < 1:
-        raise ValueError(f"--prompts {args.prompts} must be at least 1")
+        raise InputError(f"--prompts {args.prompts} must be at least 1")
     if args.held_out < 0:
-        raise ValueError(f"--held-out {args.held_out} must be at least 0")
+        raise InputError(f"--held-out {args.held_out} must be at least 0")
     if args.length <= args.sink + args.local:
-        raise ValueError(
+        raise InputError(
             f"--length {args.length} must be more than --sink {args.sink} and --local {args.local} together: "
             "streaming heads see all of a shorter prompt"
         )
@@ -176,7 +177,7 @@ def _prepare(args: argparse.Namespace) -> Setup:
         **given(args, AttentionConfig),
     )
     if not setup.plan.fits:
-        raise ValueError(
+        raise InputError(
             f"--length {args.length} does not fit into memory with {args.model}: at most {setup.plan.largest_context}"
         )
     return setup

@@ -42,7 +42,7 @@ def convert(model: str, out: Path, dtype: str = "auto") -> None:
     """Writes ``model`` into the folder ``out``, its parameters in ``dtype`` ("auto" is the checkpoint's type).
 
     Raises:
-      ValueError: if the model cannot be loaded or the folder is not empty; nothing is left behind.
+      InputError: if the model cannot be loaded or the folder is not empty; nothing is left behind.
     """
     orbax.check_target(out)
     checkpoint = open_checkpoint(model)

@@ -25,6 +25,7 @@ from lserve_jax.cli.common import (
 )
 from lserve_jax.cli.flags import SHARED, add_fields, add_shared, given, whole
 from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.config.errors import InputError
 from lserve_jax.engine.setup import Setup, model_settings, prepare
 from lserve_jax.evaluation import ablations, plots
 from lserve_jax.evaluation.opening import LONGBENCH, NAMES, PromptSettings, measurement_names, open_measurements
@@ -109,7 +110,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     set_up_logging(is_quiet=args.quiet, is_once=True)
     for name in ("samples", "max_num_seqs"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     prompts = PromptSettings(**given(args, PromptSettings))
     lengths, names = _lengths(args.lengths), measurement_names(args.tasks)
     named = _variants(args)
@@ -123,7 +124,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     store = Store(args.out, {"format": FORMAT, "reference": reference, **{name: values[name] for name in SETTINGS}})
     context = opened.checkpoint.config.max_context
     if max(lengths) > context:
-        raise ValueError(f"--lengths: {max(lengths)} is beyond the {context} tokens of the model's context")
+        raise InputError(f"--lengths: {max(lengths)} is beyond the {context} tokens of the model's context")
     tokenizer = required_tokenizer(opened.checkpoint, args.tokenizer)
     measurements = open_measurements(names, prompts, tokenizer, context)
     plan = Plan(measurements=measurements, lengths=lengths, samples=args.samples, variants=variants, context=context)
@@ -197,7 +198,7 @@ def _lengths(text: str) -> list[int]:
     except ValueError:
         lengths = [0]
     if lengths[0] < 1:
-        raise ValueError(f"--lengths {text!r} must be whole numbers from 1 with commas between, such as 1024,2048")
+        raise InputError(f"--lengths {text!r} must be whole numbers from 1 with commas between, such as 1024,2048")
     return lengths
 
 

@@ -18,6 +18,7 @@ from lserve_jax.cli.common import (
 from lserve_jax.cli.flags import add_attention, add_fields, add_shared, given
 from lserve_jax.cli.report import summary, to_json
 from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.config.errors import InputError
 from lserve_jax.engine.outputs import RequestOutput
 from lserve_jax.engine.request import require_room
 from lserve_jax.engine.setup import Setup, default_sampling_params, prepare
@@ -67,7 +68,7 @@ def _generate(args: argparse.Namespace) -> None:
     set_up_logging(is_quiet=args.quiet)
     texts = _read_prompts(args.prompt, args.prompt_file)
     if not texts and not args.dry_run:
-        raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE")
+        raise InputError("no prompt: give --prompt TEXT or --prompt-file FILE")
     SamplingParams(**given(args, SamplingParams))  # finds wrong values before the model is opened
     setup = _prepare(args, len(texts))
     if args.dry_run:
@@ -112,7 +113,7 @@ def _prepare(args: argparse.Namespace, num_prompts: int) -> Setup:
 def _read_prompts(texts: list[str], files: list[str]) -> list[str]:
     prompts = [*texts, *(_read_text(name) for name in files)]
     if any(not prompt.strip() for prompt in prompts):
-        raise ValueError("the prompt is empty: give some text")
+        raise InputError("the prompt is empty: give some text")
     return prompts
 
 
@@ -120,17 +121,17 @@ def _read_text(name: str) -> str:
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise ValueError(f"--prompt-file {name}: {error.strerror}") from None
+        raise InputError(f"--prompt-file {name}: {error.strerror}") from None
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file {name} is not UTF-8 text (byte {error.start})") from None
+        raise InputError(f"--prompt-file {name} is not UTF-8 text (byte {error.start})") from None
 
 
 def _encode(tokenizer: Tokenizer, text: str, args: argparse.Namespace) -> list[int]:
     if args.raw or not tokenizer.has_chat_template:
         if args.system_prompt:
-            raise ValueError("--system-prompt needs a chat format: this model has none, or --raw is given")
+            raise InputError("--system-prompt needs a chat format: this model has none, or --raw is given")
         return tokenizer.encode(text)
     system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
     return tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from lserve_jax.cli.common import run_command, use_compilation_cache
+from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.harness_model import HarnessMethods
 
 NAME = "lserve_jax"
@@ -26,13 +27,13 @@ def register() -> type:
     ``register()(llm)`` returns a model for ``lm_eval.simple_evaluate``.
 
     Raises:
-      ValueError: if the harness is not installed.
+      InputError: if the harness is not installed.
     """
     try:
         from lm_eval.api.model import TemplateLM
         from lm_eval.api.registry import register_model
     except ImportError as error:
-        raise ValueError(f"the harness needs lm_eval: pip install 'lserve_jax[eval]' ({error})") from None
+        raise InputError(f"the harness needs lm_eval: pip install 'lserve_jax[eval]' ({error})") from None
     return register_model(NAME)(type("LServeLM", (HarnessMethods, TemplateLM), {"__module__": __name__}))
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.generation import Costs, Generation, Session
 from lserve_jax.engine.outputs import RequestOutput, ScoreOutput, TextChunk
@@ -53,7 +54,7 @@ class LLM:
             ``max_num_seqs``, ``head_pattern``, ``token_budget``, … .
 
         Raises:
-          ValueError: if a model or setting is invalid, in one line; if possible, before any weight is loaded.
+          InputError: if a model or setting is invalid, in one line; if possible, before any weight is loaded.
         """
         self._start(prepare(model, **settings), tokenizer, on_progress, None)
 
@@ -154,14 +155,14 @@ class LLM:
           sampling_params: one for all, or one per prompt; None takes `default_sampling_params`.
 
         Raises:
-          ValueError: if a prompt is empty or too long, or the numbers of prompts and settings differ; nothing has run.
+          InputError: if a prompt is empty or too long, or the numbers of prompts and settings differ; nothing has run.
         """
         is_one = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer))
         each = cast(Sequence[Prompt], [prompts] if is_one else prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or self.default_sampling_params()] * len(each)
         if len(sampling_params) != len(each):
-            raise ValueError(f"{len(each)} prompts need as many sampling_params, got {len(sampling_params)}")
+            raise InputError(f"{len(each)} prompts need as many sampling_params, got {len(sampling_params)}")
         generations = [self._generation(prompt, params) for prompt, params in zip(each, sampling_params, strict=True)]
         for _ in self._run(generations):
             pass
@@ -222,10 +223,10 @@ class LLM:
         page selection is active as in generation.
 
         Raises:
-          ValueError: if either is empty, they are too long together, or their numbers differ; nothing has run.
+          InputError: if either is empty, they are too long together, or their numbers differ; nothing has run.
         """
         if len(prompts) != len(continuations):
-            raise ValueError(f"{len(prompts)} prompts need as many continuations, got {len(continuations)}")
+            raise InputError(f"{len(prompts)} prompts need as many continuations, got {len(continuations)}")
         generations = [self._forced(*pair) for pair in zip(prompts, continuations, strict=True)]
         for _ in self._run(generations):
             pass
@@ -235,7 +236,7 @@ class LLM:
         ids, forced = self._encode(prompt), self._encode(continuation, is_start=False)
         limit = self.setup.sizes.max_model_len
         if len(ids) + len(forced) > limit:
-            raise ValueError(
+            raise InputError(
                 f"prompt and continuation have {len(ids)} + {len(forced)} tokens, but max_model_len is {limit}: "
                 "shorten them or raise max_model_len"
             )
@@ -247,12 +248,12 @@ class LLM:
     def _alone(self) -> Iterator[Engine]:
         with self.session.entered() as engine:
             if not engine.scheduler.is_idle:
-                raise ValueError("logits need the model alone: finish or close the streams that are open")
+                raise InputError("logits need the model alone: finish or close the streams that are open")
             yield engine
 
     def _need_tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError(
+            raise InputError(
                 f"{self.setup.checkpoint.name} has no tokenizer, which {purpose} needs: pass token ids, or a tokenizer"
             )
         return self.tokenizer
@@ -260,7 +261,7 @@ class LLM:
     def _encode(self, prompt: Prompt, *, is_start: bool = True) -> tuple[int, ...]:
         """Returns the tokens of a prompt, all in the model's vocabulary; ``is_start`` if no text precedes it."""
         if not len(prompt):  # before encoding, because a tokenizer may add a token even to an empty text
-            raise ValueError("the prompt is empty: give at least one token")
+            raise InputError("the prompt is empty: give at least one token")
         if isinstance(prompt, str):
             ids = self._need_tokenizer("a text prompt").encode(prompt, add_special_tokens=is_start)
         else:
@@ -268,7 +269,7 @@ class LLM:
         vocabulary = self.config.model.vocab_size
         wrong = [token for token in ids if not (isinstance(token, int | np.integer) and 0 <= token < vocabulary)]
         if wrong:
-            raise ValueError(f"prompt token {wrong[0]!r} is outside the model's vocabulary of {vocabulary} tokens")
+            raise InputError(f"prompt token {wrong[0]!r} is outside the model's vocabulary of {vocabulary} tokens")
         return tuple(int(token) for token in ids)
 
     def _generation(self, prompt: Prompt, params: SamplingParams) -> Generation:

@@ -17,6 +17,7 @@ PUBLIC = {
     "AttentionConfig",
     "HeadClasses",
     "InferenceConfig",
+    "InputError",
     "ModelConfig",
     "RequestOutput",
     "RopeConfig",

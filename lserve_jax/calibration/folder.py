@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import CONFIG_FILE, GATES_FILE
 
 SCORES_FILE = "scores.npz"
@@ -16,19 +17,19 @@ PICTURE_FILE = "heads.png"
 
 
 def require_target(folder: Path, resumable: str | None = None) -> None:
-    """Raises ValueError unless ``folder`` is new, empty, or holds the file ``resumable``.
+    """Raises InputError unless ``folder`` is new, empty, or holds the file ``resumable``.
 
     Args:
       folder: where to write.
       resumable: name of the file from which an interrupted run continues, if runs are resumable.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: exists and is not a folder")
+        raise InputError(f"{folder}: exists and is not a folder")
     if not folder.is_dir() or (resumable is not None and (folder / resumable).is_file()):
         return
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
         reason = "" if resumable is None else f" and has no {resumable} to continue from"
-        raise ValueError(f"{folder}: the folder is not empty{reason}; name a new one")
+        raise InputError(f"{folder}: the folder is not empty{reason}; name a new one")
 
 
 def write_pattern(

@@ -7,6 +7,7 @@ import numpy as np
 
 from lserve_jax.calibration.prompts import Task, prose_lines
 from lserve_jax.calibration.two_streams import BLOCK, Example
+from lserve_jax.config.errors import InputError
 from lserve_jax.text.prose import sentences
 from lserve_jax.text.tokenizer import Tokenizer
 
@@ -32,7 +33,7 @@ class Passkeys:
       num_words: words per passkey.
 
     Raises:
-      ValueError: if the shortest sequences have no room for the passkeys.
+      InputError: if the shortest sequences have no room for the passkeys.
     """
 
     tokenizer: Tokenizer
@@ -44,9 +45,9 @@ class Passkeys:
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_passkeys <= len(ORDINALS):
-            raise ValueError(f"num_passkeys={self.num_passkeys} must be from 1 to {len(ORDINALS)}")
+            raise InputError(f"num_passkeys={self.num_passkeys} must be from 1 to {len(ORDINALS)}")
         if self.min_length > self.max_length:
-            raise ValueError(f"min_length={self.min_length} must be at most max_length={self.max_length}")
+            raise InputError(f"min_length={self.min_length} must be at most max_length={self.max_length}")
         for step in range(10):  # passkeys differ a little in tokens: a few show how long they may become
             self._tokens(random.Random(f"{self.seed} {step}"), self.min_length)
 
@@ -78,7 +79,7 @@ class Passkeys:
         room = length - len(ids)
         least = len(self.tokenizer.encode(hidden.compose([])[0]))
         if room < least:
-            raise ValueError(
+            raise InputError(
                 f"min_length={length} has no room for {self.num_passkeys} passkeys of {self.num_words} words and as "
                 f"many questions: it must be at least about {1.05 * (least + len(ids)):.0f} tokens, or fewer passkeys"
             )

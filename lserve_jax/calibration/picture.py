@@ -6,11 +6,13 @@ import io
 import numpy as np
 from numpy.typing import NDArray
 
+from lserve_jax.config.errors import InputError
+
 
 def require_matplotlib() -> None:
-    """Raises ValueError if pictures cannot be drawn."""
+    """Raises InputError if pictures cannot be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a picture of the heads needs matplotlib: pip install 'lserve_jax[eval]', or --no-picture")
+        raise InputError("a picture of the heads needs matplotlib: pip install 'lserve_jax[eval]', or --no-picture")
 
 
 def head_map(gates: NDArray[np.floating], title: str) -> bytes:

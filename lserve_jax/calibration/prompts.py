@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.text.prose import ADJECTIVES, NOUNS, sentences
 from lserve_jax.text.tokenizer import Tokenizer
 
@@ -35,9 +36,9 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_answer < len(self.tokens):
-            raise ValueError(f"num_answer={self.num_answer} must be from 1 to less than the {len(self.tokens)} tokens")
+            raise InputError(f"num_answer={self.num_answer} must be from 1 to less than the {len(self.tokens)} tokens")
         if (len(self.sources), len(self.asks)) != (len(self.tokens), self.num_answer):
-            raise ValueError("sources must have an entry for each token, asks one for each token of the answer")
+            raise InputError("sources must have an entry for each token, asks one for each token of the answer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ def make_prompts(
     Prompts are in the checkpoint's chat format if it has one. Each depends only on seed, length and its number.
 
     Raises:
-      ValueError: if ``length`` has no room for a task.
+      InputError: if ``length`` has no room for a task.
     """
     chosen = [kinds[index % len(kinds)] for index in range(count)]
     return [_make(tokenizer, kind, length, random.Random(f"{seed} {index}")) for index, kind in enumerate(chosen)]
@@ -131,7 +132,7 @@ def _make(tokenizer: Tokenizer, kind: str, length: int, rng: random.Random) -> P
     lines = prose_lines(tokenizer, prose, length - least)
     while len((prompt := _render(tokenizer, kind, task, lines)).tokens) > length:
         if not lines:
-            raise ValueError(f"length={length} is too short for a {kind} prompt: it must be at least {least} tokens")
+            raise InputError(f"length={length} is too short for a {kind} prompt: it must be at least {least} tokens")
         lines.pop()
     return prompt
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from lserve_jax.calibration.pages import Chunk
 from lserve_jax.calibration.prompts import Prompt
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.models.llama import Params
 from lserve_jax.runtime.cache import KVCache, init_cache
@@ -42,14 +43,14 @@ class Reader:
           chunk: prompt tokens per call.
 
         Raises:
-          ValueError: if ``config`` is not such a model, or there is no prompt.
+          InputError: if ``config`` is not such a model, or there is no prompt.
         """
         if not prompts:
-            raise ValueError("prompts must hold at least one prompt, got none")
+            raise InputError("prompts must hold at least one prompt, got none")
         if config.num_retrieval != (config.model.num_kv_heads,) * config.model.num_layers:
-            raise ValueError("config.heads must be None: streaming heads are compared with a dense model")
+            raise InputError("config.heads must be None: streaming heads are compared with a dense model")
         if config.kv_dtype != config.dtype:
-            raise ValueError(f"kv_dtype={config.kv_dtype!r} must be auto: heads are compared on unquantised pages")
+            raise InputError(f"kv_dtype={config.kv_dtype!r} must be auto: heads are compared on unquantised pages")
         self.params, self.config = params, config
         self._width = max(prompt.num_answer for prompt in prompts)
         self._chunk = chunk

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from lserve_jax.calibration.probe import probe, slopes
 from lserve_jax.calibration.prompts import Prompt
 from lserve_jax.calibration.reader import Reader
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import QUOTAS
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.models.llama import Params
@@ -73,7 +74,7 @@ def score_heads(
       on_progress: called with ("scores", prompts done, prompts).
 
     Raises:
-      ValueError: for an unknown name, no prompt, or a model that is not dense.
+      InputError: for an unknown name, no prompt, or a model that is not dense.
     """
     for name in names:
         _require_known(name)
@@ -128,7 +129,7 @@ def _best_places(scores: Mapping[str, Scores]) -> NDArray[np.float64]:
         if np.any(scores[kind]["needle"] > 0)
     ]
     if not rankings:
-        raise ValueError(f"{BEST_PLACE} needs prompts whose answers come from a passage; rank by another score")
+        raise InputError(f"{BEST_PLACE} needs prompts whose answers come from a passage; rank by another score")
     places = [_places(ranking.ravel()) + kind / len(rankings) for kind, ranking in enumerate(rankings)]
     return -np.min(np.asarray(places, np.float64), axis=0).reshape(rankings[0].shape)
 
@@ -140,7 +141,7 @@ def _places(scores: NDArray[np.floating]) -> NDArray[np.intp]:
 
 def _require_known(name: str) -> None:
     if name not in SCORES:
-        raise ValueError(f"score {name!r} must be one of {', '.join(SCORES)}")
+        raise InputError(f"score {name!r} must be one of {', '.join(SCORES)}")
 
 
 def to_gates(scores: NDArray[np.floating], quota: str = "model") -> NDArray[np.float64]:
@@ -155,6 +156,6 @@ def to_gates(scores: NDArray[np.floating], quota: str = "model") -> NDArray[np.f
         streaming heads (if the sparsity does not divide them, the first layers have one less).
     """
     if quota not in QUOTAS:
-        raise ValueError(f"quota must be one of {', '.join(QUOTAS)}, got {quota!r}")
+        raise InputError(f"quota must be one of {', '.join(QUOTAS)}, got {quota!r}")
     groups = scores.reshape(1, -1) if quota == "model" else scores
     return ((groups.shape[1] - _places(groups)) / groups.shape[1]).reshape(scores.shape)

@@ -15,6 +15,7 @@ import optax
 from numpy.typing import NDArray
 
 from lserve_jax.calibration.two_streams import Example, distillation_loss
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.models.llama import Params
 
@@ -37,11 +38,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1")
+            raise InputError(f"steps={self.steps} must be at least 1")
         if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be more than 0")
+            raise InputError(f"learning_rate={self.learning_rate} must be more than 0")
         if not self.regularisation >= 0:
-            raise ValueError(f"regularisation={self.regularisation} must be at least 0")
+            raise InputError(f"regularisation={self.regularisation} must be at least 0")
 
     def optimiser(self) -> optax.GradientTransformation:
         """Returns AdamW under the schedule."""
@@ -153,7 +154,7 @@ class Checkpoint:
         partial_path.replace(self.path)
 
     def require_same(self) -> None:
-        """Raises ValueError if a state was saved under other settings, or cannot be read."""
+        """Raises InputError if a state was saved under other settings, or cannot be read."""
         if self.path.exists():
             self._read(0)
 
@@ -161,14 +162,14 @@ class Checkpoint:
         """Returns the saved state, or ``state``, which has the same structure, if there is none.
 
         Raises:
-          ValueError: if it was saved under other settings or for another model, or is damaged.
+          InputError: if it was saved under other settings or for another model, or is damaged.
         """
         if not self.path.exists():
             return state
         leaves, structure = jax.tree.flatten(state)
         restored = self._read(len(leaves))
         if [leaf.shape for leaf in restored] != [leaf.shape for leaf in leaves]:
-            raise ValueError(f"{self.path}: is of a model of another shape; name another folder")
+            raise InputError(f"{self.path}: is of a model of another shape; name another folder")
         return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in restored])
 
     def _read(self, num_leaves: int) -> list[NDArray]:
@@ -178,10 +179,10 @@ class Checkpoint:
                 settings = json.loads(str(saved[_SETTINGS]))
                 leaves = [saved[f"leaf_{index}"] for index in range(num_leaves)]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.path}: damaged ({error}); delete it to start again") from None
+            raise InputError(f"{self.path}: damaged ({error}); delete it to start again") from None
         now = json.loads(json.dumps(self.settings))
         others = [name for name in sorted({*now, *settings}) if now.get(name) != settings.get(name)]
         if others:
             pairs = ", ".join(f"{name}={settings.get(name)} (now {now.get(name)})" for name in others)
-            raise ValueError(f"{self.path}: was begun with {pairs}: continue with that, or name another folder")
+            raise InputError(f"{self.path}: was begun with {pairs}: continue with that, or name another folder")
         return leaves

@@ -14,6 +14,7 @@ from typing import NoReturn, Self
 import jax
 from tqdm import tqdm
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 from lserve_jax.weights.embedded import default_cache_folder
 from lserve_jax.weights.load import Checkpoint
@@ -35,7 +36,7 @@ def run_command(command: Callable[[], None], *, when_stopped: str = "stopped") -
     """Returns the exit status of a command: 0; 2 after one line on stderr that says what to change; 130 if stopped.
 
     Args:
-      command: the work; the user can correct its `ValueError`, `NotImplementedError` and `OSError`.
+      command: the work; the user can correct its `InputError` and `OSError`. Other exceptions keep their traceback.
       when_stopped: the line on stderr after Ctrl-C.
     """
     try:
@@ -46,7 +47,7 @@ def run_command(command: Callable[[], None], *, when_stopped: str = "stopped") -
     except OSError as error:
         sys.stderr.write(_error_line(f"{error.filename or 'input or output'}: {error.strerror or error}"))
         return _WRONG
-    except (ValueError, NotImplementedError) as error:
+    except InputError as error:
         sys.stderr.write(_error_line(str(error)))
         return _WRONG
     except jax.errors.JaxRuntimeError as error:
@@ -88,10 +89,10 @@ class _Once(logging.Filter):
 
 
 def required_tokenizer(checkpoint: Checkpoint, named: str | None) -> Tokenizer:
-    """Returns the tokenizer that ``--tokenizer`` names, or else the model's; raises ValueError if there is none."""
+    """Returns the tokenizer that ``--tokenizer`` names, or else the model's; raises InputError if there is none."""
     tokenizer = open_tokenizer(checkpoint.tokenizer_source, named)
     if tokenizer is None:
-        raise ValueError(f"{checkpoint.name} has no tokenizer: give one with --tokenizer")
+        raise InputError(f"{checkpoint.name} has no tokenizer: give one with --tokenizer")
     return tokenizer
 
 
@@ -103,7 +104,7 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs on disk between runs, unless JAX_COMPILATION_CACHE_DIR names a folder already.
 
     Raises:
-      ValueError: if the folder cannot be written to.
+      InputError: if the folder cannot be written to.
     """
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     folder = Path(named) if named else default_cache_folder() / "compiled"
@@ -112,7 +113,7 @@ def use_compilation_cache() -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"cache folder {folder} cannot be written to ({error.strerror}): "
             f"set {'JAX_COMPILATION_CACHE_DIR' if named else 'XDG_CACHE_HOME'} to a folder that can"
         ) from None

@@ -6,6 +6,7 @@ from dataclasses import Field
 from typing import Any
 
 from lserve_jax.config.attention import PRESETS, AttentionConfig
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import DTYPES
 from lserve_jax.config.settings import KINDS, describe_default, read, settings
 from lserve_jax.engine.setup import DEFAULT_MODEL, IMPLEMENTATIONS
@@ -148,7 +149,7 @@ def _reader(setting: Field[Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             return read(setting, text)
-        except ValueError as error:
+        except InputError as error:
             raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
     return parse

@@ -6,6 +6,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from lserve_jax.config.checks import require_whole
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.settings import settings
 
 KV_DTYPES = ("bfloat16", "float32", "int8", "int4")
@@ -103,16 +104,16 @@ class AttentionConfig:
             if "least" in setting.metadata:
                 object.__setattr__(self, name, require_whole(name, getattr(self, name), setting.metadata["least"]))
         if self.page_size % self.sub_page_size:
-            raise ValueError(f"page_size={self.page_size} must be a multiple of sub_page_size={self.sub_page_size}")
+            raise InputError(f"page_size={self.page_size} must be a multiple of sub_page_size={self.sub_page_size}")
         for name in ("static_sparsity", "selector_spread"):
             share = getattr(self, name)
             if not (isinstance(share, Real) and 0 <= float(share) <= 1):
-                raise ValueError(f"{name}={share!r} must be a number from 0 to 1")
+                raise InputError(f"{name}={share!r} must be a number from 0 to 1")
             object.__setattr__(self, name, float(share))
         if self.kv_dtype not in ("auto", *KV_DTYPES):
-            raise ValueError(f"kv_dtype={self.kv_dtype!r} must be auto or one of {', '.join(KV_DTYPES)}")
+            raise InputError(f"kv_dtype={self.kv_dtype!r} must be auto or one of {', '.join(KV_DTYPES)}")
         if self.group_reduction not in REDUCTIONS:
-            raise ValueError(f'group_reduction={self.group_reduction!r} must be "max" or "mean"')
+            raise InputError(f'group_reduction={self.group_reduction!r} must be "max" or "mean"')
         # Always a tuple: the configuration is a static argument of the compiled steps and must hash.
         layers = (self.dense_layers,) if isinstance(self.dense_layers, Integral) else self.dense_layers
         object.__setattr__(self, "dense_layers", tuple(require_whole("dense_layers", layer, 0) for layer in layers))
@@ -124,7 +125,7 @@ class AttentionConfig:
         object.__setattr__(self, "token_budget", require_whole("token_budget", self.token_budget, 1))
         needed = self.forced_pages * self.page_size
         if self.token_budget < needed:
-            raise ValueError(
+            raise InputError(
                 f"token_budget={self.token_budget} must be at least {needed}: the {self.forced_pages} pages of "
                 f"{self.page_size} tokens with the first and the newest tokens are always read"
             )
@@ -199,15 +200,15 @@ def from_preset(preset: str, /, *, of_model: Mapping[str, Any] | None = None, **
         whatever the preset's budget is.
 
     Raises:
-      ValueError: if the preset or a field is unknown, or a value is out of range.
+      InputError: if the preset or a field is unknown, or a value is out of range.
     """
     if preset not in PRESETS:
-        raise ValueError(f"attention={preset!r} must be one of {', '.join(PRESETS)}")
+        raise InputError(f"attention={preset!r} must be one of {', '.join(PRESETS)}")
     of_preset, given = PRESETS[preset], {name: value for name, value in overrides.items() if value is not None}
     known = {one.name for one in fields(AttentionConfig)} - {"preset"}
     unknown = sorted({*overrides, *(of_model or {})} - known)
     if unknown:
-        raise ValueError(f"unknown attention option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise InputError(f"unknown attention option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     has_streaming = of_preset.get("static_sparsity") != 0
     of_model = {name: value for name, value in (of_model or {}).items() if has_streaming and value is not None}
     chosen = {**of_preset, **of_model, **given}

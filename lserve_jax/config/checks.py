@@ -3,9 +3,11 @@
 from numbers import Integral
 from typing import Any
 
+from lserve_jax.config.errors import InputError
+
 
 def require_whole(name: str, value: Any, least: int = 1) -> int:
-    """Returns the value as a plain `int`; raises `ValueError` unless it is a whole number from ``least``."""
+    """Returns the value as a plain `int`; raises `InputError` unless it is a whole number from ``least``."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number from {least}")
+        raise InputError(f"{name}={value!r} must be a whole number from {least}")
     return int(value)

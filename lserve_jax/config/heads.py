@@ -9,6 +9,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lserve_jax.config.errors import InputError
+
 GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
 QUOTAS = ("model", "layer")
@@ -29,14 +31,14 @@ class HeadClasses:
     def __post_init__(self) -> None:
         if not self.order or len(self.order) != len(self.num_retrieval):
             got = f"{len(self.order)} and {len(self.num_retrieval)}"
-            raise ValueError(f"order and num_retrieval must have one entry per layer, got {got}")
+            raise InputError(f"order and num_retrieval must have one entry per layer, got {got}")
         for layer, (heads, count) in enumerate(zip(self.order, self.num_retrieval, strict=True)):
             if not 0 <= count <= self.num_kv_heads:
-                raise ValueError(f"layer {layer}: num_retrieval must be 0 to {self.num_kv_heads}, got {count}")
+                raise InputError(f"layer {layer}: num_retrieval must be 0 to {self.num_kv_heads}, got {count}")
             if sorted(heads) != list(range(self.num_kv_heads)) or not self.num_kv_heads:
-                raise ValueError(f"layer {layer}: order must name heads 0 to {self.num_kv_heads - 1} once, got {heads}")
+                raise InputError(f"layer {layer}: order must name heads 0 to {self.num_kv_heads - 1} once, got {heads}")
             if list(heads) != sorted(heads[:count]) + sorted(heads[count:]):
-                raise ValueError(f"layer {layer}: heads must ascend inside each class, got {heads} with {count=}")
+                raise InputError(f"layer {layer}: heads must ascend inside each class, got {heads} with {count=}")
 
     @property
     def num_layers(self) -> int:
@@ -65,7 +67,7 @@ def load_gates(folder: Path, num_layers: int, num_kv_heads: int) -> NDArray[np.f
     Clipping is needed because training leaves some published gates slightly outside [0, 1] (-0.0014 to 1.0).
 
     Raises:
-      ValueError: if the file is missing, is not a rectangle of finite numbers, or belongs to a model of another shape.
+      InputError: if the file is missing, is not a rectangle of finite numbers, or belongs to a model of another shape.
     """
     path = Path(folder) / GATES_FILE
     rows, problems = _parse_rows(path)
@@ -74,7 +76,7 @@ def load_gates(folder: Path, num_layers: int, num_kv_heads: int) -> NDArray[np.f
     if len(rows) != num_layers or widths != [num_kv_heads]:
         problems.insert(0, f"expected gates [layers, KV heads] = [{num_layers}, {num_kv_heads}], got {got}")
     if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}")
+        raise InputError(f"{path}: {'; '.join(problems)}")
     return np.clip(np.array(rows, dtype=np.float64), 0.0, 1.0)
 
 
@@ -84,7 +86,7 @@ def load_settings(folder: Path) -> dict[str, Any]:
     A pattern suits the windows that it was found with. Patterns of other projects name none; the result is then empty.
 
     Raises:
-      ValueError: if the file, or its ``attention``, is not a JSON object; in one line.
+      InputError: if the file, or its ``attention``, is not a JSON object; in one line.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
@@ -92,9 +94,9 @@ def load_settings(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("attention", {})
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: cannot be read as a JSON object: {error}") from None
+        raise InputError(f"{path}: cannot be read as a JSON object: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: attention must be an object of settings, got {found!r}")
+        raise InputError(f"{path}: attention must be an object of settings, got {found!r}")
     return found
 
 
@@ -103,9 +105,9 @@ def _parse_rows(path: Path, max_problems: int = 5) -> tuple[list[list[float]], l
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; a head pattern is a folder that holds {GATES_FILE}") from None
+        raise InputError(f"{path}: no such file; a head pattern is a folder that holds {GATES_FILE}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text: {error}") from None
+        raise InputError(f"{path}: cannot be read as text: {error}") from None
     rows: list[list[float]] = []
     problems: list[str] = []
     for line_number, line in enumerate(text.splitlines(), start=1):
@@ -144,11 +146,11 @@ def classify(gates: NDArray[np.floating], static_sparsity: float, quota: str = "
       quota: "model" ranks all heads together, so that layers differ; "layer" gives each layer the same count.
     """
     if gates.ndim != 2 or not gates.size or not np.isfinite(gates).all():
-        raise ValueError(f"gates must be finite and [layers, KV heads], got shape {gates.shape}")
+        raise InputError(f"gates must be finite and [layers, KV heads], got shape {gates.shape}")
     if not 0.0 <= static_sparsity <= 1.0:
-        raise ValueError(f"static_sparsity must be between 0 and 1, got {static_sparsity}")
+        raise InputError(f"static_sparsity must be between 0 and 1, got {static_sparsity}")
     if quota not in QUOTAS:
-        raise ValueError(f"quota must be one of {', '.join(QUOTAS)}, got {quota!r}")
+        raise InputError(f"quota must be one of {', '.join(QUOTAS)}, got {quota!r}")
     groups = gates.reshape(1, -1) if quota == "model" else gates
     is_retrieval = np.stack([_highest(group, static_sparsity) for group in groups]).reshape(gates.shape)
     return HeadClasses(

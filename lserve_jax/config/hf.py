@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.model import (
     AUTO_DTYPES,
     DEFAULT_THETA,
@@ -76,7 +77,7 @@ def read_hf(
       generation_config: the parsed ``generation_config.json``; its end-of-sequence tokens win.
 
     Raises:
-      ValueError: if the architecture or RoPE kind is unknown, keys are missing (all are named), values have the wrong
+      InputError: if the architecture or RoPE kind is unknown, keys are missing (all are named), values have the wrong
         type, or the checkpoint needs a feature that this model code does not have.
     """
     model_type = _model_type(config, source)
@@ -113,8 +114,8 @@ def read_hf(
     reader.raise_problems(source)
     try:
         return ModelConfig(rope=RopeConfig(**rope), **values)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
 
 
 class _Reader:
@@ -186,11 +187,11 @@ class _Reader:
         return tuple(ids)
 
     def raise_problems(self, source: str) -> None:
-        """Raises one `ValueError` that begins with ``source`` and names every missing key and every problem."""
+        """Raises one `InputError` that begins with ``source`` and names every missing key and every problem."""
         problems = [f"missing required keys: {', '.join(dict.fromkeys(self.missing))}"] if self.missing else []
         problems += dict.fromkeys(self.problems)
         if problems:
-            raise ValueError(f"{source}: {'; '.join(problems)}")
+            raise InputError(f"{source}: {'; '.join(problems)}")
 
     def _absent[T](self, key: str, default: T | None, stand_in: T) -> T:
         if default is None:
@@ -214,10 +215,10 @@ def _model_type(config: Mapping[str, Any], source: str) -> str:
     name = named[0] if isinstance(named, list) and named else config.get("model_type")
     known = ", ".join(f"{row.hf_class} ({model_type})" for model_type, row in ARCHITECTURES.items())
     if name is None:
-        raise ValueError(f"{source}: names no architecture (key architectures or model_type); known: {known}")
+        raise InputError(f"{source}: names no architecture (key architectures or model_type); known: {known}")
     if isinstance(name, str) and (name in by_class or name in ARCHITECTURES):
         return by_class.get(name, name)
-    raise ValueError(f"{source}: architecture {name!r} is not supported; known: {known}")
+    raise InputError(f"{source}: architecture {name!r} is not supported; known: {known}")
 
 
 def _even_share(reader: _Reader, hidden_size: int, num_heads: int) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import HeadClasses
 from lserve_jax.config.model import ModelConfig
 
@@ -88,7 +89,7 @@ class InferenceConfig:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
-            raise ValueError(f"dtype={self.dtype!r} must be auto or one of {', '.join(DTYPES)}")
+            raise InputError(f"dtype={self.dtype!r} must be auto or one of {', '.join(DTYPES)}")
         if self.dtype == "auto":
             object.__setattr__(self, "dtype", self.model.dtype)
         if self.heads is None:
@@ -101,13 +102,13 @@ class InferenceConfig:
         assert self.heads is not None
         given = self.heads
         if (given.num_layers, given.num_kv_heads) != (layers, heads):
-            raise ValueError(
+            raise InputError(
                 f"head classes of {given.num_layers} layers of {given.num_kv_heads} KV heads do not fit a model of "
                 f"{layers} layers of {heads}"
             )
         beyond = [layer for layer in self.attention.dense_layers if layer >= layers]
         if beyond:
-            raise ValueError(f"dense_layers={beyond} do not exist: the model has layers 0 … {layers - 1}")
+            raise InputError(f"dense_layers={beyond} do not exist: the model has layers 0 … {layers - 1}")
 
     @property
     def num_retrieval(self) -> tuple[int, ...]:

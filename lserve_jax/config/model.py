@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lserve_jax.config.errors import InputError
+
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 # The type that "auto" computes in, by the dtype of the checkpoint. float16 becomes bfloat16, which has the range that
@@ -37,7 +39,7 @@ class RopeConfig:
     None, yarn derives it from ``factor`` (and ``mscale`` over ``mscale_all_dim`` if both are given).
 
     Raises:
-      ValueError: if the kind is unknown, or cannot have these numbers.
+      InputError: if the kind is unknown, or cannot have these numbers.
     """
 
     kind: str = "default"
@@ -55,7 +57,7 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
-            raise ValueError(f"RoPE kind {self.kind!r} is not supported; known kinds: {', '.join(ROPE_KINDS)}")
+            raise InputError(f"RoPE kind {self.kind!r} is not supported; known kinds: {', '.join(ROPE_KINDS)}")
         problems = [
             f"RoPE {name} must be a positive number, got {value!r}"
             for name in ("theta", "factor", "beta_fast", "beta_slow")
@@ -68,7 +70,7 @@ class RopeConfig:
             got = f"{self.low_freq_factor} and {self.high_freq_factor}"
             problems.append(f"RoPE low_freq_factor must be below high_freq_factor, got {got}")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise InputError("; ".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ class ModelConfig:
     that "auto" computes in.
 
     Raises:
-      ValueError: if sizes are not positive integers or do not divide; every problem in one line.
+      InputError: if sizes are not positive integers or do not divide; every problem in one line.
     """
 
     architecture: str
@@ -119,7 +121,7 @@ class ModelConfig:
         if self.dtype not in AUTO_DTYPES.values():
             problems.append(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise InputError("; ".join(problems))
 
     @classmethod
     def from_hf(

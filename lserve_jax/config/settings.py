@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from typing import Any, NamedTuple
 
+from lserve_jax.config.errors import InputError
+
 
 class Kind(NamedTuple):
     """How the values of one type are written as text.
 
     Attributes:
-      parse: text to value; raises `ValueError` or `KeyError`.
+      parse: text to value; raises `InputError` or `KeyError`.
       what: what the text must be, for messages.
       metavar: what stands for the value in ``--help``.
     """
@@ -58,7 +60,7 @@ def read(setting: Field[Any], text: str) -> Any:
     """Returns the value that a text stands for; a word of "words" stands for itself.
 
     Raises:
-      ValueError: "must be …", to be completed with the name and the text.
+      InputError: "must be …", to be completed with the name and the text.
     """
     words = setting.metadata.get("words", ())
     if text in words:
@@ -67,7 +69,7 @@ def read(setting: Field[Any], text: str) -> Any:
     try:
         return kind.parse(text)
     except (ValueError, KeyError):
-        raise ValueError(f"must be {' or '.join((kind.what, *words))}") from None
+        raise InputError(f"must be {' or '.join((kind.what, *words))}") from None
 
 
 def describe_default(setting: Field[Any], value: Any, template: str = "{}") -> str:

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.checks import require_whole
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.pages import most_streaming_pages, retrieval_pages
 
@@ -22,7 +23,7 @@ class Sizes:
       max_stop_tokens: stop tokens per request.
 
     Raises:
-      ValueError: if a size is not a whole number from 1; every problem in one line.
+      InputError: if a size is not a whole number from 1; every problem in one line.
     """
 
     max_model_len: int
@@ -36,15 +37,15 @@ class Sizes:
 
 
 def check_sizes(**sizes: Any) -> None:
-    """Raises `ValueError` unless every size is a whole number from 1; the message names all that are not."""
+    """Raises `InputError` unless every size is a whole number from 1; the message names all that are not."""
     problems = []
     for name, value in sizes.items():
         try:
             require_whole(name, value, 1)
-        except ValueError as error:
+        except InputError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("; ".join(problems))
+        raise InputError("; ".join(problems))
 
 
 def most_pages(attention: AttentionConfig, sizes: Sizes, length: int, prompt: int, *, keeps_all: bool) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.pages import retrieval_pages
 from lserve_jax.config.sizes import PoolSizes, Sizes
@@ -105,9 +106,9 @@ class Engine:
         self._restore_cache()
 
     def add(self, request: Request) -> Sequence:
-        """Returns the waiting sequence of a request; raises `ValueError` if it can never run."""
+        """Returns the waiting sequence of a request; raises `InputError` if it can never run."""
         if len(request.sampling.stop_token_ids) > self.sizes.max_stop_tokens:
-            raise ValueError(f"a request may have {self.sizes.max_stop_tokens} stop tokens at most")
+            raise InputError(f"a request may have {self.sizes.max_stop_tokens} stop tokens at most")
         return self.scheduler.add(request)
 
     def step(self, accept: Accept) -> list[Progress]:

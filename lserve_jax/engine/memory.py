@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.sizes import PoolSizes, Sizes
 from lserve_jax.runtime.cache import init_cache
@@ -61,7 +62,7 @@ class MemoryPlan:
         return self.total_bytes <= self.available_bytes * _HEADROOM
 
     def require_fit(self) -> None:
-        """Raises `ValueError` if this context does not fit; the message names the largest one that does."""
+        """Raises `InputError` if this context does not fit; the message names the largest one that does."""
         if self.fits:
             return
         remedy = (
@@ -69,7 +70,7 @@ class MemoryPlan:
             if self.largest_context
             else "not even the weights and one page fit"
         )
-        raise ValueError(
+        raise InputError(
             f"max_model_len={self.sizes.max_model_len} with {self.sizes.max_num_seqs} sequence(s) needs "
             f"{_gib(self.total_bytes)} for weights and KV cache, but "
             f"{_gib(self.available_bytes * _HEADROOM)} can be used: {remedy}"

@@ -8,6 +8,8 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lserve_jax.config.errors import InputError
+
 
 class Limits(Protocol):
     """The part of the sampling parameters that the engine's host side needs."""
@@ -24,9 +26,9 @@ class Limits(Protocol):
 
 
 def require_room(prompt_tokens: int, max_model_len: int) -> None:
-    """Raises `ValueError` if a prompt alone is longer than the context."""
+    """Raises `InputError` if a prompt alone is longer than the context."""
     if prompt_tokens > max_model_len:
-        raise ValueError(
+        raise InputError(
             f"prompt has {prompt_tokens} tokens, but max_model_len is {max_model_len}: "
             "shorten the prompt or raise max_model_len"
         )
@@ -53,9 +55,9 @@ class Request:
     def __post_init__(self) -> None:
         assert len(self.forced) in (0, self.sampling.max_tokens)
         if not self.prompt:
-            raise ValueError(f"request {self.id}: the prompt is empty; it must have at least one token")
+            raise InputError(f"request {self.id}: the prompt is empty; it must have at least one token")
         if self.sampling.max_tokens < 1:
-            raise ValueError(f"request {self.id}: max_tokens must be at least 1, got {self.sampling.max_tokens}")
+            raise InputError(f"request {self.id}: max_tokens must be at least 1, got {self.sampling.max_tokens}")
 
 
 class Status(Enum):

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.sizes import PoolSizes, Sizes, most_pages
 from lserve_jax.engine.allocator import PageAllocator, PagePool
 from lserve_jax.engine.request import Request, Sequence, Status, require_room
@@ -73,10 +74,10 @@ class Scheduler:
         """Returns the waiting sequence of ``request``, which joins the end of the queue.
 
         Raises:
-          ValueError: if its id is in use, its prompt exceeds the context, or the pools are too small for it alone.
+          InputError: if its id is in use, its prompt exceeds the context, or the pools are too small for it alone.
         """
         if request.id in self._live:
-            raise ValueError(f"request {request.id}: this id is in use by an unfinished request")
+            raise InputError(f"request {request.id}: this id is in use by an unfinished request")
         limit = self.sizes.max_model_len
         require_room(len(request.prompt), limit)
         sequence = Sequence.from_request(request, max_model_len=limit, page_size=self.attention.page_size)
@@ -191,7 +192,7 @@ class Scheduler:
         for name, pool in self._pools():
             need = self._need(pool, sequence)
             if need > pool.num_pages:
-                raise ValueError(
+                raise InputError(
                     f"prompt has {sequence.prompt_length} tokens and may grow to {sequence.max_length}, which takes "
                     f"{need} {name} pages of {self.attention.page_size} tokens, but the {name} pool has "
                     f"{pool.num_pages}: shorten the prompt, lower max_tokens or use more pages"

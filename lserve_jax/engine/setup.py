@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from lserve_jax.config.attention import AttentionConfig, from_preset
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import CONFIG_FILE, GATES_FILE, HeadClasses, classify, load_gates, load_settings
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.sizes import Sizes, check_sizes
@@ -106,7 +107,7 @@ def prepare(
         ``token_budget="all"`` lifts a preset's budget.
 
     Raises:
-      ValueError: if a model or setting is invalid, in one line.
+      InputError: if a model or setting is invalid, in one line.
     """
     named = {"max_model_len": max_model_len, "prefill_chunk": prefill_chunk, "recall_interval": recall_interval}
     _check(implementation, max_num_seqs=max_num_seqs, steps_per_call=steps_per_call, **named)
@@ -126,15 +127,18 @@ def prepare(
     has_recall = recall_interval is not None
     setup = Setup(checkpoint=checkpoint, config=config, plan=plan, has_pattern=heads is not None, has_recall=has_recall)
     if config.implementation is not None:
-        _ = setup.implementations  # it refuses here, before anything is loaded
+        try:  # here, before anything is loaded
+            _ = setup.implementations
+        except NotImplementedError as error:
+            raise InputError(str(error)) from None
     return setup
 
 
 def _check(implementation: str | None, **sizes: int | None) -> None:
-    """Raises ValueError for what is wrong without a look at any model; sizes that are None are not named."""
+    """Raises InputError for what is wrong without a look at any model; sizes that are None are not named."""
     check_sizes(**{name: value for name, value in sizes.items() if value is not None})
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
+        raise InputError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
 
 
 def _warnings(setup: Setup) -> Iterator[str]:
@@ -160,15 +164,15 @@ def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:
     known = {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if given.get(name) is not None}
     try:
         return SamplingParams(**{"temperature": 1.0, **known})
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.name}: generation_config.json: {error}") from None
+    except InputError as error:
+        raise InputError(f"{checkpoint.name}: generation_config.json: {error}") from None
 
 
 def model_settings(checkpoint: Checkpoint, head_pattern: str | Path | None = None) -> dict[str, Any]:
     """Returns the fields of `AttentionConfig` that a head pattern recommends (`prepare` says which pattern it is).
 
     Raises:
-      ValueError: if they are not valid fields, in one line that names the file.
+      InputError: if they are not valid fields, in one line that names the file.
     """
     with _pattern_folder(checkpoint, head_pattern) as folder:
         if folder is None:
@@ -176,8 +180,8 @@ def model_settings(checkpoint: Checkpoint, head_pattern: str | Path | None = Non
         settings = load_settings(folder)
         try:
             from_preset("lserve", **settings)
-        except ValueError as error:
-            raise ValueError(f"{folder / CONFIG_FILE}: attention: {error}") from None
+        except InputError as error:
+            raise InputError(f"{folder / CONFIG_FILE}: attention: {error}") from None
         return settings
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.summary import Cell
 from lserve_jax.evaluation.variants import Variant, change
 
@@ -55,13 +56,13 @@ def settings(base: Variant, axes: Iterable[str], num_layers: int) -> list[Settin
       num_layers: layers of the model.
 
     Raises:
-      ValueError: for an unknown axis.
+      InputError: for an unknown axis.
     """
     known = {**AXES, DENSE_LAYER: tuple(f"dense_layers={layer}" for layer in ("", *range(num_layers)))}
     found = []
     for axis in axes:
         if axis not in known:
-            raise ValueError(f"ablation {axis!r} must be one of {', '.join(known)}")
+            raise InputError(f"ablation {axis!r} must be one of {', '.join(known)}")
         found += [Setting(axis=axis, fields=fields, variant=change(base, fields)) for fields in known[axis]]
     return found
 

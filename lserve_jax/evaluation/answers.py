@@ -53,7 +53,7 @@ class Answers:
         """Returns a sample as a prompt, slightly shorter than asked for if its answer needs room in the context.
 
         Raises:
-          ValueError: if it would have to be clearly shorter, or the task does not fit into the length.
+          InputError: if it would have to be clearly shorter, or the task does not fit into the length.
         """
         item = self._make(length, length, index)
         if self.has_word_lengths:

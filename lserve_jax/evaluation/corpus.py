@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.text.tokenizer import Tokenizer
 
 _TEXT_FILES = (".txt", ".md", ".rst")
@@ -23,17 +24,17 @@ def read_texts(path: str | Path) -> str:
     """Returns the text of a file, or of all text files of a folder in the order of their names.
 
     Raises:
-      ValueError: if there is no file, or one is not UTF-8, in one line that names it.
+      InputError: if there is no file, or one is not UTF-8, in one line that names it.
     """
     path = Path(path)
     files = [path]
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in _TEXT_FILES and file.is_file()]
     elif not path.is_file():
-        raise ValueError(f"{path}: no such file or folder of texts")
+        raise InputError(f"{path}: no such file or folder of texts")
     texts = [_read(file) for file in files]
     if not any(text.strip() for text in texts):
-        raise ValueError(f"{path}: holds no text (of a folder, files that end in {', '.join(_TEXT_FILES)} are read)")
+        raise InputError(f"{path}: holds no text (of a folder, files that end in {', '.join(_TEXT_FILES)} are read)")
     return "\n\n\n".join(texts)
 
 
@@ -41,7 +42,7 @@ def _read(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text (byte {error.start})") from None
+        raise InputError(f"{file} is not UTF-8 text (byte {error.start})") from None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.llm import LLM
 from lserve_jax.runtime.sampling import SamplingParams
 from lserve_jax.text.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ class HarnessMethods:
     def __init__(self, llm: LLM) -> None:
         super().__init__()
         if llm.tokenizer is None:
-            raise ValueError(f"{llm.setup.checkpoint.name} has no tokenizer, which the harness needs: give tokenizer=")
+            raise InputError(f"{llm.setup.checkpoint.name} has no tokenizer, which the harness needs: give tokenizer=")
         self.llm = llm
         self._tokenizer: Tokenizer = llm.tokenizer
 
@@ -79,7 +80,7 @@ class HarnessMethods:
     def eot_token_id(self) -> int:
         """The token that ends a text."""
         if not self.llm.end_token_ids:
-            raise ValueError(f"{self.llm.setup.checkpoint.name} names no end token, which the harness needs")
+            raise InputError(f"{self.llm.setup.checkpoint.name} names no end token, which the harness needs")
         return self.llm.end_token_ids[0]
 
     @cached_property
@@ -114,7 +115,7 @@ class HarnessMethods:
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Returns the source of the chat template, for the harness's records; None if no template is asked for."""
         if isinstance(chat_template, str):
-            raise ValueError(f"the checkpoint has one chat template: leave out its name, {chat_template!r}")
+            raise InputError(f"the checkpoint has one chat template: leave out its name, {chat_template!r}")
         return self._tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
@@ -127,7 +128,7 @@ class HarnessMethods:
         render = self._tokenizer.render_chat
         try:
             text = render(chat_history, add_generation_prompt=add_generation_prompt)
-        except ValueError:
+        except InputError:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
@@ -168,10 +169,10 @@ class HarnessMethods:
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """Returns context and continuation, without the context's beginning if they are too long together."""
         if not continuation:
-            raise ValueError("a continuation adds no token to its context: there is nothing to score")
+            raise InputError("a continuation adds no token to its context: there is nothing to score")
         room = self.max_length - len(continuation)
         if room < 1:
-            raise ValueError(
+            raise InputError(
                 f"a continuation has {len(continuation)} tokens, but max_model_len is {self.max_length}: raise it"
             )
         return context[-room:], continuation
@@ -215,7 +216,7 @@ class HarnessMethods:
         """Returns the most tokens of a context that leave room for an answer of ``max_tokens``."""
         room = self.max_length - max_tokens
         if room < 1:
-            raise ValueError(
+            raise InputError(
                 f"an answer of max_gen_toks={max_tokens} leaves no room for its context, as max_model_len is "
                 f"{self.max_length}: raise it, or lower max_gen_toks"
             )
@@ -232,7 +233,7 @@ class HarnessMethods:
             del given["num_beams"]
         if unknown := sorted(given.keys() - _SAMPLING):
             known = ", ".join(sorted({*_SAMPLING, "do_sample", "max_gen_toks", "until"}))
-            raise ValueError(f"unknown generation setting {', '.join(unknown)}; known are {known}")
+            raise InputError(f"unknown generation setting {', '.join(unknown)}; known are {known}")
         stop = tuple(text for text in until if text)
         return SamplingParams(
             max_tokens=max_tokens,
@@ -262,7 +263,7 @@ def _open_ended(text: str, message: str) -> str:
     """Returns a rendered conversation up to the end of its last message, for the model to continue."""
     message = message.strip()
     if message not in text:
-        raise ValueError("the chat template changes the assistant's message, so that it cannot be continued")
+        raise InputError("the chat template changes the assistant's message, so that it cannot be continued")
     return text[: text.rindex(message) + len(message)]
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.sample import Request
 from lserve_jax.text import prose
 
@@ -41,7 +42,7 @@ def open_haystack(source: str | Path = PROSE) -> Haystack:
     """Returns the haystack that a command line names: ``prose``, or a folder of .txt and .md files.
 
     Raises:
-      ValueError: if the folder is missing or holds no text, too much text, or a file that is not UTF-8.
+      InputError: if the folder is missing or holds no text, too much text, or a file that is not UTF-8.
     """
     return prose.sentences if source == PROSE else _folder_haystack(Path(source))
 
@@ -132,16 +133,16 @@ def _folder_haystack(folder: Path) -> Haystack:
 
 def _read_sentences(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise ValueError(f"haystack {folder}: no such folder (give '{PROSE}' or a folder of .txt and .md files)")
+        raise InputError(f"haystack {folder}: no such folder (give '{PROSE}' or a folder of .txt and .md files)")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
     size = sum(path.stat().st_size for path in files)
     if size > _MAX_BYTES:
-        raise ValueError(f"haystack {folder}: {size >> 20} MiB of text, at most {_MAX_BYTES >> 20} MiB are read")
+        raise InputError(f"haystack {folder}: {size >> 20} MiB of text, at most {_MAX_BYTES >> 20} MiB are read")
     sentences = []
     for path in files:
         sentences += _split(_read_text(path))
     if not sentences:
-        raise ValueError(f"haystack {folder}: no text in it: it needs .txt or .md files with text")
+        raise InputError(f"haystack {folder}: no text in it: it needs .txt or .md files with text")
     return sentences
 
 
@@ -149,9 +150,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ValueError(f"haystack file {path} is not UTF-8 text (byte {error.start})") from None
+        raise InputError(f"haystack file {path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
-        raise ValueError(f"haystack file {path}: {error.strerror}") from None
+        raise InputError(f"haystack file {path}: {error.strerror}") from None
 
 
 def _split(text: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.sample import Request, Sample
 
 _SLACK = 0.005
@@ -24,7 +25,7 @@ def fit(
       tokens_a_unit: tokens per unit, a guess for the first step.
 
     Raises:
-      ValueError: if the prompt with the least units is already too long.
+      InputError: if the prompt with the least units is already too long.
     """
 
     def count(units: int) -> int:
@@ -34,7 +35,7 @@ def fit(
     length = request.length
     low, low_tokens = least, count(least)
     if low_tokens > length:
-        raise ValueError(f"task {task}: a prompt needs at least {low_tokens} tokens, got a length of {length}")
+        raise InputError(f"task {task}: a prompt needs at least {low_tokens} tokens, got a length of {length}")
     high = high_tokens = None
     is_bisecting = False
     while low_tokens < length * (1 - _SLACK) and high != low + 1:

@@ -1,6 +1,6 @@
 """LongBench (arXiv 2308.14508): questions, summaries, few-shot and code over long documents, from its published files.
 
-    task = open_task("hotpotqa", folder, tokenizer)   # ValueError in one line: unknown name, missing or malformed file
+    task = open_task("hotpotqa", folder, tokenizer)   # InputError in one line: unknown name, missing or malformed file
     len(task)                                         # samples in the file
     task.use_chat_format                              # False: render this task's prompts raw, without chat format
     task.make(Request(length=…, index=i, …))          # i below len(task); seed and haystack have no effect
@@ -20,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.metrics import METRICS
 from lserve_jax.evaluation.sample import Request, Sample
 from lserve_jax.text.tokenizer import Tokenizer
@@ -121,10 +122,10 @@ class LongBenchTask:
         """Returns sample ``request.index``, whose rendered prompt has at most ``request.length`` tokens.
 
         Raises:
-          ValueError: if the length has no room for anything, or the file has fewer samples.
+          InputError: if the length has no room for anything, or the file has fewer samples.
         """
         if not 0 <= request.index < len(self.records):
-            raise ValueError(f"{self.name} has {len(self.records)} samples, there is no number {request.index}")
+            raise InputError(f"{self.name} has {len(self.records)} samples, there is no number {request.index}")
         record = self.records[request.index]
         return Sample(
             text=self._fit(self.dataset.prompt.format(context=record.context, input=record.input), request),
@@ -148,7 +149,7 @@ class LongBenchTask:
             keep -= num_tokens - request.length
             half = keep // 2
             if half < 1:
-                raise ValueError(f"{self.name}: a prompt of {request.length} tokens has no room for anything")
+                raise InputError(f"{self.name}: a prompt of {request.length} tokens has no room for anything")
             ends = (self.tokenizer.decode(part, skip_special_tokens=False) for part in (ids[:half], ids[-half:]))
             text = "".join(ends)
             num_tokens = len(request.render(text, ""))
@@ -164,7 +165,7 @@ def open_task(name: str, folder: str | Path | None, tokenizer: Tokenizer) -> Lon
       tokenizer: the model's.
 
     Raises:
-      ValueError: see `load`.
+      InputError: see `load`.
     """
     records = load(name, folder)
     dataset = _DATASETS[name]
@@ -178,11 +179,11 @@ def load(name: str, folder: str | Path | None) -> list[Record]:
     """Returns the samples of a task.
 
     Raises:
-      ValueError: if the name is unknown, the file is missing, or a line is malformed; in one line that names the file
+      InputError: if the name is unknown, the file is missing, or a line is malformed; in one line that names the file
         and the line.
     """
     if name not in _DATASETS:
-        raise ValueError(f"unknown LongBench task {name!r}; known are {', '.join(NAMES)}")
+        raise InputError(f"unknown LongBench task {name!r}; known are {', '.join(NAMES)}")
     file = _find(name, folder)
     metric = _DATASETS[name].metric
     records = []
@@ -192,12 +193,12 @@ def load(name: str, folder: str | Path | None) -> list[Record]:
         try:
             record = _parse(line, metric)
             if records and record.classes != records[0].classes:
-                raise ValueError("all_classes differ from those of the lines before")
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: {error}") from None
+                raise InputError("all_classes differ from those of the lines before")
+        except InputError as error:
+            raise InputError(f"{file}, line {number}: {error}") from None
         records.append(record)
     if not records:
-        raise ValueError(f"{file} has no samples")
+        raise InputError(f"{file} has no samples")
     return records
 
 
@@ -205,9 +206,9 @@ def _parse(line: bytes, metric: str) -> Record:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not a line of JSON in UTF-8 ({error})") from None
+        raise InputError(f"not a line of JSON in UTF-8 ({error})") from None
     if not isinstance(row, dict):
-        raise ValueError(f"must be a JSON object, got {type(row).__name__}")
+        raise InputError(f"must be a JSON object, got {type(row).__name__}")
     classes = row.get("all_classes") if metric == "classification" else []
     wanted: list[tuple[str, Any, bool, str]] = [
         ("input", row.get("input"), isinstance(row.get("input"), str), "a string"),
@@ -222,7 +223,7 @@ def _parse(line: bytes, metric: str) -> Record:
         if not is_met
     ]
     if problems:
-        raise ValueError("; ".join(problems))
+        raise InputError("; ".join(problems))
     if metric.startswith("retrieval"):
         for answer in row["answers"]:
             METRICS[metric]("", answer)  # raises if the answer names no paragraph
@@ -249,7 +250,7 @@ def _find(name: str, folder: str | Path | None) -> Path | zipfile.Path:
         file = Path(folder) / f"{name}.jsonl"
         where = str(folder)
     if not file.is_file():
-        raise ValueError(f"LongBench task {name}: {where} has no file {name}.jsonl")
+        raise InputError(f"LongBench task {name}: {where} has no file {name}.jsonl")
     return file
 
 
@@ -258,7 +259,7 @@ def _download(name: str) -> str:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
-        raise ValueError(
+        raise InputError(
             f"LongBench task {name}: name the folder with {name}.jsonl, or, to fetch it from the hub, install "
             "the extra: pip install 'lserve_jax[eval]'"
         ) from None
@@ -266,6 +267,6 @@ def _download(name: str) -> str:
         return hf_hub_download(_HUB_ID, _ARCHIVE, repo_type="dataset")
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise InputError(
             f"LongBench task {name}: name the folder with {name}.jsonl; the hub did not give it ({reason})"
         ) from None

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.engine.outputs import RequestMetrics
 from lserve_jax.evaluation.sample import Sample
 from lserve_jax.llm import LLM
@@ -67,7 +68,7 @@ class Measurement(Protocol):
         ...
 
     def make(self, length: int, index: int) -> Item:
-        """Returns a prompt; raises ValueError, in one line, if the length or the context has no room for it."""
+        """Returns a prompt; raises InputError, in one line, if the length or the context has no room for it."""
         ...
 
     def measure(self, llm: LLM, items: Sequence[Item], reference: Callable[[Item], Row | None]) -> list[dict[str, Any]]:
@@ -82,11 +83,11 @@ def prompt_length(name: str, length: int, room: int, context: int) -> int:
     """Returns the length of a prompt that leaves ``room`` tokens in the context: ``length`` or slightly less.
 
     Raises:
-      ValueError: if it would have to be clearly less than ``length``.
+      InputError: if it would have to be clearly less than ``length``.
     """
     longest = context - room
     if longest < _SHORTER * length:
-        raise ValueError(
+        raise InputError(
             f"{name} at length {length} takes {room} tokens more, but the model's context is {context}: "
             f"the longest length that it can have is {max(longest, 0)}"
         )

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from lserve_jax.config.errors import InputError
+
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CHINESE_PUNCTUATION = str.maketrans(
     "",
@@ -141,7 +143,7 @@ def _chinese_words(text: str) -> list[str]:
 def _number(prefix: str, reference: str) -> str:
     found = re.search(prefix + r"(\d+)", reference)
     if found is None:
-        raise ValueError(f"the reference {reference!r:.60} does not name its paragraph, as in {prefix + '7'!r}")
+        raise InputError(f"the reference {reference!r:.60} does not name its paragraph, as in {prefix + '7'!r}")
     return found[1]
 
 
@@ -181,7 +183,7 @@ def _segmenter() -> Any:
         with warnings.catch_warnings(action="ignore"):  # old code: escapes in its source, pkg_resources
             import jieba
     except ImportError:
-        raise ValueError("Chinese metrics need jieba: pip install 'lserve_jax[eval]'") from None
+        raise InputError("Chinese metrics need jieba: pip install 'lserve_jax[eval]'") from None
     jieba.setLogLevel(logging.WARNING)
     segmenter: Any = jieba.Tokenizer()
     # It caches its marshalled dictionary in /tmp, where anyone may put another file; so it gets a private folder.

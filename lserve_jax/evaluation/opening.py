@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation import drift, longbench, perplexity
 from lserve_jax.evaluation.answers import Answers
 from lserve_jax.evaluation.corpus import Windows, python_reference, read_texts
@@ -62,17 +63,17 @@ class PromptSettings:
     def __post_init__(self) -> None:
         for name in ("tail", "drift_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
 
 
 def measurement_names(text: str) -> list[str]:
-    """Returns the names in a text such as ``copy,perplexity``, each once; raises ValueError for an unknown one."""
+    """Returns the names in a text such as ``copy,perplexity``, each once; raises InputError for an unknown one."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name.startswith(LONGBENCH) and name.removeprefix(LONGBENCH) not in longbench.NAMES:
-            raise ValueError(f"--tasks: {name!r} must be {LONGBENCH} with one of {', '.join(longbench.NAMES)}")
+            raise InputError(f"--tasks: {name!r} must be {LONGBENCH} with one of {', '.join(longbench.NAMES)}")
         if not name.startswith(LONGBENCH) and name not in NAMES:
-            raise ValueError(f"--tasks: {name!r} must be one of {', '.join(NAMES)} or {LONGBENCH}NAME")
+            raise InputError(f"--tasks: {name!r} must be one of {', '.join(NAMES)} or {LONGBENCH}NAME")
     return names
 
 
@@ -88,7 +89,7 @@ def open_measurements(
       context: tokens of the model's context.
 
     Raises:
-      ValueError: for a file or folder that is missing or cannot be read.
+      InputError: for a file or folder that is missing or cannot be read.
     """
     corpus = python_reference() if settings.corpus is None else read_texts(settings.corpus)
     windows = Windows(corpus, tokenizer, settings.seed)

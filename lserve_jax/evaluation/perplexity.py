@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.corpus import Windows
 from lserve_jax.evaluation.measurement import Item, Row, by_position, decoding, mean, prompt_length
 from lserve_jax.llm import LLM
@@ -36,10 +37,10 @@ class Perplexity:
         return self.windows.count(length)
 
     def make(self, length: int, index: int) -> Item:
-        """Returns a window; raises ValueError if it is too short for the tail or too long for the context."""
+        """Returns a window; raises InputError if it is too short for the tail or too long for the context."""
         prompt_length(self.name, length, 0, self.context)
         if length <= self.tail:
-            raise ValueError(f"{self.name} at length {length} needs more tokens than the {self.tail} of its tail")
+            raise InputError(f"{self.name} at length {length} needs more tokens than the {self.tail} of its tail")
         window = self.windows.get(length, index)
         return Item(
             task=self.name,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.summary import Cell, Row, select
 
 if TYPE_CHECKING:
@@ -25,13 +26,13 @@ def new_figure(columns: int, rows: int = 1, *, width: float = _WIDTH, height: fl
     """Returns an empty figure and its panels [rows, columns]; the size of a panel is in inches.
 
     Raises:
-      ValueError: if matplotlib is not installed.
+      InputError: if matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'lserve_jax[eval]'") from None
+        raise InputError("plots need matplotlib: pip install 'lserve_jax[eval]'") from None
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.qa import Case, Cases
 
 
@@ -25,7 +26,7 @@ def read_squad(path: Path) -> Cases:
     """Returns the questions of SQuAD 2.0 that have answers; the first distractors are from the same article.
 
     Raises:
-      ValueError: if the file cannot be read, or is not what was published as dev-v2.0.json.
+      InputError: if the file cannot be read, or is not what was published as dev-v2.0.json.
     """
     return _read(path, _squad, "dev-v2.0.json of SQuAD")
 
@@ -34,7 +35,7 @@ def read_hotpot(path: Path) -> Cases:
     """Returns the questions of HotpotQA, each with its ten documents.
 
     Raises:
-      ValueError: if the file cannot be read, or is not what was published as hotpot_dev_distractor_v1.json.
+      InputError: if the file cannot be read, or is not what was published as hotpot_dev_distractor_v1.json.
     """
     return _read(path, _hotpot, "hotpot_dev_distractor_v1.json of HotpotQA")
 
@@ -64,13 +65,13 @@ def _read(path: Path, parse: Callable[[Any], Iterator[_Question]], what: str) ->
     try:
         questions = list(parse(json.loads(path.read_text(encoding="utf-8"))))
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): {what} is wanted") from None
+        raise InputError(f"{path} is not JSON ({error}): {what} is wanted") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not {what}: {type(error).__name__}: {error}") from None
+        raise InputError(f"{path} is not {what}: {type(error).__name__}: {error}") from None
     if not questions or not all(one.answers for one in questions):
-        raise ValueError(f"{path} is not {what}: it must hold questions, and an answer for each")
+        raise InputError(f"{path} is not {what}: it must hold questions, and an answer for each")
     documents = sorted({document for one in questions for document in (*one.documents, *one.near)})
 
     def cases(rng: random.Random, index: int) -> Case:
@@ -80,7 +81,7 @@ def _read(path: Path, parse: Callable[[Any], Iterator[_Question]], what: str) ->
         others = [document for document in documents if document not in used]
         distractors = rng.sample(one.near, len(one.near)) + rng.sample(others, len(others))
         if not distractors:
-            raise ValueError(f"{path}: it has no document besides those of a question")
+            raise InputError(f"{path}: it has no document besides those of a question")
         return Case(
             question=one.question,
             answers=one.answers,

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.config.errors import InputError
 from lserve_jax.engine.setup import Setup
 from lserve_jax.evaluation.measurement import Item, Measurement, Row
 from lserve_jax.evaluation.store import Key, PromptKey, Store
@@ -61,14 +62,14 @@ class Plan:
         """Returns a line for each cell that has fewer samples than asked for.
 
         Raises:
-          ValueError: if a cell has none.
+          InputError: if a cell has none.
         """
         lines = []
         for length in self.lengths:
             for measurement in self.measurements:
                 count = measurement.count(length)
                 if count == 0:
-                    raise ValueError(f"{measurement.name} at length {length} has no samples: its text is too short")
+                    raise InputError(f"{measurement.name} at length {length} has no samples: its text is too short")
                 if count is not None and count < self.samples:
                     lines.append(f"{measurement.name} at length {length} has {count} samples, {self.samples} asked for")
         return lines
@@ -93,7 +94,7 @@ def missing(plan: Plan, rows: Mapping[Key, Any]) -> Todo:
     """Returns the prompts without results of some variants, with these variants.
 
     Raises:
-      ValueError: if a result was made with other settings than its variant now has.
+      InputError: if a result was made with other settings than its variant now has.
     """
     found = {}
     for measurement, key in plan.prompts():
@@ -112,14 +113,14 @@ def _require_same_settings(variant: Variant, length: int, row: Any) -> None:
     changed = [name for name in settings | stored if settings.get(name) != stored.get(name)]
     if changed:
         name = changed[0]
-        raise ValueError(
+        raise InputError(
             f"variant {variant.label!r} was measured with {name}={stored.get(name)} and now has {settings.get(name)}: "
             "its defaults have changed; name a new --out"
         )
 
 
 def make_items(todo: Todo, report: OnProgress) -> dict[PromptKey, Item]:
-    """Returns the prompts that are needed; raises ValueError, before anything is loaded, if one cannot be made."""
+    """Returns the prompts that are needed; raises InputError, before anything is loaded, if one cannot be made."""
     items = {}
     for done, (key, (measurement, _)) in enumerate(todo.items(), start=1):
         _, length, index = key
@@ -134,7 +135,7 @@ def make_loads(
     """Returns the work by variant: one load for all lengths, or one for each at which the variant's settings differ.
 
     Raises:
-      ValueError: before anything is loaded, if a model cannot be set up like this or does not fit into the memory.
+      InputError: before anything is loaded, if a model cannot be set up like this or does not fit into the memory.
     """
     loads = []
     for done, variant in enumerate(plan.variants, start=1):
@@ -171,7 +172,7 @@ def run(
       report: called with the progress of a load.
 
     Raises:
-      ValueError: if a model's results are not numbers.
+      InputError: if a model's results are not numbers.
     """
     for number, load in enumerate(loads, start=1):
         stage = f"{load.variant.label} ({number}/{len(loads)})"
@@ -216,7 +217,7 @@ def _batches(items: Sequence[tuple[Measurement, Item]], size: int) -> Iterator[t
 def _row(load: Load, item: Item, values: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     broken = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
     if broken:
-        raise ValueError(
+        raise InputError(
             f"variant {load.variant.label!r} gave no number for {broken[0]} on {item.task} at length {item.length}, "
             f"index {item.index}: the model overflows (try --dtype float32)"
         )

@@ -69,5 +69,5 @@ class Task(Protocol):
         ...
 
     def make(self, request: Request) -> Sample:
-        """Returns a sample; raises ValueError if the length has no room for it."""
+        """Returns a sample; raises InputError if the length has no room for it."""
         ...

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lserve_jax.config.errors import InputError
+
 type PromptKey = tuple[str, int, int]
 """Task, length, index."""
 type Key = tuple[str, int, int, str]
@@ -28,7 +30,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads the file, if there is one; raises ValueError naming a line that is no JSON object."""
+        """Reads the file, if there is one; raises InputError naming a line that is no JSON object."""
         self.path = path
         data = path.read_bytes() if path.exists() else b""
         self._size, self._complete = len(data), data.rfind(b"\n") + 1
@@ -42,31 +44,31 @@ class JsonLines:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise ValueError(
+            raise InputError(
                 f"{self.path}: line {place + 1} is no JSON object: mend or delete it, or name another --out"
             )
         return value
 
     def require(self, place: int, types: Mapping[str, type]) -> None:
-        """Raises ValueError if a line lacks one of the fields or has one with another type."""
+        """Raises InputError if a line lacks one of the fields or has one with another type."""
         wrong = [name for name, kind in types.items() if not isinstance(self.lines[place].get(name), kind)]
         if wrong:
-            raise ValueError(
+            raise InputError(
                 f"{self.path}: line {place + 1} has no valid {wrong[0]!r}: mend or delete it, or name another --out"
             )
 
     def open(self) -> None:
-        """Opens the file for writing by this process only; raises ValueError if another one writes to it."""
+        """Opens the file for writing by this process only; raises InputError if another one writes to it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = self.path.open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ValueError(f"{self.path}: another run is writing to it: wait for it, or name another --out") from None
+            raise InputError(f"{self.path}: another run is writing to it: wait for it, or name another --out") from None
         if os.fstat(file.fileno()).st_size != self._size:
             file.close()
-            raise ValueError(f"{self.path} has changed since it was read: run the command again")
+            raise InputError(f"{self.path} has changed since it was read: run the command again")
         file.truncate(self._complete)
         self._file = file
 
@@ -100,7 +102,7 @@ class Store:
           settings: the settings that all results of a folder share.
 
         Raises:
-          ValueError: in one line, for a malformed line or for other settings than those in the file.
+          InputError: in one line, for a malformed line or for other settings than those in the file.
         """
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))
@@ -124,11 +126,11 @@ class Store:
     def _check_settings(self, found: Any) -> None:
         path = self._results.path
         if not isinstance(found, dict):
-            raise ValueError(f"{path}: line 1 holds no settings, so it is no file of this program: name another --out")
+            raise InputError(f"{path}: line 1 holds no settings, so it is no file of this program: name another --out")
         for name in dict.fromkeys((*self.settings, *found)):
             old, new = found.get(name), self.settings.get(name)
             if old != new:
-                raise ValueError(
+                raise InputError(
                     f"{path} was made with {name}={json.dumps(old)}, this run has {json.dumps(new)}: "
                     f"name another --out, or take the same {name}"
                 )
@@ -137,14 +139,14 @@ class Store:
         """Opens the folder for new rows, and adds the prompts that it lacks.
 
         Raises:
-          ValueError: if the folder holds another prompt under the same name, or another run writes to it.
+          InputError: if the folder holds another prompt under the same name, or another run writes to it.
         """
         new = []
         for prompt in prompts:
             record = json.loads(json.dumps(prompt))
             key = record["task"], record["length"], record["index"]
             if self._records.setdefault(key, record) != record:
-                raise ValueError(
+                raise InputError(
                     f"{self._prompts.path}: {key[0]} at length {key[1]}, index {key[2]}, is another prompt than the "
                     "one made now (from another version, corpus or data set?): name another --out"
                 )

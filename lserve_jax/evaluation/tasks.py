@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.copying import Copying
 from lserve_jax.evaluation.niah import NIAH
 from lserve_jax.evaluation.qa import QuestionAnswering
@@ -40,10 +41,10 @@ def get_task(name: str, qa_folder: Path | None = None) -> Task:
         hotpot_dev_distractor_v1.json); qa_1 and qa_2 then ask their questions instead of invented ones.
 
     Raises:
-      ValueError: if there is no such task, or its file cannot be used.
+      InputError: if there is no such task, or its file cannot be used.
     """
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
+        raise InputError(f"unknown task {name!r}: known are {', '.join(TASKS)}")
     if qa_folder is None or name not in _QA_FILES:
         return TASKS[name]
     file, read = _QA_FILES[name]

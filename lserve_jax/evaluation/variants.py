@@ -7,6 +7,7 @@ from dataclasses import Field, dataclass, field, replace
 from typing import Any
 
 from lserve_jax.config.attention import ALL, PRESETS, AttentionConfig, default_pages, from_preset
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.settings import read, settings
 
 # A comma before a letter begins another variant, a plus before "name=" another field. So lists keep their commas.
@@ -43,7 +44,7 @@ class Variant:
         A budget that is a share is rounded up to whole pages, and to at least the pages that are always read.
 
         Raises:
-          ValueError: for a value out of range, in one line that names the variant.
+          InputError: for a value out of range, in one line that names the variant.
         """
         try:
             budget = self.options.get("token_budget")
@@ -56,21 +57,21 @@ class Variant:
             count = max(-(-tokens // free.page_size), free.forced_pages)
             options["token_budget"] = count * free.page_size
             return from_preset(self.preset, of_model=self.of_model, **options)
-        except ValueError as error:
-            raise ValueError(f"variant {self.label!r}: {error}") from None
+        except InputError as error:
+            raise InputError(f"variant {self.label!r}: {error}") from None
 
 
 def parse_variants(text: str) -> tuple[Variant, ...]:
     """Returns the variants of a text such as ``dense,lserve:static_sparsity=0.75+token_budget=25%,quest``.
 
     Raises:
-      ValueError: in one line, for a text that is not a variant, or for a variant that is named twice.
+      InputError: in one line, for a text that is not a variant, or for a variant that is named twice.
     """
     variants = tuple(parse_variant(word) for word in _NEXT_VARIANT.split(text.strip()))
     labels = [variant.label for variant in variants]
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
-        raise ValueError(f"variant {twice[0]!r} is named twice")
+        raise InputError(f"variant {twice[0]!r} is named twice")
     return variants
 
 
@@ -81,23 +82,23 @@ def parse_variant(text: str) -> Variant:
     ``token_budget`` may also be a share of the prompt's length, as in ``token_budget=25%``, or ``all``.
 
     Raises:
-      ValueError: in one line that names the variant.
+      InputError: in one line that names the variant.
     """
     label = text.strip()
     preset, colon, rest = label.partition(":")
     if preset not in PRESETS:
-        raise ValueError(f"variant {label!r}: the preset {preset!r} must be one of {', '.join(PRESETS)}")
+        raise InputError(f"variant {label!r}: the preset {preset!r} must be one of {', '.join(PRESETS)}")
     options: dict[str, Any] = {}
     known = settings(AttentionConfig)
     for name, value in _split(rest) if colon else ():
         if name not in known and name != _PATTERN:
-            raise ValueError(f"variant {label!r}: unknown field {name!r}; known are {', '.join((*known, _PATTERN))}")
+            raise InputError(f"variant {label!r}: unknown field {name!r}; known are {', '.join((*known, _PATTERN))}")
         if name in options:
-            raise ValueError(f"variant {label!r}: {name} is given twice")
+            raise InputError(f"variant {label!r}: {name} is given twice")
         try:
             options[name] = value if name == _PATTERN else _read(known[name], value)
-        except ValueError as error:
-            raise ValueError(f"variant {label!r}: {name}={value} {error}") from None
+        except InputError as error:
+            raise InputError(f"variant {label!r}: {name}={value} {error}") from None
     return Variant(label=label, preset=preset, head_pattern=options.pop(_PATTERN, None), options=options)
 
 
@@ -107,7 +108,7 @@ def change(variant: Variant, fields: str) -> Variant:
     It returns the variant itself if all the fields have these values already.
 
     Raises:
-      ValueError: as `parse_variant`.
+      InputError: as `parse_variant`.
     """
     preset, _, rest = variant.label.partition(":")
     old, new = dict(_split(rest) if rest else ()), dict(_split(fields))
@@ -128,7 +129,7 @@ def _split(fields: str) -> list[tuple[str, str]]:
 
 
 def _read(setting: Field[Any], text: str) -> Any:
-    """Returns the value of a field, a share of the prompt's length as a `float`; raises ValueError("must be …")."""
+    """Returns the value of a field, a share of the prompt's length as a `float`; raises InputError("must be …")."""
     if setting.name != "token_budget":
         return read(setting, text)
     try:
@@ -138,5 +139,5 @@ def _read(setting: Field[Any], text: str) -> Any:
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise ValueError(f"must be a whole number, or a share of the prompt above 0% and up to 100%, or {ALL}")
+        raise InputError(f"must be a whole number, or a share of the prompt above 0% and up to 100%, or {ALL}")
     return share

@@ -49,7 +49,7 @@ def init_cache(
       slots: deprecated name of ``max_num_seqs``.
 
     Raises:
-      ValueError: if a size is below 1, or a pool that a layer needs has no page.
+      InputError: if a size is below 1, or a pool that a layer needs has no page.
     """
     if (slots is None) == (max_num_seqs is None):
         raise TypeError("init_cache needs max_num_seqs")

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lserve_jax.config.errors import InputError
+
 MAX_SEED = 2**32 - 1
 _OF_MODEL = "the model's own, else {}"
 
@@ -30,7 +32,7 @@ class SamplingParams:
       logprobs: whether the output has the log-probabilities of its tokens.
 
     Raises:
-      ValueError: if values are out of range; the message lists all of them.
+      InputError: if values are out of range; the message lists all of them.
     """
 
     max_tokens: int = field(default=256, metadata={"help": "the most tokens to generate, at least 1"})
@@ -86,7 +88,7 @@ class SamplingParams:
             f"{name} must be {what}, got {getattr(self, name)!r}" for is_met, name, what in wanted if not is_met
         ]
         if problems:
-            raise ValueError("; ".join(problems))
+            raise InputError("; ".join(problems))
         object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
 
 

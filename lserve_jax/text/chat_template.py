@@ -10,6 +10,7 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.text.jinja_budget import Budget, BudgetedEnvironment
 
 GROWTH = 8  # a rendered text may have GROWTH times as many characters as the messages, plus SLACK
@@ -25,7 +26,7 @@ class ChatTemplate:
       variables: what the template may read besides the messages: ``bos_token``, ``eos_token``, … .
 
     Raises:
-      ValueError: if the source is no Jinja template.
+      InputError: if the source is no Jinja template.
     """
 
     def __init__(self, text: str, *, source: str, variables: Mapping[str, str]):
@@ -41,13 +42,13 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(environment.budgeted(text))
         except Exception as error:  # a hostile source may make the compiler raise anything, even RecursionError
-            raise ValueError(f"{source}: the chat template is not valid Jinja: {_one_line(error)}") from error
+            raise InputError(f"{source}: the chat template is not valid Jinja: {_one_line(error)}") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """Returns the conversation as text, control tokens included.
 
         Raises:
-          ValueError: if the template refuses these messages, fails, or exceeds its budget.
+          InputError: if the template refuses these messages, fails, or exceeds its budget.
         """
         budget = Budget(characters=SLACK + GROWTH * _characters(messages))
         conversation = {
@@ -60,7 +61,7 @@ class ChatTemplate:
             parts = self._template.generate(self._variables | conversation | budget.as_variables())
             return "".join(budget.bounded(parts))
         except Exception as error:
-            raise ValueError(f"{self._source}: the chat template failed: {_one_line(error)}") from error
+            raise InputError(f"{self._source}: the chat template failed: {_one_line(error)}") from error
 
 
 class _Generation(Extension):

@@ -14,6 +14,7 @@ import tokenizers
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.weights.gguf import END_TOKENS
 
 # The special tokens by the names that Hugging Face files and chat templates use.
@@ -90,14 +91,14 @@ def build_backend(metadata: Mapping[str, Any], *, source: str) -> tokenizers.Tok
       source: the file's name, for messages.
 
     Raises:
-      ValueError: if keys are missing, malformed or unknown; the message lists all of them.
+      InputError: if keys are missing, malformed or unknown; the message lists all of them.
     """
     vocabulary = _read_vocabulary(metadata, source=source)
     build = _build_byte_level if vocabulary.model == "gpt2" else _build_sentencepiece
     try:
         backend, add_bos = build(vocabulary, metadata)
     except Exception as error:  # the library raises bare Exception for merges that do not fit the vocabulary
-        raise ValueError(f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
+        raise InputError(f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}") from error
     control = vocabulary.tokens_of(TokenType.CONTROL, TokenType.UNKNOWN)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     whole = vocabulary.tokens_of(TokenType.USER_DEFINED)
@@ -139,7 +140,7 @@ def _read_vocabulary(metadata: Mapping[str, Any], *, source: str) -> _Vocabulary
     scores = _numbers(metadata, "tokenizer.ggml.scores", len(tokens), problems) if model == "llama" else []
     special_ids = _special_ids(metadata, len(tokens), problems)
     if problems:
-        raise ValueError(f"{source}: cannot build its tokenizer: {'; '.join(problems)}")
+        raise InputError(f"{source}: cannot build its tokenizer: {'; '.join(problems)}")
     return _Vocabulary(
         model=str(model),
         tokens=tokens,

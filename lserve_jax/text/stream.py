@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from lserve_jax.config.errors import InputError
+
 _UNDECIDED = 3  # most bytes of an incomplete character; each may decode to one U+FFFD
 _MOST_PENDING = 64  # tokens; only a model that writes no valid text reaches this
 
@@ -33,7 +35,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Decoder, stop: Sequence[str] = (), *, skip_special_tokens: bool = True):
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop must be a sequence of non-empty strings, got {stop!r}")
+            raise InputError(f"stop must be a sequence of non-empty strings, got {stop!r}")
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._skip_special_tokens = skip_special_tokens

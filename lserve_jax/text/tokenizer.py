@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.text import gguf
 from lserve_jax.text.chat_template import ChatTemplate
 from lserve_jax.text.literals import ControlTexts, Literals
@@ -62,7 +63,7 @@ class Tokenizer:
         ``chat_template.jinja`` and ``generation_config.json`` (its ``eos_token_id`` comes first in ``eos_token_ids``).
 
         Raises:
-          ValueError: if a file is missing or malformed; the message names all such files and keys.
+          InputError: if a file is missing or malformed; the message names all such files and keys.
         """
         folder = Path(path)
         problems: list[str] = []
@@ -79,7 +80,7 @@ class Tokenizer:
             _add_tokens(backend, config, special, problems)
             ends += [index for index in [backend.token_to_id(special.get("eos_token", ""))] if index is not None]
         if problems or backend is None:
-            raise ValueError(f"{folder}: cannot read its tokenizer: {'; '.join(problems)}")
+            raise InputError(f"{folder}: cannot read its tokenizer: {'; '.join(problems)}")
         ends = list(dict.fromkeys(ends))
         return cls(backend, special_tokens=special, eos_token_ids=ends, chat_template=template, source=str(folder))
 
@@ -92,12 +93,12 @@ class Tokenizer:
           source: the file's name, for messages.
 
         Raises:
-          ValueError: if keys are missing, malformed or unknown; the message lists all of them.
+          InputError: if keys are missing, malformed or unknown; the message lists all of them.
         """
         backend = gguf.build_backend(metadata, source=source)
         template = metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
-            raise ValueError(f"{source}: tokenizer.chat_template must be a string, got {type(template).__name__}")
+            raise InputError(f"{source}: tokenizer.chat_template must be a string, got {type(template).__name__}")
         return cls(
             backend,
             special_tokens=gguf.special_tokens(metadata),
@@ -135,7 +136,7 @@ class Tokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # a vocabulary may name an unknown token that it does not have
-            raise ValueError(f"{self._source}: the tokenizer cannot encode a text: {_one_line(error)}") from error
+            raise InputError(f"{self._source}: the tokenizer cannot encode a text: {_one_line(error)}") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of the ids; bytes that are not UTF-8 become U+FFFD, unknown ids add nothing."""
@@ -167,7 +168,7 @@ class Tokenizer:
           add_generation_prompt: whether to end with the head of the assistant's answer.
 
         Raises:
-          ValueError: if there is no template, the messages are malformed, or the template refuses them or fails.
+          InputError: if there is no template, the messages are malformed, or the template refuses them or fails.
         """
         _check_messages(messages)
         template = self._template()
@@ -183,7 +184,7 @@ class Tokenizer:
 
     def _template(self) -> ChatTemplate:
         if self._chat_template is None:
-            raise ValueError(f"{self._source}: the model has no chat template; give the prompt as plain text (--raw)")
+            raise InputError(f"{self._source}: the model has no chat template; give the prompt as plain text (--raw)")
         if self._compiled_template is None:
             self._compiled_template = ChatTemplate(
                 self._chat_template, source=self._source, variables=self._special_tokens
@@ -311,19 +312,19 @@ def _add_tokens(
 
 def _check_text(text: Any) -> None:
     if not isinstance(text, str):
-        raise ValueError(f"a text must be a string, got {type(text).__name__}")
+        raise InputError(f"a text must be a string, got {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"a text must be valid Unicode, got a lone surrogate at character {error.start}") from None
+        raise InputError(f"a text must be valid Unicode, got a lone surrogate at character {error.start}") from None
 
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError("messages must be a list of at least one {'role': …, 'content': …}")
+        raise InputError("messages must be a list of at least one {'role': …, 'content': …}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"messages[{index}] must be a mapping with a string 'role', got {message!r:.80}")
+            raise InputError(f"messages[{index}] must be a mapping with a string 'role', got {message!r:.80}")
 
 
 def _one_line(error: BaseException) -> str:

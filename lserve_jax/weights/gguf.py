@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.model import RopeConfig
 from lserve_jax.models.rope import rope_frequencies
 from lserve_jax.weights.rules import Naming, Tensor
@@ -100,7 +101,7 @@ class _Reader(gguf.GGUFReader):
         if kind in self.gguf_scalar_to_np:
             parts = [self._get(begin, self.gguf_scalar_to_np[kind], count)]
             if len(parts[0]) < count:
-                raise ValueError(f"array of {count} values is cut off")
+                raise InputError(f"array of {count} values is cut off")
             size = int(parts[0].nbytes)
         elif kind == gguf.GGUFValueType.STRING:
             parts, size = _strings(self.data[begin:].view(np.ndarray), count)
@@ -116,7 +117,7 @@ def _strings(data: np.ndarray, count: int) -> tuple[list[np.ndarray], int]:
         begin = at + 8
         at = begin + int.from_bytes(data[at:begin].tobytes(), "little")
         if at > data.size:
-            raise ValueError(f"array of {count} strings is cut off")
+            raise InputError(f"array of {count} strings is cut off")
         strings.append(data[begin:at])
     return strings, at
 
@@ -127,7 +128,7 @@ class GGUFFile:
     ``metadata`` has plain Python values by GGUF key.
 
     Raises:
-      ValueError: if the file is not a GGUF file, is truncated, or is one part of a split one.
+      InputError: if the file is not a GGUF file, is truncated, or is one part of a split one.
     """
 
     naming: Naming = "gguf"
@@ -136,7 +137,7 @@ class GGUFFile:
         self.path = path
         split = SPLIT_NAME.fullmatch(path.name)
         if split and int(split[1]) > 1:
-            raise ValueError(f"{path}: split GGUF files are not read; join them with llama-gguf-split --merge")
+            raise InputError(f"{path}: split GGUF files are not read; join them with llama-gguf-split --merge")
         try:
             reader = _Reader(path)
             # The reader adds those that begin with "GGUF.".
@@ -144,11 +145,11 @@ class GGUFFile:
             self.metadata: dict[str, Any] = {name: _plain(field) for name, field in fields.items()}
         except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
             # The reader checks nothing: a truncated file raises whichever of these comes first.
-            raise ValueError(f"{path}: truncated or not a GGUF file ({error!r})") from None
+            raise InputError(f"{path}: truncated or not a GGUF file ({error!r})") from None
         if reader.byte_order != "I":
-            raise ValueError(f"{path}: written in the other byte order; convert it with gguf-convert-endian")
+            raise InputError(f"{path}: written in the other byte order; convert it with gguf-convert-endian")
         if self.metadata.get("split.count", 1) not in (0, 1):
-            raise ValueError(f"{path}: split GGUF files are not read; join them with llama-gguf-split --merge")
+            raise InputError(f"{path}: split GGUF files are not read; join them with llama-gguf-split --merge")
         self.tensors = {
             tensor.name: _Stored(tensor.data, tensor.tensor_type, tuple(reversed(tensor.shape.tolist())))
             for tensor in reader.tensors
@@ -168,7 +169,7 @@ class GGUFFile:
         """Returns the metadata as a ``config.json``.
 
         Raises:
-          ValueError: if metadata is missing, or needs what Hugging Face's model of that name does not support.
+          InputError: if metadata is missing, or needs what Hugging Face's model of that name does not support.
         """
         return _hf_config(self)
 
@@ -274,7 +275,7 @@ def _architecture_metadata(file: GGUFFile) -> dict[str, Any]:
             if own.get(key, head_dim) != head_dim
         ]
     if problems:
-        raise ValueError(f"{file.path}: {'; '.join(problems)}")
+        raise InputError(f"{file.path}: {'; '.join(problems)}")
     return own
 
 
@@ -292,7 +293,7 @@ def _rope_scaling(file: GGUFFile, own: Mapping[str, Any]) -> dict[str, Any] | No
         if not is_scaled and _matches(factors, candidate, theta):
             return dict(candidate)
     wanted = " or ".join(f"{rope['factor']:g}/1/4/8192" for rope in LLAMA3_ROPES)
-    raise ValueError(
+    raise InputError(
         f"{file.path}: the factors in {ROPE_FACTORS} are not those of a known Llama 3 RoPE ({wanted}: factor, "
         "low_freq_factor, high_freq_factor, original_max_position_embeddings)"
     )

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.hf import read_hf
 from lserve_jax.config.model import ModelConfig
 from lserve_jax.models.known import known_configs
@@ -61,7 +62,7 @@ class Checkpoint:
           progress: called with the bytes done and the total; first with 0, after the check of all headers.
 
         Raises:
-          ValueError: if tensors are missing, unexpected or misshapen, or files unreadable; all of them in one line.
+          InputError: if tensors are missing, unexpected or misshapen, or files unreadable; all of them in one line.
         """
         return self.loader(self.config, jnp.dtype(dtype), heads, progress)
 
@@ -78,7 +79,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     a hub id ``org/name``.
 
     Raises:
-      ValueError: if nothing has that name, the configuration is missing or unsupported, or a file cannot be read.
+      InputError: if nothing has that name, the configuration is missing or unsupported, or a file cannot be read.
     """
     path = Path(model).expanduser()
     if model == embedded.MODEL_NAME:
@@ -87,13 +88,13 @@ def open_checkpoint(model: str) -> Checkpoint:
         return _open_folder(path, model)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"{model}: a model is a folder or a .gguf file; pass the folder that holds config.json")
+            raise InputError(f"{model}: a model is a folder or a .gguf file; pass the folder that holds config.json")
         return _open_gguf(path, model)
     if model in known_configs():
         return _open_known(model)
     if HUB_ID.fullmatch(model) and path.suffix != ".gguf":
         return _open_folder(_download(model), model)
-    raise ValueError(
+    raise InputError(
         f"{model}: no such file or folder, nor a hub id (org/name); models known by name: {embedded.MODEL_NAME}, "
         f"and for memory plans only {', '.join(known_configs())}"
     )
@@ -117,7 +118,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
     if not config_path.is_file():
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"; to use {ggufs[0]}, pass that file" if ggufs else ""
-        raise ValueError(f"{config_path}: missing, so this is no model folder{hint}")
+        raise InputError(f"{config_path}: missing, so this is no model folder{hint}")
     hf_config = _read_json(config_path)
     generation_path = folder / "generation_config.json"
     generation_config = _read_json(generation_path) if generation_path.is_file() else {}
@@ -134,7 +135,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
 
 def _open_known(name: str) -> Checkpoint:
     def refuse(config: ModelConfig, dtype: np.dtype, heads: HeadOrder | None, progress: Progress | None) -> Params:
-        raise ValueError(
+        raise InputError(
             f"only the shapes of {name} are known, for --dry-run; pass the folder of a checkpoint to load it"
         )
 
@@ -153,9 +154,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+        raise InputError(f"{path}: must hold a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -165,11 +166,11 @@ def _download(hub_id: str) -> Path:
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
-        raise ValueError(
+        raise InputError(
             f"{hub_id}: no such folder; to fetch it from the hub install the extra: pip install 'lserve_jax[hub]'"
         ) from None
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS)))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = next(iter(str(error).strip().splitlines()), repr(error))
-        raise ValueError(f"{hub_id}: no such folder, and the hub did not give it ({reason})") from None
+        raise InputError(f"{hub_id}: no such folder, and the hub did not give it ({reason})") from None

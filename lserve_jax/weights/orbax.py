@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.models.llama import Params
 from lserve_jax.weights.rules import Naming, Tensor
 from lserve_jax.weights.tensors import Inventory, ReadTensor, get_leaf, set_leaf
@@ -27,11 +28,11 @@ def is_orbax_folder(folder: Path) -> bool:
 
 
 def check_target(folder: Path) -> None:
-    """Raises `ValueError` unless `save` may write ``folder``: it does not exist, or is an empty folder."""
+    """Raises `InputError` unless `save` may write ``folder``: it does not exist, or is an empty folder."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: exists and is not a folder")
+        raise InputError(f"{folder}: exists and is not a folder")
     if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: the folder is not empty; name a new one")
+        raise InputError(f"{folder}: the folder is not empty; name a new one")
 
 
 def save(
@@ -52,7 +53,7 @@ def save(
       write_tokenizer: writes the tokenizer's files into the given folder.
 
     Raises:
-      ValueError: if the folder exists and is not empty.
+      InputError: if the folder exists and is not empty.
     """
     folder = folder.absolute()
     check_target(folder)
@@ -93,14 +94,14 @@ class OrbaxFolder:
         """Returns the shape of every parameter, from the list that `save` wrote.
 
         Raises:
-          ValueError: if the list is missing or cannot be read.
+          InputError: if the list is missing or cannot be read.
         """
         path = self.folder / LIST_FILE
         try:
             listed = json.loads(path.read_text(encoding="utf-8"))
             return Inventory(shapes={name: tuple(map(int, shape)) for name, shape in listed.items()})
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: not a list of parameters ({error})") from None
+            raise InputError(f"{path}: not a list of parameters ({error})") from None
 
     @contextmanager
     def open(self) -> Iterator[ReadTensor]:
@@ -120,11 +121,11 @@ class OrbaxFolder:
                 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                     # orbax and tensorstore raise these for damaged files; their messages have many lines.
                     reason = next(iter(str(error).splitlines()), repr(error))
-                    raise ValueError(f"{self._params}: damaged or not an orbax checkpoint ({reason})") from None
+                    raise InputError(f"{self._params}: damaged or not an orbax checkpoint ({reason})") from None
                 array = get_leaf(restored, tensor.path)
                 if array.shape != tensor.shape:
                     name = tensor.names["ours"]
-                    raise ValueError(
+                    raise InputError(
                         f"{self._params}: {name} has shape {array.shape}, but {LIST_FILE} says {tensor.shape}"
                     )
                 return array

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.model import ModelConfig
 
 # The convention for the names and layout of a file's tensors; GGUF files have Hugging Face's layout.
@@ -152,15 +153,15 @@ class HeadOrder(Protocol):
 
 
 def check_heads(heads: HeadOrder | None, config: ModelConfig) -> None:
-    """Raises `ValueError` unless every layer of ``heads`` has each of the model's KV heads once."""
+    """Raises `InputError` unless every layer of ``heads`` has each of the model's KV heads once."""
     if heads is None:
         return
     last = config.num_kv_heads - 1
     if len(heads.order) != config.num_layers:
-        raise ValueError(f"the head order has {len(heads.order)} layers, the model has {config.num_layers}")
+        raise InputError(f"the head order has {len(heads.order)} layers, the model has {config.num_layers}")
     for layer, order in enumerate(heads.order):
         if sorted(order) != list(range(config.num_kv_heads)):
-            raise ValueError(f"the head order of layer {layer} must hold each KV head 0 to {last} once, got {order}")
+            raise InputError(f"the head order of layer {layer} must hold each KV head 0 to {last} once, got {order}")
 
 
 def head_index(tensor: Tensor, config: ModelConfig, heads: HeadOrder | None) -> tuple[int, np.ndarray] | None:

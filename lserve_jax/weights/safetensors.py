@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.weights.rules import Naming, Tensor
 from lserve_jax.weights.tensors import Inventory, ReadTensor
 
@@ -36,7 +37,7 @@ class SafetensorsFolder:
         """Returns the shape of every tensor, and every problem of the index and of the files.
 
         Raises:
-          ValueError: if the folder has neither a single file nor an index, or the existing one cannot be read.
+          InputError: if the folder has neither a single file nor an index, or the existing one cannot be read.
         """
         return self._sharded_inventory() if self._is_sharded else self._single_inventory()
 
@@ -45,10 +46,10 @@ class SafetensorsFolder:
         if not path.is_file():
             pickles = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*"))
             hint = "; pickled weights (*.bin, *.pt) are not read, convert them to safetensors" if pickles else ""
-            raise ValueError(f"{self.folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+            raise InputError(f"{self.folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
         shapes, problems = _read_header(path)
         if shapes is None:
-            raise ValueError(f"{self.folder}: {problems[0]}")
+            raise InputError(f"{self.folder}: {problems[0]}")
         return Inventory(shapes=shapes, problems=problems)
 
     def _sharded_inventory(self) -> Inventory:
@@ -96,12 +97,12 @@ class SafetensorsFolder:
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}: not an index of safetensors shards ({error!r})") from None
+            raise InputError(f"{path}: not an index of safetensors shards ({error!r})") from None
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{path}: weight_map must be a mapping, got {weight_map!r:.60}")
+            raise InputError(f"{path}: weight_map must be a mapping, got {weight_map!r:.60}")
         bad = [file for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file]
         if bad:
-            raise ValueError(f"{path}: shards must be plain file names in the same folder, got {bad[0]!r}")
+            raise InputError(f"{path}: shards must be plain file names in the same folder, got {bad[0]!r}")
         return weight_map
 
     def _unnamed_shards(self, weight_map: dict[str, str]) -> list[str]:

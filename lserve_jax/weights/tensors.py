@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.model import ModelConfig
 from lserve_jax.models.llama import Params
 from lserve_jax.weights.rules import (
@@ -59,7 +60,7 @@ class TensorSource(Protocol):
     def open(self) -> AbstractContextManager[ReadTensor]:
         """Yields a function that reads one tensor: contiguous, of its ``file_shape``, in the given or the file's dtype.
 
-        The function raises `ValueError` if the data is damaged.
+        The function raises `InputError` if the data is damaged.
         """
         ...
 
@@ -83,7 +84,7 @@ def load_tensors(
       progress: called with the bytes done and the total, first with 0 and then after every tensor.
 
     Raises:
-      ValueError: if tensors are missing, unexpected or misshapen, or files unreadable; all of them in one line.
+      InputError: if tensors are missing, unexpected or misshapen, or files unreadable; all of them in one line.
     """
     check_heads(heads, config)
     tensors = expected_tensors(config, source.naming)
@@ -143,7 +144,7 @@ def get_leaf(params: Params, path: tuple[str, ...]) -> Any:
 
 
 def check_inventory(source: TensorSource, tensors: list[Tensor], config: ModelConfig) -> None:
-    """Raises one `ValueError` that names every difference between the source and what the model needs."""
+    """Raises one `InputError` that names every difference between the source and what the model needs."""
     inventory = source.inventory()
     expected = {tensor.names[source.naming]: tensor.file_shape for tensor in tensors}
     harmless = [HARMLESS.get(source.naming), HARMLESS_TIED.get(source.naming) if config.tie_embeddings else None]
@@ -151,7 +152,7 @@ def check_inventory(source: TensorSource, tensors: list[Tensor], config: ModelCo
     held = {name: shape for name, shape in inventory.shapes.items() if not pattern.fullmatch(name)}
     problems = [*inventory.problems, *compare_shapes(expected, held)]
     if problems:
-        raise ValueError(f"{source.location}: {'; '.join(problems)}")
+        raise InputError(f"{source.location}: {'; '.join(problems)}")
 
 
 def compare_shapes(expected: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...] | None]) -> list[str]:

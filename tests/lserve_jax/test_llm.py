@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lserve_jax import LLM, RequestOutput, SamplingParams
+from lserve_jax.config.errors import InputError
 from lserve_jax.engine.setup import prepare
 from tests.pallas_kernels import hopper
 
@@ -123,12 +124,12 @@ def test_implementations_that_cannot_run_here_are_refused_before_anything_is_loa
     implementation: str, message: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("lserve_jax.weights.load.Checkpoint.load_params", None)
-    with pytest.raises(NotImplementedError, match=re.escape(message)):
+    with pytest.raises(InputError, match=re.escape(message)):
         LLM(str(TINY / "llama3"), implementation=implementation)
 
 
 def test_what_a_kernel_is_not_made_for_is_refused_before_anything_is_loaded():
-    with hopper.on_h200(), pytest.raises(NotImplementedError, match="head_dim"):
+    with hopper.on_h200(), pytest.raises(InputError, match="head_dim"):
         prepare(str(TINY / "llama3"), implementation="mosaic_gpu", dtype="bfloat16")
     assert prepare(str(TINY / "llama3"), implementation="xla").config.implementation == "xla"
 
@@ -136,7 +137,7 @@ def test_what_a_kernel_is_not_made_for_is_refused_before_anything_is_loaded():
 def test_what_the_page_selector_is_not_made_for_is_refused_where_pages_would_be_selected():
     settings: dict[str, Any] = {"group_reduction": "mean", "has_lookahead": True, "implementation": "mosaic_gpu"}
     with hopper.on_h200():
-        with pytest.raises(NotImplementedError, match="lookahead with reduction='mean'"):
+        with pytest.raises(InputError, match="lookahead with reduction='mean'"):
             prepare("llama-3.1-8b", max_model_len=4097, **settings)
         assert prepare("llama-3.1-8b", max_model_len=4096, **settings).plan.sizes.max_num_seqs
 

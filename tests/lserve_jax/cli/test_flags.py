@@ -12,6 +12,7 @@ from lserve_jax.calibration.training import TrainingConfig
 from lserve_jax.cli.common import OneLineParser, run_command
 from lserve_jax.cli.flags import SHARED, add_fields, add_shared, given
 from lserve_jax.config.attention import AttentionConfig, from_preset
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.settings import settings
 from lserve_jax.evaluation import ablations
 from lserve_jax.evaluation.opening import PromptSettings
@@ -291,8 +292,7 @@ def test_a_text_that_is_no_value_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [
-        (ValueError("two\nlines"), 2, "error: two lines\n"),
-        (NotImplementedError("no kernel"), 2, "error: no kernel\n"),
+        (InputError("two\nlines"), 2, "error: two lines\n"),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "error: a.txt: No such file or directory\n"),
         (KeyboardInterrupt(), 130, "so far\n"),
     ],
@@ -307,9 +307,10 @@ def test_an_error_of_the_user_is_one_line_and_a_status(
     assert capsys.readouterr().err == text
 
 
-def test_an_error_of_our_own_is_not_hidden():
+@pytest.mark.parametrize("kind", [AssertionError, ValueError, NotImplementedError])
+def test_an_error_of_our_own_is_not_hidden(kind: type[Exception]):
     def command() -> None:
-        raise AssertionError
+        raise kind
 
-    with pytest.raises(AssertionError):
+    with pytest.raises(kind):
         run_command(command)
