@@ -9,6 +9,7 @@ The flags are the harness's; ``--model_args`` takes the arguments of `LLM`, such
 """
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -52,8 +53,18 @@ def _run(arguments: list[str]) -> None:
     try:
         cli: Callable[[], None] = cli_evaluate
         cli()
+    except ValueError as error:
+        if _is_of_harness(error):
+            raise InputError(str(error)) from None
+        raise
     finally:
         sys.argv = before
+
+
+def _is_of_harness(error: Exception) -> bool:
+    """Returns whether the harness itself raised an error: with a `ValueError` it says what the user has to correct."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "lm_eval"
 
 
 def with_model(arguments: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from lserve_jax import LLM, SamplingParams, harness
+from lserve_jax import LLM, InputError, SamplingParams, harness
 from lserve_jax.text.chat_template import ChatTemplate
 
 pytestmark = pytest.mark.slow
@@ -287,7 +287,7 @@ def test_a_template_that_refuses_system_messages_gets_none(
 
     def refuse(self: ChatTemplate, messages: Any, **options: Any) -> str:
         if messages[0]["role"] == "system":
-            raise ValueError("tiny: the chat template failed: no system messages")
+            raise InputError("tiny: the chat template failed: no system messages")
         return render(self, messages, **options)
 
     monkeypatch.setattr(ChatTemplate, "render", refuse)
@@ -403,3 +403,17 @@ def test_without_the_harness_one_line_says_what_to_install(
     error = capsys.readouterr().err
     assert error.startswith("error: the harness needs lm_eval: pip install 'lserve_jax[eval]'")
     assert error.count("\n") == 1
+
+
+def test_what_the_harness_refuses_is_one_line_and_other_errors_of_values_are_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert harness.main(["--model_args", f"model={MODEL}", "--tasks", "nosuch"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: Tasks not found: nosuch"
+
+    def broken() -> None:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", broken)
+    with pytest.raises(ValueError, match="a fault"):
+        harness.main(["ls", "tasks"])
