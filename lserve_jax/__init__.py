@@ -9,12 +9,12 @@ from lserve_jax.config.heads import HeadClasses, classify, load_gates
 from lserve_jax.config.hf import read_hf
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.model import ModelConfig, RopeConfig
+from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.engine.outputs import RequestOutput, ScoreOutput
 from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.llm import LLM
 from lserve_jax.runtime.cache import init_cache
 from lserve_jax.runtime.recall import attention_recall
-from lserve_jax.runtime.sampling import SamplingParams
 from lserve_jax.runtime.steps import decode_loop, decode_step, prefill_step
 from lserve_jax.weights.load import open_checkpoint
 

@@ -7,9 +7,9 @@ from importlib import resources
 
 from lserve_jax.cli.common import OneLineParser, ProgressBars, run_command, set_up_logging, use_compilation_cache
 from lserve_jax.cli.report import summary
+from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.engine.setup import DEFAULT_MODEL, prepare
 from lserve_jax.llm import LLM
-from lserve_jax.runtime.sampling import SamplingParams
 
 TOKEN_BUDGET = 1024
 """A quarter of the document, so that the page selector has to find the answer."""

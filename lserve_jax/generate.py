@@ -19,12 +19,13 @@ from lserve_jax.cli.flags import add_attention, add_fields, add_shared, given
 from lserve_jax.cli.report import summary, to_json
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.sampling import SamplingParams
+from lserve_jax.engine.inputs import naming_the_prompt, require_ids
 from lserve_jax.engine.outputs import RequestOutput
 from lserve_jax.engine.request import require_room
 from lserve_jax.engine.setup import Setup, default_sampling_params, prepare
 from lserve_jax.llm import LLM
 from lserve_jax.runtime.implementations import describe
-from lserve_jax.runtime.sampling import SamplingParams
 from lserve_jax.text.tokenizer import Tokenizer
 
 _MAX_NUM_SEQS = 8
@@ -69,7 +70,9 @@ def _generate(args: argparse.Namespace) -> None:
     texts = _read_prompts(args.prompt, args.prompt_file)
     if not texts and not args.dry_run:
         raise InputError("no prompt: give --prompt TEXT or --prompt-file FILE")
-    SamplingParams(**given(args, SamplingParams))  # finds wrong values before the model is opened
+    named = SamplingParams(**given(args, SamplingParams))  # finds wrong values before the model is opened
+    if (named.logprobs or named.prompt_logprobs) and not args.json:
+        raise InputError("--logprobs and --prompt-logprobs need --json, which has a place for them")
     setup = _prepare(args, len(texts))
     if args.dry_run:
         setup.warn()
@@ -78,9 +81,12 @@ def _generate(args: argparse.Namespace) -> None:
     # Find every error of the user before loading weights.
     tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
     prompts = [_encode(tokenizer, text, args) for text in texts]
-    for prompt in prompts:
-        require_room(len(prompt), setup.sizes.max_model_len)
     params = dataclasses.replace(default_sampling_params(setup.checkpoint), **given(args, SamplingParams))
+    params.require_vocabulary(setup.config.model.vocab_size)
+    for number, prompt in enumerate(prompts, start=1):
+        with naming_the_prompt(number, len(prompts)):
+            require_ids(prompt, setup.config.model.vocab_size)
+            require_room(len(prompt), setup.sizes.max_model_len)
     use_compilation_cache()
     with ProgressBars(is_shown=not args.quiet) as bars:
         llm = LLM.from_setup(

@@ -5,17 +5,18 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.generation import Costs, Generation, Session
+from lserve_jax.engine.inputs import each_prompt, naming_the_prompt, require_ids
 from lserve_jax.engine.outputs import RequestOutput, ScoreOutput, TextChunk
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.setup import DEFAULT_MODEL, Setup, default_sampling_params, prepare
-from lserve_jax.runtime.sampling import SamplingParams
 from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 from pallas_kernels import Choice
 
@@ -151,19 +152,22 @@ class LLM:
         """Returns the continuation of every prompt, in order.
 
         Args:
-          prompts: strings or lists of token ids; one or several.
+          prompts: texts, or lists or arrays of token ids; one or several.
           sampling_params: one for all, or one per prompt; None takes `default_sampling_params`.
 
         Raises:
-          InputError: if a prompt is empty or too long, or the numbers of prompts and settings differ; nothing has run.
+          InputError: if a prompt is empty or too long, the numbers of prompts and settings differ, or a setting names a
+            token that the model does not have: nothing has run then. Also if the model's logits are not finite.
         """
-        is_one = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer))
-        each = cast(Sequence[Prompt], [prompts] if is_one else prompts)
+        each = each_prompt(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or self.default_sampling_params()] * len(each)
         if len(sampling_params) != len(each):
             raise InputError(f"{len(each)} prompts need as many sampling_params, got {len(sampling_params)}")
-        generations = [self._generation(prompt, params) for prompt, params in zip(each, sampling_params, strict=True)]
+        generations = []
+        for number, (prompt, params) in enumerate(zip(each, sampling_params, strict=True), start=1):
+            with naming_the_prompt(number, len(each)):
+                generations.append(self._generation(prompt, params))
         for _ in self._run(generations):
             pass
         return [one.output(self._costs) for one in generations]
@@ -260,28 +264,38 @@ class LLM:
 
     def _encode(self, prompt: Prompt, *, is_start: bool = True) -> tuple[int, ...]:
         """Returns the tokens of a prompt, all in the model's vocabulary; ``is_start`` if no text precedes it."""
-        if not len(prompt):  # before encoding, because a tokenizer may add a token even to an empty text
-            raise InputError("the prompt is empty: give at least one token")
-        if isinstance(prompt, str):
-            ids = self._need_tokenizer("a text prompt").encode(prompt, add_special_tokens=is_start)
-        else:
-            ids = prompt
-        vocabulary = self.config.model.vocab_size
-        wrong = [token for token in ids if not (isinstance(token, int | np.integer) and 0 <= token < vocabulary)]
-        if wrong:
-            raise InputError(f"prompt token {wrong[0]!r} is outside the model's vocabulary of {vocabulary} tokens")
-        return tuple(int(token) for token in ids)
+        ids: Any = prompt
+        if isinstance(prompt, str):  # a tokenizer may add a token even to an empty text
+            ids = self._need_tokenizer("a text prompt").encode(prompt, add_special_tokens=is_start) if prompt else ()
+        return require_ids(ids, self.config.model.vocab_size)
 
     def _generation(self, prompt: Prompt, params: SamplingParams) -> Generation:
-        """Returns a request whose prompt is encoded and whose stop tokens include the model's end tokens."""
+        """Returns a request whose prompt is encoded and whose settings are `_resolved`."""
         ids = self._encode(prompt)
+        request = Request(id=next(self._ids), prompt=ids, sampling=self._resolved(params), arrival=time.perf_counter())
+        return Generation(request, self.tokenizer, self.compile_seconds)
+
+    def _resolved(self, params: SamplingParams) -> SamplingParams:
+        """Returns settings in token ids: the stop tokens include the model's end tokens, bad words are lists of ids."""
+        vocabulary = self.config.model.vocab_size
+        params.require_vocabulary(vocabulary)
         if params.stop:
             self._need_tokenizer("a stop string")
-        if not params.ignore_eos:
-            stops = dict.fromkeys((*params.stop_token_ids, *self.end_token_ids))
-            params = dataclasses.replace(params, stop_token_ids=tuple(stops))
-        request = Request(id=next(self._ids), prompt=ids, sampling=params, arrival=time.perf_counter())
-        return Generation(request, self.tokenizer, self.compile_seconds)
+        ends = () if params.ignore_eos else [token for token in self.end_token_ids if token < vocabulary]
+        words = [ids for word in params.bad_words for ids in self._spellings(word)]
+        stops = dict.fromkeys((*params.stop_token_ids, *ends))
+        return dataclasses.replace(params, stop_token_ids=tuple(stops), bad_words=words)
+
+    def _spellings(self, word: str | Sequence[int]) -> list[Sequence[int]]:
+        """Returns the token ids of a bad word, with and without a space before it."""
+        if not isinstance(word, str):
+            return [word]
+        tokenizer, bare = self._need_tokenizer("a bad word"), word.lstrip()
+        spellings = [tokenizer.encode(text, add_special_tokens=False) for text in (bare, f" {bare}")]
+        found = list(dict.fromkeys(tuple(ids) for ids in spellings if ids))
+        if not found:
+            raise InputError(f"bad_words: the tokenizer has no tokens for {word!r}")
+        return list(found)
 
     def _run(self, generations: Sequence[Generation]) -> Iterator[None]:
         """Runs requests to their end; yields after each device call."""

@@ -8,7 +8,7 @@ from typing import Any
 from lserve_jax.config.attention import PRESETS, AttentionConfig
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import DTYPES
-from lserve_jax.config.settings import KINDS, describe_default, read, settings
+from lserve_jax.config.settings import KINDS, Texts, TextsOrTokens, describe_default, read, settings
 from lserve_jax.engine.setup import DEFAULT_MODEL, IMPLEMENTATIONS
 
 type Group = argparse.ArgumentParser | argparse._ArgumentGroup
@@ -140,7 +140,7 @@ def _form(setting: Field[Any]) -> dict[str, Any]:
     if "choices" in setting.metadata:
         return {"choices": setting.metadata["choices"]}
     metavar = setting.metadata.get("metavar", KINDS[setting.type].metavar)
-    if setting.type == str | Sequence[str]:
+    if setting.type in (Texts, TextsOrTokens):
         return {"action": "append", "metavar": metavar}
     return {"type": _reader(setting), "metavar": metavar}
 

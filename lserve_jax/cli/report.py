@@ -39,7 +39,14 @@ def to_json(llm: LLM, output: RequestOutput) -> dict[str, Any]:
         "attention_recall_by_layer": [_rounded(x) for x in metrics.attention_recall_by_layer or ()] or None,
         "implementations": by_op(llm.implementations),
         "refusals": refusals(llm.implementations),
+        **_logprobs(output),
     }
+
+
+def _logprobs(output: RequestOutput) -> dict[str, Any]:
+    """Returns the log-probabilities that were asked for; the likeliest tokens as pairs of id and log-probability."""
+    names = ("logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
+    return {name: found for name in names if (found := getattr(output, name)) is not None}
 
 
 def summary(llm: LLM, outputs: Sequence[RequestOutput]) -> str:

@@ -10,11 +10,17 @@ A field whose ``metadata`` has "help" is a setting. The keys of ``metadata``:
 - "metavar": what stands for its value in ``--help``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, NamedTuple
 
 from lserve_jax.config.errors import InputError
+
+TokenBiases = Mapping[int, float] | Sequence[tuple[int, float]]
+"""The type of a setting that gives each of some tokens a number."""
+Texts = str | Sequence[str]
+TextsOrTokens = str | Sequence[str | Sequence[int]]
+"""The types of settings whose flag is repeated, once per text."""
 
 
 class Kind(NamedTuple):
@@ -35,6 +41,15 @@ def _layer_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part.strip())
 
 
+def _token_ids(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _token_biases(text: str) -> tuple[tuple[int, float], ...]:
+    pairs = (part.split("=") for part in text.split(","))
+    return tuple((int(token), float(bias)) for token, bias in pairs)
+
+
 _WHOLE = Kind(int, "a whole number", "N")
 _WORD = Kind(str, "a word", "WORD")
 
@@ -46,7 +61,10 @@ KINDS: dict[Any, Kind] = {
     tuple[int, ...]: Kind(_layer_numbers, "layer numbers with commas between, such as 0,1", "I,J"),
     str: _WORD,
     str | None: _WORD,
-    str | Sequence[str]: _WORD,
+    Texts: _WORD,
+    TextsOrTokens: _WORD,
+    Sequence[int]: Kind(_token_ids, "token ids with commas between, such as 5,17", "ID,ID"),
+    TokenBiases: Kind(_token_biases, "token ids and numbers, such as 5=-1.5,17=2", "ID=X,ID=X"),
 }
 """The kind of values of each type of field."""
 

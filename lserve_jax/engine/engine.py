@@ -1,59 +1,32 @@
 """One step of the engine: a plan of the scheduler, a call of a compiled program, and a record of its result."""
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
-from lserve_jax.config.pages import retrieval_pages
+from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.config.sizes import PoolSizes, Sizes
-from lserve_jax.engine.allocator import stack_tables
+from lserve_jax.engine.batch import BatchArrays, Rows, params_of
+from lserve_jax.engine.progress import Progress, PromptScores, Taken, top_rows
 from lserve_jax.engine.request import Request, Sequence
 from lserve_jax.engine.scheduler import Decode, Prefill, Scheduler
 from lserve_jax.models.llama import Params
+from lserve_jax.runtime.adjustments import Adjustments
 from lserve_jax.runtime.cache import KVCache, empty_cache
 from lserve_jax.runtime.programs import Call, Programs
 from lserve_jax.runtime.recall import recall_step
-from lserve_jax.runtime.sampling import SamplingParams, SamplingState
-from lserve_jax.runtime.steps import DecodeState, decode_loop, prefill_step, sample_first, score_chunk
-from pallas_kernels import PageTables
+from lserve_jax.runtime.steps import Scores, decode_loop, prefill_step, sample_first, score_step
 
 SHORT_CHUNK = 64
 """Chunk size of a separate program for prompts that fit into it, so that a short prompt does not cost a long chunk."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """The result of a call for one sequence.
-
-    Attributes:
-      sequence: the sequence, already advanced.
-      tokens: new tokens that it generated, in order.
-      logprobs: their log-probabilities under the model's unmodified distribution.
-      choices: the sampled tokens, which differ from ``tokens`` only where those were forced.
-      seconds: wall time of the call without compilation.
-      is_prefill: whether it was a prefill call.
-      pages_held: pages per pool, retrieval and streaming, that the sequence used during the call.
-      recall: [L] of the call's first decode step (see `recall_step`), if it is measured.
-    """
-
-    sequence: Sequence
-    tokens: list[int]
-    logprobs: list[float]
-    choices: list[int]
-    seconds: float
-    is_prefill: bool
-    pages_held: tuple[int, int]
-    recall: np.ndarray | None = None
-
-
-type Accept = Callable[[Sequence, list[int]], tuple[int, str | None]]
+type Accept = Callable[[Sequence, Taken], tuple[int, str | None]]
 """(sequence, its new tokens) → (how many of them to keep, at least 1; why the sequence is finished, or None)."""
 
 
@@ -89,7 +62,8 @@ class Engine:
         self._has_recall = has_recall
         self.cache: KVCache = jax.eval_shape(self.new_cache)
         self._has_cache = False
-        self._max_pages = retrieval_pages(sizes.max_model_len, config.attention.page_size)
+        self._arrays = BatchArrays(config, sizes)
+        self._unadjusted: dict[int, Adjustments] = {}
 
     def expect(self, request: Request) -> None:
         """Starts to compile the programs of a request; before `load`, this overlaps with the reading of the weights."""
@@ -104,11 +78,11 @@ class Engine:
         """Replaces the abstract weights by ``params`` and allocates the cache."""
         self.params = params
         self._restore_cache()
+        nobody = {size: self._arrays.adjustments([None] * size) for size in (1, self.sizes.max_num_seqs)}
+        self._unadjusted = jax.device_put(nobody)
 
     def add(self, request: Request) -> Sequence:
         """Returns the waiting sequence of a request; raises `InputError` if it can never run."""
-        if len(request.sampling.stop_token_ids) > self.sizes.max_stop_tokens:
-            raise InputError(f"a request may have {self.sizes.max_stop_tokens} stop tokens at most")
         return self.scheduler.add(request)
 
     def step(self, accept: Accept) -> list[Progress]:
@@ -122,28 +96,23 @@ class Engine:
 
     def prompt_logits(self, prompt: tuple[int, ...]) -> np.ndarray:
         """Returns the logits [T, V] float32 of every token of a prompt, through the same path as generation."""
-        return np.concatenate([np.asarray(logits)[0, : plan.count] for plan, logits in self._prompt_chunks(prompt)])
+        chunks = self._prompt_chunks(prompt, lambda plan: self._run_prefill(plan, has_all_logits=True)[0])
+        return np.concatenate([np.asarray(logits)[0, : plan.count] for plan, logits in chunks])
 
     def prompt_logprobs(self, prompt: tuple[int, ...]) -> np.ndarray:
         """Returns the log-probabilities [T - 1] float32 of a prompt's tokens from the second on, by the same path."""
-        parts = []
-        for plan, logits in self._prompt_chunks(prompt):
-            following = np.zeros(logits.shape[:2], np.int32)
-            new = prompt[plan.start + 1 : plan.start + 1 + plan.count]
-            following[0, : len(new)] = new
-            call = Call(f"score_{logits.shape[1]}", score_chunk, (logits, following), {})
-            parts.append(np.asarray(self.programs.run(call))[0, : len(new)])
-        return np.concatenate(parts)
+        chunks = self._prompt_chunks(prompt, lambda plan: self._run_scored(plan)[1])
+        scores = [np.asarray(found.logprobs)[0, : plan.count] for plan, found in chunks]
+        return np.concatenate(scores)[: len(prompt) - 1]
 
-    def _prompt_chunks(self, prompt: tuple[int, ...]) -> Iterator[tuple[Prefill, jax.Array]]:
-        """Yields a prompt's chunks with the logits [1, chunk, V] of all their tokens."""
+    def _prompt_chunks[T](self, prompt: tuple[int, ...], run: Callable[[Prefill], T]) -> Iterator[tuple[Prefill, T]]:
+        """Yields the chunks of a prompt that is not continued, each with the result of ``run``."""
         assert self.scheduler.is_idle, "logits are computed between generations"
         self._restore_cache()
         sequence = self.scheduler.add(Request(id=-1, prompt=prompt, sampling=SamplingParams(max_tokens=1)))
         with self._ending_all_on_failure():
             while isinstance(plan := self.scheduler.schedule(), Prefill):
-                logits, _ = self._run_prefill(plan, has_all_logits=True)
-                yield plan, logits
+                yield plan, run(plan)
                 token, reason = (0, "length") if plan.is_last else (None, None)
                 self.scheduler.record_prefill(plan, token, reason)
         assert sequence.finish_reason == "length"
@@ -176,26 +145,29 @@ class Engine:
     def _prefill(self, plan: Prefill, accept: Accept) -> Progress:
         if plan.start == 0:
             self._compile_for(plan)
-        logits, seconds = self._run_prefill(plan)
         sequence, held = plan.sequence, _pages_held(plan.sequence)
+        logits, scores, seconds = self._chunk(plan)
+        call = {"sequence": sequence, "is_prefill": True, "pages_held": held, "scores": scores}
         if not plan.is_last:
             self.scheduler.record_prefill(plan)
-            return Progress(
-                sequence=sequence, tokens=[], logprobs=[], choices=[], seconds=seconds, is_prefill=True, pages_held=held
-            )
-        result, more = self._timed(self._sample_call(logits, sequence))
-        tokens, logprobs, choices = (np.asarray(x).tolist() for x in result)
-        _, reason = accept(sequence, tokens)
-        self.scheduler.record_prefill(plan, tokens[0], reason)
-        return Progress(
-            sequence=sequence,
-            tokens=tokens,
-            logprobs=logprobs,
-            choices=choices,
-            seconds=seconds + more,
-            is_prefill=True,
-            pages_held=held,
-        )
+            return Progress(taken=Taken.joined([]), seconds=seconds, **call)
+        generated, more = self._timed(self._sample_call(logits, sequence))
+        taken = Taken.of([np.asarray(x)[None] for x in generated], 0, _num_top(sequence))
+        _, reason = accept(sequence, taken)
+        self.scheduler.record_prefill(plan, taken.tokens[0], reason)
+        return Progress(taken=taken, seconds=seconds + more, **call)
+
+    def _chunk(self, plan: Prefill) -> tuple[jax.Array, PromptScores | None, float]:
+        """Returns a chunk's last logits [1, V], its scores if the request asks for them, and the call's seconds."""
+        params = params_of(plan.sequence)
+        if not params.prompt_logprobs:
+            logits, seconds = self._run_prefill(plan)
+            return logits, None, seconds
+        logits, scores, seconds = self._run_scored(plan)
+        count = min(plan.count, plan.sequence.prompt_length - 1 - plan.start)
+        logprobs, top_tokens, top_logprobs = (np.asarray(x)[0, :count] for x in scores)
+        top = top_rows(top_tokens, top_logprobs, params.top_logprobs)
+        return logits, PromptScores(logprobs=logprobs.tolist(), top_logprobs=top), seconds
 
     def _compile_for(self, plan: Prefill) -> None:
         """Compiles all programs of a request at its first chunk: together they take little longer than the longest.
@@ -224,16 +196,22 @@ class Engine:
         (logits, self.cache), seconds = self._timed(self._prefill_call(plan, has_all_logits=has_all_logits))
         return logits, seconds
 
+    def _run_scored(self, plan: Prefill) -> tuple[jax.Array, Scores, float]:
+        """Returns the chunk's last logits, scores and seconds, and writes the chunk to the cache."""
+        plain = self._prefill_call(plan)
+        following = self._arrays.chunk(plan, plain.args[2].shape[1], shift=1)
+        has_top = np.bool_(params_of(plan.sequence).top_logprobs > 0)
+        static = {name: plain.static[name] for name in ("config", "has_history")}
+        call = Call(f"{plain.name}_scored", score_step, (*plain.args, following, has_top), static)
+        (logits, scores, self.cache), seconds = self._timed(call)
+        return logits, scores, seconds
+
     def _prefill_call(self, plan: Prefill, *, has_all_logits: bool = False) -> Call:
         sequence, chunk = plan.sequence, self.sizes.prefill_chunk
         is_short = sequence.prompt_length <= SHORT_CHUNK <= chunk
         size = SHORT_CHUNK if is_short else chunk
         assert not (is_short and plan.start)
-        tokens = np.zeros((1, size), np.int32)
-        tokens[0, : plan.count] = sequence.tokens[plan.start : plan.start + plan.count]
-        slot = sequence.slot
-        assert slot is not None
-        tables = PageTables(*(table[slot : slot + 1] for table in self._tables([sequence])))
+        tokens, tables = self._arrays.chunk(plan, size), self._arrays.tables_of(sequence)
         start, count = np.array([plan.start], np.int32), np.array([plan.count], np.int32)
         return Call(
             ("prefill_short" if is_short else f"prefill_{size}") + ("_all_logits" if has_all_logits else ""),
@@ -243,78 +221,59 @@ class Engine:
         )
 
     def _sample_call(self, logits: jax.Array | jax.ShapeDtypeStruct, sequence: Sequence) -> Call:
-        sampling = SamplingState.from_params([_sampling(sequence)])
         positions = np.array([sequence.prompt_length], np.int32)
-        return Call("sample", sample_first, (logits, positions, sampling, _forced([sequence], 1)[0]), {})
+        forced = self._arrays.forced([sequence], 1)[0]
+        args = (logits, positions, self._arrays.sampling([sequence]), forced, self._adjustments([sequence]))
+        return Call("sample", sample_first, args, {})
+
+    def _adjustments(self, rows: Rows) -> Adjustments:
+        """Returns the changes of the logits of each row: those on the device, if no row changes anything."""
+        is_adjusted = any(one is not None and params_of(one).is_adjusted for one in rows)
+        found = None if is_adjusted else self._unadjusted.get(len(rows))
+        return self._arrays.adjustments(rows) if found is None else found
 
     def _decode(self, plan: Decode, accept: Accept) -> list[Progress]:
         recall = self._recall(plan) if self._has_recall else None
         (generated, _, self.cache), seconds = self._timed(self._decode_call(plan))
-        tokens, logprobs, choices = (np.asarray(x) for x in generated)
-        results = []
+        arrays, results = [np.asarray(x) for x in generated], []
         for sequence in plan.sequences:
-            column = tokens[:, sequence.slot]
-            new = column[column >= 0].tolist()
-            kept, reason = accept(sequence, new)
-            scores, chosen = (x[:kept, sequence.slot].tolist() for x in (logprobs, choices))
-            held, recalled = _pages_held(sequence), None if recall is None else recall[:, sequence.slot]
-            self.scheduler.record_decode(sequence, new[:kept], reason)
+            slot = sequence.slot
+            assert slot is not None
+            taken = Taken.of(arrays, slot, _num_top(sequence))
+            kept, reason = accept(sequence, taken)
+            held, taken = _pages_held(sequence), taken.first(kept)
+            self.scheduler.record_decode(sequence, taken.tokens, reason)
             results.append(
                 Progress(
                     sequence=sequence,
-                    tokens=new[:kept],
-                    logprobs=scores,
-                    choices=chosen,
+                    taken=taken,
                     seconds=seconds,
                     is_prefill=False,
                     pages_held=held,
-                    recall=recalled,
+                    recall=None if recall is None else recall[:, slot],
                 )
             )
         return results
 
     def _recall(self, plan: Decode) -> np.ndarray:
         """Returns the recall [L, max_num_seqs] of the next step."""
-        state, tables = self._decode_state(plan), self._tables(plan.sequences)
+        state, tables = self._arrays.decode_state(plan), self._arrays.tables(plan.sequences)
         lengths = np.where(np.asarray(state.remaining) > 0, state.lengths, 0)
         args = (self.params, self.cache, state.tokens, lengths, state.decode_steps, tables)
         recall, self.cache = self.programs.run(Call("recall", recall_step, args, {"config": self.config}))
         return np.asarray(recall)
 
     def _decode_call(self, plan: Decode) -> Call:
-        sequences = self._by_slot(plan.sequences)
-        sampling = SamplingState.from_params([None if one is None else _sampling(one) for one in sequences])
-        max_steps = self.sizes.steps_per_call
-        steps = np.int32(plan.num_steps), _forced(sequences, max_steps)
+        arrays, max_steps = self._arrays, self.sizes.steps_per_call
+        rows = arrays.by_slot(plan.sequences)
+        steps = np.int32(plan.num_steps), arrays.forced(rows, max_steps), self._adjustments(rows)
+        state, tables = arrays.decode_state(plan), arrays.tables(plan.sequences)
         return Call(
             "decode",
             decode_loop,
-            (self.params, self.cache, self._decode_state(plan), self._tables(plan.sequences), sampling, *steps),
+            (self.params, self.cache, state, tables, arrays.sampling(rows), *steps),
             {"config": self.config, "max_steps": max_steps},
         )
-
-    def _decode_state(self, plan: Decode) -> DecodeState:
-        slots = self.sizes.max_num_seqs
-        tokens, lengths, steps, remaining = np.zeros((4, slots), np.int32)
-        stops = np.full((slots, self.sizes.max_stop_tokens), -1, np.int32)
-        for sequence, limit in zip(plan.sequences, plan.limits, strict=True):
-            slot, sampling = sequence.slot, sequence.request.sampling
-            tokens[slot], lengths[slot] = sequence.tokens[-1], len(sequence.tokens)
-            steps[slot], remaining[slot] = sequence.decode_steps, limit
-            stops[slot, : len(sampling.stop_token_ids)] = list(sampling.stop_token_ids)
-        columns: list[Any] = [tokens, lengths, steps, remaining, stops]  # NumPy: the call copies them to the device
-        return DecodeState(*columns)
-
-    def _tables(self, sequences: Iterable[Sequence]) -> PageTables:
-        tables = stack_tables(sequences, self.sizes.max_num_seqs, self._max_pages)
-        return PageTables(*tables)
-
-    def _by_slot(self, sequences: Iterable[Sequence]) -> list[Sequence | None]:
-        rows: list[Sequence | None] = [None] * self.sizes.max_num_seqs
-        for sequence in sequences:
-            assert sequence.slot is not None
-            rows[sequence.slot] = sequence
-        return rows
 
     def _timed(self, call: Call) -> tuple[Any, float]:
         """Returns the finished result of a call, and its seconds without compilation."""
@@ -330,17 +289,7 @@ def _pages_held(sequence: Sequence) -> tuple[int, int]:
     return retrieval, streaming
 
 
-def _sampling(sequence: Sequence) -> SamplingParams:
-    """Returns a sequence's sampling parameters, of which the scheduler knows only the limits."""
-    assert isinstance(sequence.request.sampling, SamplingParams)
-    return sequence.request.sampling
-
-
-def _forced(sequences: Collection[Sequence | None], steps: int) -> np.ndarray:
-    """Returns the forced tokens [steps, B] int32 of each sequence's next steps; -1 where sampling decides."""
-    rows = np.full((steps, len(sequences)), -1, np.int32)
-    for column, sequence in enumerate(sequences):
-        if sequence is not None:
-            due = sequence.request.forced[sequence.num_generated :][:steps]
-            rows[: len(due), column] = due
-    return rows
+def _num_top(sequence: Sequence) -> int:
+    """Returns how many of the likeliest tokens a request wants at each place of its text."""
+    params = params_of(sequence)
+    return params.top_logprobs if params.logprobs else 0

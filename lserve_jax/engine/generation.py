@@ -1,5 +1,6 @@
 """The host side of one request (`Generation`), and the loop in which requests share the engine (`Session`)."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,14 +9,16 @@ from time import perf_counter
 
 import numpy as np
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
-from lserve_jax.engine.engine import Engine, Progress
+from lserve_jax.config.sampling import SamplingParams
+from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.memory import dense_bf16_bytes, page_bytes
-from lserve_jax.engine.outputs import RequestMetrics, RequestOutput, ScoreOutput, TextChunk
+from lserve_jax.engine.outputs import RequestMetrics, RequestOutput, ScoreOutput, TextChunk, TopLogprobs
+from lserve_jax.engine.progress import Progress, PromptScores, Taken
 from lserve_jax.engine.reads import PageReads
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.request import Sequence as EngineSequence
-from lserve_jax.runtime.sampling import SamplingParams
 from lserve_jax.text.stream import TextStream
 from lserve_jax.text.tokenizer import Tokenizer
 
@@ -91,8 +94,8 @@ class Session:
     def _step(self) -> list[Progress]:
         """Returns the results of one device call, after each request has recorded its result."""
 
-        def accept(sequence: EngineSequence, tokens: list[int]) -> tuple[int, str | None]:
-            return self._generations[sequence.request.id].accept(tokens)
+        def accept(sequence: EngineSequence, taken: Taken) -> tuple[int, str | None]:
+            return self._generations[sequence.request.id].accept(taken)
 
         with self._held(may_wait=True):
             brought = self.engine.step(accept)
@@ -137,7 +140,7 @@ class Generation:
     Attributes:
       request: the request.
       finish_reason: why it finished; None while it runs.
-      error: the error of its host work (text, stop strings); it then finished with "error".
+      error: the error of its logits or of its host work (text, stop strings); it then finished with "error".
       token_ids: tokens so far.
     """
 
@@ -159,34 +162,37 @@ class Generation:
         self._stream = None if tokenizer is None else TextStream(tokenizer, stop=self.params.stop)
         self._new_text: list[str] = []
         self._num_streamed = 0
-        self._logprobs: list[float] = []
-        self._choices: list[int] = []
+        self._stop_token_ids = frozenset(self.params.stop_token_ids)
+        self._taken: list[Taken] = []
+        self._prompt_scores: list[PromptScores] = []
         self._recalls: list[np.ndarray] = []
         self._first_token_at: float | None = None
         self._prefill_s = self._decode_s = 0.0
         self._pages_held = (0, 0)
 
-    def accept(self, tokens: list[int]) -> tuple[int, str | None]:
+    def accept(self, taken: Taken) -> tuple[int, str | None]:
         """Returns how many of the new tokens count, and why the request is finished, or None.
 
-        An error in this request's text ends only this request.
+        Logits that are not finite, or an error in this request's text, end only this request.
         """
-        for kept, token in enumerate(tokens, start=1):
+        for kept, (token, logprob) in enumerate(zip(taken.tokens, taken.logprobs, strict=True), start=1):
             self.token_ids.append(token)
-            if self._is_end(token):
+            if self._is_end(token, logprob):
                 return kept, self.finish_reason
-        return len(tokens), None
+        return len(taken.tokens), None
 
-    def _is_end(self, token: int) -> bool:
+    def _is_end(self, token: int, logprob: float) -> bool:
         """Returns whether one token finishes the request, after adding it to the text."""
-        if token in self.params.stop_token_ids:
+        if not math.isfinite(logprob):
+            self.error = _not_finite(len(self.request.prompt), len(self.token_ids) - 1)
+        elif token in self._stop_token_ids:
             self.finish_reason = "stop"
         elif self._stream is not None:
             self._add_text(self._stream.push, token)
-            if self.error is not None:
-                self.finish_reason = "error"
-            elif self._stream.stopped:
+            if self._stream.stopped:
                 self.finish_reason = "stop"
+        if self.error is not None:
+            self.finish_reason = "error"
         return self.finish_reason is not None
 
     def _add_text(self, make: Callable[..., str], *tokens: int) -> None:
@@ -202,15 +208,16 @@ class Generation:
         ``compile_seconds`` are all seconds spent compiling so far.
         """
         sequence = progress.sequence
-        self._logprobs += progress.logprobs
-        self._choices += progress.choices
+        self._taken.append(progress.taken)
+        if progress.scores is not None:
+            self._prompt_scores.append(progress.scores)
         if progress.recall is not None:
             self._recalls.append(progress.recall)
         if progress.is_prefill:
             self._prefill_s += progress.seconds
         else:
             self._decode_s += progress.seconds
-        if progress.tokens and self._first_token_at is None:
+        if progress.taken.tokens and self._first_token_at is None:
             self._first_token_at = perf_counter() - (compile_seconds - self._compiled_before)
         if sequence.finish_reason is not None:
             self.finish_reason = sequence.finish_reason
@@ -229,21 +236,34 @@ class Generation:
     def output(self, costs: "Costs") -> RequestOutput:
         """Returns the output of the finished request."""
         assert self.finish_reason is not None
+        params, taken = self.params, Taken.joined(self._taken)
+        of_prompt, top_of_prompt = self._prompt_logprobs()
+        has_top = params.top_logprobs > 0
         return RequestOutput(
             prompt_token_ids=self.request.prompt,
             token_ids=tuple(self.token_ids),
             text="" if self._stream is None else self._stream.text,
             finish_reason=self.finish_reason,
-            logprobs=tuple(self._logprobs) if self.params.logprobs else None,
+            logprobs=tuple(taken.logprobs) if params.logprobs else None,
+            top_logprobs=tuple(taken.top_logprobs) if params.logprobs and has_top else None,
+            prompt_logprobs=of_prompt if params.prompt_logprobs else None,
+            prompt_top_logprobs=top_of_prompt if params.prompt_logprobs and has_top else None,
             metrics=self._metrics(costs),
         )
 
+    def _prompt_logprobs(self) -> tuple[tuple[float | None, ...], tuple[TopLogprobs | None, ...]]:
+        """Returns, for each token of the prompt, its log-probability and the likeliest tokens; None for the first."""
+        logprobs = [logprob for scores in self._prompt_scores for logprob in scores.logprobs]
+        top = [found for scores in self._prompt_scores for found in scores.top_logprobs]
+        return (None, *logprobs), (None, *top)
+
     def score(self, costs: "Costs") -> ScoreOutput:
         """Returns the scores of the finished request, whose continuation was forced."""
+        taken = Taken.joined(self._taken)
         return ScoreOutput(
             token_ids=tuple(self.token_ids),
-            logprobs=tuple(self._logprobs),
-            greedy_token_ids=tuple(self._choices),
+            logprobs=tuple(taken.logprobs),
+            greedy_token_ids=tuple(taken.choices),
             metrics=self._metrics(costs),
         )
 
@@ -286,6 +306,15 @@ class Costs:
                 (kind.num_retrieval, kind.num_streaming, kind.decode.num_selected) for kind in self.config.kinds
             ),
         )
+
+
+def _not_finite(prompt: int, decoded: int) -> InputError:
+    """Returns the error of logits that are no numbers, after ``decoded`` generated tokens."""
+    where = f"decoding, after {decoded} tokens" if decoded else "prefill"
+    return InputError(
+        f"the model's logits are not finite in {where} (prompt of {prompt} tokens): its weights are damaged, or its "
+        "values overflow; check the checkpoint, or try dtype float32"
+    )
 
 
 def _mean_of_measured(rows: list[np.ndarray]) -> np.ndarray:

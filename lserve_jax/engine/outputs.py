@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Self
 
+type TopLogprobs = tuple[tuple[int, float], ...]
+"""The likeliest tokens at one place, with their log-probabilities, best first."""
+
 
 class TextChunk(str):
     """New text of a stream, with its tokens; text may lag behind tokens until it is certain.
@@ -89,6 +92,11 @@ class RequestOutput:
       text: their text, without special tokens and cut before a stop string; empty if the model has no tokenizer.
       finish_reason: "stop" (a stop token or string), or "length".
       logprobs: the log-probability of each generated token under the model's unmodified distribution, if requested.
+      top_logprobs: the likeliest tokens at the place of each generated token, with their log-probabilities, best first,
+        if requested.
+      prompt_logprobs: the log-probability of each token of the prompt, given all tokens before it; None for the first.
+        They come from prefill, in which streaming heads are active and page selection is not.
+      prompt_top_logprobs: the likeliest tokens at the place of each token of the prompt; None for the first.
       metrics: statistics of the request.
     """
 
@@ -97,4 +105,7 @@ class RequestOutput:
     text: str
     finish_reason: str
     logprobs: tuple[float, ...] | None
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_top_logprobs: tuple[TopLogprobs | None, ...] | None = None
     metrics: RequestMetrics

@@ -24,6 +24,11 @@ class Limits(Protocol):
         """Returns the tokens that end the sequence."""
         ...
 
+    @property
+    def is_stepwise(self) -> bool:
+        """Returns whether the host must act after every token."""
+        ...
+
 
 def require_room(prompt_tokens: int, max_model_len: int) -> None:
     """Raises `InputError` if a prompt alone is longer than the context."""

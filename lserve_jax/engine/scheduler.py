@@ -100,10 +100,14 @@ class Scheduler:
         if not self.running:
             assert not self.waiting, "a request that fits alone must be admitted when nothing runs"
             return None
-        limits = tuple(min(self.sizes.steps_per_call, sequence.remaining) for sequence in self.running)
+        limits = tuple(map(self._most_steps, self.running))
         for sequence, limit in zip(self.running, limits, strict=True):
             self._reserve(sequence, limit, self.attention.local)
         return Decode(tuple(self.running), limits)
+
+    def _most_steps(self, sequence: Sequence) -> int:
+        """Returns how many tokens a call may add to a sequence."""
+        return 1 if sequence.request.sampling.is_stepwise else min(self.sizes.steps_per_call, sequence.remaining)
 
     def record_prefill(self, plan: Prefill, token: int | None = None, finish_reason: str | None = None) -> None:
         """Records that the chunk is in the cache; the prompt's last chunk yields the first generated ``token``.

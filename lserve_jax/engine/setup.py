@@ -14,12 +14,13 @@ import numpy as np
 
 from lserve_jax.config.attention import AttentionConfig, from_preset
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.generation import not_honoured, recommended_params
 from lserve_jax.config.heads import CONFIG_FILE, GATES_FILE, HeadClasses, classify, load_gates, load_settings
 from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.config.sizes import Sizes, check_sizes
 from lserve_jax.engine.memory import MemoryPlan, plan_memory
 from lserve_jax.runtime.implementations import describe, implementations
-from lserve_jax.runtime.sampling import SamplingParams
 from lserve_jax.weights import embedded
 from lserve_jax.weights.load import Checkpoint, open_checkpoint
 from pallas_kernels import BACKENDS, Choice
@@ -145,6 +146,8 @@ def _warnings(setup: Setup) -> Iterator[str]:
     name, config, model = setup.checkpoint.name, setup.config, setup.checkpoint.config
     if config.attention.static_sparsity > 0 and not setup.has_pattern:
         yield f"no head pattern for {name}: all KV heads are retrieval heads (a pattern is given with head_pattern)"
+    if ignored := not_honoured(setup.checkpoint.generation_config):
+        yield f"{name}: generation_config.json asks for what is not supported and ignored: {', '.join(ignored)}"
     if setup.sizes.max_model_len > model.max_context:
         yield (
             f"max_model_len={setup.sizes.max_model_len} is beyond the {model.max_context} tokens that this model was "
@@ -158,14 +161,7 @@ def _warnings(setup: Setup) -> Iterator[str]:
 
 def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:
     """Returns the sampling settings in the checkpoint's ``generation_config.json``, greedy if it names none."""
-    given = checkpoint.generation_config
-    if not given.get("do_sample", False):
-        return SamplingParams()
-    known = {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if given.get(name) is not None}
-    try:
-        return SamplingParams(**{"temperature": 1.0, **known})
-    except InputError as error:
-        raise InputError(f"{checkpoint.name}: generation_config.json: {error}") from None
+    return recommended_params(checkpoint.generation_config, source=checkpoint.name)
 
 
 def model_settings(checkpoint: Checkpoint, head_pattern: str | Path | None = None) -> dict[str, Any]:

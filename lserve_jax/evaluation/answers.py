@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.evaluation.matching import matching_start
 from lserve_jax.evaluation.measurement import Item, Row, decoding, mean, prompt_length
 from lserve_jax.evaluation.rendering import word_render
 from lserve_jax.evaluation.sample import Render, Request, Sample, Task
 from lserve_jax.llm import LLM
-from lserve_jax.runtime.sampling import SamplingParams
 from lserve_jax.text.tokenizer import Tokenizer
 
 _VALUES = ("score", "nll", "token_accuracy", "pages_read_ratio", "attention_recall", "answer")

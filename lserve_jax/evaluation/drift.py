@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.evaluation.corpus import Windows
 from lserve_jax.evaluation.measurement import Item, Row, by_position, decoding, mean, prompt_length
 from lserve_jax.llm import LLM
-from lserve_jax.runtime.sampling import SamplingParams
 
 NAME = "drift"
 

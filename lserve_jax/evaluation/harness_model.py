@@ -15,8 +15,8 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.llm import LLM
-from lserve_jax.runtime.sampling import SamplingParams
 from lserve_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("lserve_jax")

@@ -5,10 +5,8 @@ above it have enough weight, where the weight of a token is 1 or its probability
 finds the threshold in 32 sums.
 """
 
-import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -16,80 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lserve_jax.config.errors import InputError
-
-MAX_SEED = 2**32 - 1
-_OF_MODEL = "the model's own, else {}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How one request is continued. The "help" of a field says what the field does; ``--help`` prints it.
-
-    Attributes:
-      stop: one string is accepted as well.
-      stop_token_ids: tokens at which the text ends, in addition to the model's end tokens.
-      logprobs: whether the output has the log-probabilities of its tokens.
-
-    Raises:
-      InputError: if values are out of range; the message lists all of them.
-    """
-
-    max_tokens: int = field(default=256, metadata={"help": "the most tokens to generate, at least 1"})
-    temperature: float = field(
-        default=0.0, metadata={"help": "divides the logits; 0 takes the likeliest token", "default": _OF_MODEL}
-    )
-    top_p: float = field(
-        default=1.0,
-        metadata={
-            "help": "sample from the likeliest tokens that together have at least this probability (after top-k), "
-            "above 0 and up to 1",
-            "default": _OF_MODEL,
-        },
-    )
-    top_k: int = field(
-        default=0,
-        metadata={"help": "sample from this many likeliest tokens; 0 or -1 keeps all", "default": _OF_MODEL},
-    )
-    min_p: float = field(
-        default=0.0,
-        metadata={
-            "help": "drop tokens less likely than this share of the likeliest token's probability, 0 to 1",
-            "default": _OF_MODEL,
-        },
-    )
-    seed: int | None = field(
-        default=None,
-        metadata={"help": "draws are a function of seed and position alone", "default": "a fresh one per request"},
-    )
-    stop: str | Sequence[str] = field(
-        default=(), metadata={"help": "end before this text; may be given several times", "metavar": "TEXT"}
-    )
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = field(default=False, metadata={"help": "go on after the model's end-of-sequence tokens"})
-    logprobs: bool = False
-
-    def __post_init__(self):
-        """Checks the values; ``stop`` and ``stop_token_ids`` become tuples."""
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else _as_tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
-        has_seed = self.seed is None or _is_whole(self.seed, 0, MAX_SEED)
-        wanted = [
-            (_is_whole(self.max_tokens, 1), "max_tokens", "a whole number from 1"),
-            (_is_real(self.temperature, 0.0, math.inf), "temperature", "a finite number from 0"),
-            (_is_real(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", "a number above 0 and up to 1"),
-            (_is_whole(self.top_k, -1), "top_k", "a whole number from 0 (0 keeps all)"),
-            (_is_real(self.min_p, 0.0, 1.0), "min_p", "a number from 0 to 1"),
-            (has_seed, "seed", f"None or a whole number from 0 to {MAX_SEED}"),
-            (all(isinstance(text, str) and text for text in self.stop), "stop", "non-empty strings"),
-            (all(_is_whole(token, 0) for token in self.stop_token_ids), "stop_token_ids", "whole numbers from 0"),
-        ]
-        problems = [
-            f"{name} must be {what}, got {getattr(self, name)!r}" for is_met, name, what in wanted if not is_met
-        ]
-        if problems:
-            raise InputError("; ".join(problems))
-        object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
+from lserve_jax.config.sampling import MOST_TOP_LOGPROBS, SamplingParams
 
 
 class SamplingState(NamedTuple):
@@ -101,6 +26,7 @@ class SamplingState(NamedTuple):
       top_k: [B] int32; 0 is off.
       min_p: [B] float32; 0 is off.
       seed: [B] uint32.
+      num_top: [B] int32, how many of the likeliest tokens are reported.
     """
 
     temperature: Array
@@ -108,6 +34,7 @@ class SamplingState(NamedTuple):
     top_k: Array
     min_p: Array
     seed: Array
+    num_top: Array
 
     @classmethod
     def from_params(cls, params: Sequence[SamplingParams | None]) -> "SamplingState":
@@ -124,41 +51,57 @@ class SamplingState(NamedTuple):
             "top_k": np.array([max(0, min(row.top_k, 2**31 - 1)) for row in rows], np.int32),
             "min_p": np.array([row.min_p for row in rows], np.float32),
             "seed": np.array(seeds, np.uint32),
+            "num_top": np.array([row.top_logprobs if row.logprobs else 0 for row in rows], np.int32),
         }
         return cls(**columns)
 
 
-def sample(logits: Array, positions: Array, state: SamplingState) -> tuple[Array, Array]:
-    """Returns the chosen tokens [B] int32 and their log-probabilities [B] float32 under the unmodified distribution.
+def sample(logits: Array, positions: Array, state: SamplingState) -> Array:
+    """Returns the chosen tokens [B] int32.
 
     For each row, with ``x`` the logits: ``argmax(x)`` if the temperature is 0, else
     ``argmax(kept(x / temperature) + gumbel)``, which is a draw from the softmax of what top-k, then top-p, then min-p
     keep. Tokens that tie with the last one kept are kept too. The noise is a function of (seed, position) alone, so the
     result depends on neither the slot nor the other rows.
 
-    A NaN logit is never chosen (it counts as minus infinity; a row of only NaN gives token 0), but it makes the
-    log-probability NaN.
+    A NaN logit is never chosen (it counts as minus infinity; a row of only NaN gives token 0). See `token_logprobs`.
 
     Args:
-      logits: [B, V] float32, the model's output.
+      logits: [B, V] float32, the model's output (see `lserve_jax.runtime.adjustments` for changes of it).
       positions: [B] int32, the position in the sequence that each new token will have.
       state: the parameters, B rows.
     """
     clean = jnp.nan_to_num(logits, nan=-jnp.inf, posinf=jnp.finfo(jnp.float32).max, neginf=-jnp.inf)
     greedy = jnp.argmax(clean, axis=-1).astype(jnp.int32)
     is_drawn = state.temperature > 0
-    tokens = jax.lax.cond(
+    return jax.lax.cond(
         jnp.any(is_drawn),
         lambda: jnp.where(is_drawn, _draw(clean, positions, state), greedy),
         lambda: greedy,
     )
-    return tokens, token_logprobs(logits, tokens)
 
 
 def token_logprobs(logits: Array, tokens: Array) -> Array:
-    """Returns the log-probabilities [...] float32 of tokens [...] int32 under logits [..., V]."""
+    """Returns the log-probabilities [...] float32 of tokens [...] int32 under logits [..., V].
+
+    If any logit is NaN or infinite, the log-probability of every token is not finite.
+    """
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def likeliest(logits: Array, is_wanted: Array) -> tuple[Array, Array]:
+    """Returns the likeliest tokens [..., N] int32, best first, and their log-probabilities [..., N] float32.
+
+    N is `MOST_TOP_LOGPROBS`, or the vocabulary if that is smaller. Without ``is_wanted`` (a scalar), all are 0.
+    """
+    shape = (*logits.shape[:-1], min(MOST_TOP_LOGPROBS, logits.shape[-1]))
+
+    def found() -> tuple[Array, Array]:
+        values, tokens = jax.lax.top_k(logits, shape[-1])
+        return tokens.astype(jnp.int32), values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+    return jax.lax.cond(is_wanted, found, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)))
 
 
 def _draw(logits: Array, positions: Array, state: SamplingState) -> Array:
@@ -235,18 +178,3 @@ def _weight_from(keys: Array, weights: Array, lowest: Array) -> Array:
 
 def _gumbel(seed: Array, position: Array, count: int) -> Array:
     return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (count,), jnp.float32)
-
-
-def _as_tuple(values: Sequence) -> tuple:
-    """Returns the values as a tuple; a value that is not a sequence becomes a tuple that the checks refuse."""
-    return tuple(values) if isinstance(values, (Sequence, np.ndarray)) else (values,)
-
-
-def _is_whole(value: Any, low: int, high: float = math.inf) -> bool:
-    is_number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    return is_number and bool(low <= value <= high)
-
-
-def _is_real(value: Any, low: float, high: float) -> bool:
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and bool(low <= value <= high)

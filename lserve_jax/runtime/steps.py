@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jax import export
 
 from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.sampling import MOST_TOP_LOGPROBS
 from lserve_jax.models.layerwise import run_model, unembed
 from lserve_jax.models.llama import Params
+from lserve_jax.runtime.adjustments import Adjustments, adjust
 from lserve_jax.runtime.attend import decode_attend, prefill_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
-from lserve_jax.runtime.sampling import SamplingState, sample, token_logprobs
+from lserve_jax.runtime.sampling import SamplingState, likeliest, sample, token_logprobs
 from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray
 
 
@@ -40,17 +42,39 @@ class DecodeState(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """The result of decode steps, [steps, B].
+    """The result of decode steps, [steps, B], or of one token per sequence, [B].
 
     Attributes:
       tokens: int32 the tokens that each sequence took; -1 where it had ended.
-      logprobs: float32 their log-probabilities.
+      logprobs: float32 their log-probabilities under the model's unmodified distribution.
       choices: int32 the tokens that sampling chose: the same, unless others were forced.
+      top_tokens: [..., N] int32 the likeliest tokens, best first (see `likeliest`); 0 if no sequence asked for them.
+      top_logprobs: [..., N] float32 their log-probabilities.
     """
 
     tokens: jax.Array
     logprobs: jax.Array
     choices: jax.Array
+    top_tokens: jax.Array
+    top_logprobs: jax.Array
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of a prompt chunk's following tokens.
+
+    Attributes:
+      logprobs: [B, T] float32 of the token that follows each one.
+      top_tokens: [B, T, N] int32 the likeliest tokens there, best first (see `likeliest`).
+      top_logprobs: [B, T, N] float32 their log-probabilities.
+    """
+
+    logprobs: jax.Array
+    top_tokens: jax.Array
+    top_logprobs: jax.Array
+
+
+_SCORED_TOGETHER = 64
+"""Tokens whose logits are in memory at once during the scoring of a chunk."""
 
 
 @partial(jax.jit, static_argnames=("config", "has_history", "has_all_logits"), donate_argnames="cache")
@@ -79,13 +103,76 @@ def prefill_step(
       has_history: False promises that all ``starts`` are 0: a smaller program for prompts of one chunk.
       has_all_logits: whether to return the logits of every token, [B, T, V].
     """
+    hidden, cache = _prefill(params, cache, tokens, starts, counts, tables, config, has_history=has_history)
+    return unembed(params, config, hidden if has_all_logits else _last(hidden, counts)), cache
+
+
+@partial(jax.jit, static_argnames=("config", "has_history"), donate_argnames="cache")
+def score_step(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    starts: jax.Array,
+    counts: jax.Array,
+    tables: PageTables,
+    following: jax.Array,
+    has_top: jax.Array,
+    *,
+    config: InferenceConfig,
+    has_history: bool = True,
+) -> tuple[jax.Array, Scores, KVCache]:
+    """Returns what `prefill_step` does, and between logits and cache the scores of the chunk's following tokens.
+
+    Args:
+      params: as for `prefill_step`, like all that is not said here.
+      cache: donated.
+      tokens: [B, T] int32.
+      starts: [B] int32.
+      counts: [B] int32.
+      tables: page tables [B, max_pages] int32.
+      following: [B, T] int32 the token after each one.
+      has_top: scalar bool, whether the likeliest tokens are wanted too.
+      config: static settings.
+      has_history: False promises that all ``starts`` are 0.
+    """
+    hidden, cache = _prefill(params, cache, tokens, starts, counts, tables, config, has_history=has_history)
+    batch, length = tokens.shape
+    block = min(_SCORED_TOGETHER, length)
+
+    def in_blocks(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, -length % block), *[(0, 0)] * (x.ndim - 2)])
+        return padded.reshape(batch, -1, block, *x.shape[2:]).swapaxes(0, 1)
+
+    def score(block: tuple[jax.Array, jax.Array]) -> Scores:
+        logits = unembed(params, config, block[0])
+        return Scores(token_logprobs(logits, block[1]), *likeliest(logits, has_top))
+
+    found = jax.lax.map(score, (in_blocks(hidden), in_blocks(following)))
+    scores = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1, *x.shape[3:])[:, :length], found)
+    return unembed(params, config, _last(hidden, counts)), scores, cache
+
+
+def _prefill(
+    params: Params,
+    cache: KVCache,
+    tokens: jax.Array,
+    starts: jax.Array,
+    counts: jax.Array,
+    tables: PageTables,
+    config: InferenceConfig,
+    *,
+    has_history: bool,
+) -> tuple[jax.Array, KVCache]:
+    """Returns the hidden states [B, T, D] of a chunk, and the cache with it."""
     positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     attend = prefill_attend(config, tables, starts, counts, has_history=has_history)
-    hidden, cache = run_model(params, cache, tokens, positions, attend, config)
-    if not has_all_logits:
-        last = jnp.maximum(counts - 1, 0)[:, None, None]
-        hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-    return unembed(params, config, hidden), cache
+    return run_model(params, cache, tokens, positions, attend, config)
+
+
+def _last(hidden: jax.Array, counts: jax.Array) -> jax.Array:
+    """Returns the hidden states [B, D] of the last of ``counts`` [B] tokens."""
+    last = jnp.maximum(counts - 1, 0)[:, None, None]
+    return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
 
 
 def _decode(
@@ -129,14 +216,18 @@ def decode_step(
 
 
 def _take(
-    logits: jax.Array, positions: jax.Array, sampling: SamplingState, forced: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the next tokens [B], their log-probabilities [B] and the sampled tokens [B]; forced tokens win."""
-    choices, logprobs = sample(logits, positions, sampling)
-    if forced is None:
-        return choices, logprobs, choices
-    tokens = jnp.where(forced >= 0, forced, choices)
-    return tokens, token_logprobs(logits, tokens), choices
+    logits: jax.Array,
+    positions: jax.Array,
+    sampling: SamplingState,
+    forced: jax.Array | None,
+    adjustments: Adjustments | None,
+    new: jax.Array,
+) -> Generated:
+    """Returns the next token of each sequence; forced tokens win. ``new``: see `adjust`."""
+    adjusted = logits if adjustments is None else adjust(logits, positions, adjustments, new)
+    choices = sample(adjusted, positions, sampling)
+    tokens = choices if forced is None else jnp.where(forced >= 0, forced, choices)
+    return Generated(tokens, token_logprobs(logits, tokens), choices, *likeliest(logits, jnp.any(sampling.num_top > 0)))
 
 
 @partial(jax.jit, static_argnames=("config", "max_steps"), donate_argnames="cache")
@@ -148,6 +239,7 @@ def decode_loop(
     sampling: SamplingState,
     num_steps: jax.Array,
     forced: jax.Array | None = None,
+    adjustments: Adjustments | None = None,
     *,
     config: InferenceConfig,
     max_steps: int,
@@ -165,12 +257,19 @@ def decode_loop(
       sampling: settings of each slot.
       num_steps: scalar int32, at most ``max_steps``.
       forced: [max_steps, B] int32 tokens that replace the sampled ones; -1 where sampling decides. None forces nothing.
+      adjustments: changes of the logits of each slot; None changes nothing.
       config: static settings.
       max_steps: rows of the result.
     """
-    slots = state.tokens.shape[0]
-    no_tokens = jnp.full((max_steps, slots), -1, jnp.int32)
-    nothing = Generated(no_tokens, jnp.zeros((max_steps, slots), jnp.float32), no_tokens)
+    slots, num_top = state.tokens.shape[0], min(MOST_TOP_LOGPROBS, config.model.vocab_size)
+    empty = Generated(
+        tokens=jnp.full(slots, -1, jnp.int32),
+        logprobs=jnp.zeros(slots, jnp.float32),
+        choices=jnp.full(slots, -1, jnp.int32),
+        top_tokens=jnp.zeros((slots, num_top), jnp.int32),
+        top_logprobs=jnp.zeros((slots, num_top), jnp.float32),
+    )
+    nothing = jax.tree.map(lambda row: jnp.broadcast_to(row, (max_steps, *row.shape)), empty)
 
     def is_running(carry: tuple[jax.Array, Generated, DecodeState, KVCache]) -> jax.Array:
         return (carry[0] < num_steps) & jnp.any(carry[2].remaining > 0)
@@ -182,14 +281,20 @@ def decode_loop(
         is_active = state.remaining > 0
         lengths = jnp.where(is_active, state.lengths, 0)
         logits, cache = _decode(params, cache, state.tokens, lengths, state.decode_steps, tables, config)
-        taken = _take(logits, state.lengths, sampling, None if forced is None else forced[index])
-        new = Generated(*(jnp.where(is_active, x, none) for x, none in zip(taken, (-1, 0.0, -1), strict=True)))
+        due = None if forced is None else forced[index]
+        taken = _take(logits, state.lengths, sampling, due, adjustments, out.tokens)
+        new = jax.tree.map(lambda x, none: jnp.where(_like(is_active, x), x, none), taken, empty)
         state = _advanced(state, new.tokens, is_active)
-        out = Generated(*(rows.at[index].set(row) for rows, row in zip(out, new, strict=True)))
+        out = jax.tree.map(lambda rows, row: rows.at[index].set(row), out, new)
         return index + 1, out, state, cache
 
     _, out, state, cache = jax.lax.while_loop(is_running, step, (jnp.int32(0), nothing, state, cache))
     return out, state, cache
+
+
+def _like(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns rows [B] with further dimensions of size 1, for `jnp.where` with ``x`` [B, ...]."""
+    return rows.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _advanced(state: DecodeState, tokens: jax.Array, is_active: jax.Array) -> DecodeState:
@@ -207,20 +312,18 @@ def _advanced(state: DecodeState, tokens: jax.Array, is_active: jax.Array) -> De
 
 @jax.jit
 def sample_first(
-    logits: jax.Array, positions: jax.Array, sampling: SamplingState, forced: jax.Array | None = None
+    logits: jax.Array,
+    positions: jax.Array,
+    sampling: SamplingState,
+    forced: jax.Array | None = None,
+    adjustments: Adjustments | None = None,
 ) -> Generated:
-    """Returns the tokens [B] sampled from prefill logits [B, V] (see `sample`); ``forced`` [B] as in `decode_loop`."""
-    return Generated(*_take(logits, positions, sampling, forced))
-
-
-@jax.jit
-def score_chunk(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Returns the log-probabilities [..., T] float32 of tokens [..., T] int32 under logits [..., T, V]."""
-    return token_logprobs(logits, tokens)
+    """Returns the tokens [B] sampled from prefill logits [B, V]; ``forced`` [B] and the rest as in `decode_loop`."""
+    return _take(logits, positions, sampling, forced, adjustments, jnp.zeros((0, logits.shape[0]), jnp.int32))
 
 
 # An exported step (`jax.export`) can be written to a file only if the types of its arguments are registered by name.
-for _kind in (LayerCache, LayerKV, PagedKV, PageTables, SamplingState, DecodeState, Generated):
+for _kind in (LayerCache, LayerKV, PagedKV, PageTables, SamplingState, Adjustments, DecodeState, Generated, Scores):
     export.register_namedtuple_serialization(_kind, serialized_name=f"lserve_jax.{_kind.__name__}")
 export.register_pytree_node_serialization(
     QuantizedArray,

@@ -14,9 +14,9 @@ class Ours:
         import jax
 
         from lserve_jax.cli.common import use_compilation_cache
+        from lserve_jax.config.sampling import SamplingParams
         from lserve_jax.engine.setup import prepare
         from lserve_jax.llm import LLM
-        from lserve_jax.runtime.sampling import SamplingParams
 
         self.sampling_params = SamplingParams
         self.num_compilations = 0

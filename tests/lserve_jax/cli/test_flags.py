@@ -13,11 +13,11 @@ from lserve_jax.cli.common import OneLineParser, run_command
 from lserve_jax.cli.flags import SHARED, add_fields, add_shared, given
 from lserve_jax.config.attention import AttentionConfig, from_preset
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.config.settings import settings
 from lserve_jax.evaluation import ablations
 from lserve_jax.evaluation.opening import PromptSettings
 from lserve_jax.evaluation.variants import parse_variant
-from lserve_jax.runtime.sampling import SamplingParams
 
 NO_VALUE = ()
 MODEL = {

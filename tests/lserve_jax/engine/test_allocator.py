@@ -17,6 +17,7 @@ PROMPTS = (1, 63, 64, 65, 100, 127, 128, 129, 200, 256, 257, 300, 384, 385, 448,
 class MaxTokens:
     max_tokens: int
     stop_token_ids: tuple[int, ...] = ()
+    is_stepwise: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,7 @@ STOP, TOKEN = 99, 7
 class MaxTokens:
     max_tokens: int
     stop_token_ids: tuple[int, ...] = ()
+    is_stepwise: bool = False
 
 
 def make_request(request_id: int, prompt: int, max_tokens: int) -> Request:

@@ -7,17 +7,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.runtime.sampling import (
-    SamplingParams,
     SamplingState,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     sample,
     temper,
+    token_logprobs,
 )
 
-SAMPLE = jax.jit(sample)
+
+@jax.jit
+def SAMPLE(logits: jax.Array, positions: jax.Array, state: SamplingState) -> tuple[jax.Array, jax.Array]:  # noqa: N802
+    """The sampled tokens and their log-probabilities."""
+    tokens = sample(logits, positions, state)
+    return tokens, token_logprobs(logits, tokens)
+
+
 KEEP_TOP_K, KEEP_TOP_P = jax.jit(keep_top_k), jax.jit(keep_top_p)
 VOCABULARY = 300
 # Every combination of on and off, and the values at which "on" does nothing or everything.
@@ -216,7 +224,7 @@ def test_sampling_compiles_once_for_all_settings(rng: np.random.Generator):
     traces = []
 
     @jax.jit
-    def counted(logits: jax.Array, positions: jax.Array, state: SamplingState) -> tuple[jax.Array, jax.Array]:
+    def counted(logits: jax.Array, positions: jax.Array, state: SamplingState) -> jax.Array:
         traces.append(1)
         return sample(logits, positions, state)
 

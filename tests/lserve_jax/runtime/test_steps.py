@@ -10,7 +10,8 @@ import pytest
 from jax import export
 
 from lserve_jax import HeadClasses, InferenceConfig, init_cache
-from lserve_jax.runtime.sampling import SamplingParams, SamplingState
+from lserve_jax.config.sampling import SamplingParams
+from lserve_jax.runtime.sampling import SamplingState
 from lserve_jax.runtime.steps import DecodeState, decode_loop, decode_step, prefill_step
 from lserve_jax.weights import abstract_params
 from pallas_kernels import PageTables

@@ -1,0 +1,90 @@
+"""What one call of a compiled program brings for one sequence."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from lserve_jax.engine.outputs import TopLogprobs
+from lserve_jax.engine.request import Sequence as EngineSequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """Tokens of one sequence, in order, and what the model thinks of them.
+
+    Attributes:
+      tokens: the tokens.
+      logprobs: their log-probabilities under the model's unmodified distribution.
+      choices: the sampled tokens, which differ from ``tokens`` only where those were forced.
+      top_logprobs: the likeliest tokens at each place, if the request asks for them; else empty.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    choices: list[int]
+    top_logprobs: list[TopLogprobs]
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """Returns the tokens of all parts, in order; of no part, no tokens."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        found = [[value for values in column for value in values] for column in columns]
+        return cls(**dict(zip(("tokens", "logprobs", "choices", "top_logprobs"), found or [[]] * 4, strict=True)))
+
+    @classmethod
+    def of(cls, generated: Sequence[np.ndarray], slot: int, num_top: int) -> Self:
+        """Returns the tokens of a slot; ``generated`` are the arrays [steps, B, ...] of `Generated`."""
+        count = int((generated[0][:, slot] >= 0).sum())
+        tokens, logprobs, choices, top_tokens, top_logprobs = (x[:count, slot] for x in generated)
+        top = top_rows(top_tokens, top_logprobs, num_top)
+        return cls(tokens=tokens.tolist(), logprobs=logprobs.tolist(), choices=choices.tolist(), top_logprobs=top)
+
+    def first(self, count: int) -> Self:
+        """Returns the first ``count`` of the tokens."""
+        return type(self)(**{name: values[:count] for name, values in vars(self).items()})
+
+
+def top_rows(tokens: np.ndarray, logprobs: np.ndarray, count: int) -> list[TopLogprobs]:
+    """Returns the ``count`` likeliest tokens of each row [T, N]; an empty list if the count is 0."""
+    if not count:
+        return []
+    rows = zip(tokens[:, :count].tolist(), logprobs[:, :count].tolist(), strict=True)
+    return [tuple(zip(*row, strict=True)) for row in rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptScores:
+    """Scores of the tokens of a prompt chunk, each given all tokens before it.
+
+    Attributes:
+      logprobs: log-probabilities of the tokens that follow the chunk's tokens, as far as the prompt goes.
+      top_logprobs: the likeliest tokens at these places, if the request asks for them; else empty.
+    """
+
+    logprobs: list[float]
+    top_logprobs: list[TopLogprobs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """The result of a call for one sequence.
+
+    Attributes:
+      sequence: the sequence, already advanced.
+      taken: the new tokens that it generated.
+      seconds: wall time of the call without compilation.
+      is_prefill: whether it was a prefill call.
+      pages_held: pages per pool, retrieval and streaming, that the sequence used during the call.
+      scores: of the prompt chunk, if the request asks for them.
+      recall: [L] of the call's first decode step (see `recall_step`), if it is measured.
+    """
+
+    sequence: EngineSequence
+    taken: Taken
+    seconds: float
+    is_prefill: bool
+    pages_held: tuple[int, int]
+    scores: PromptScores | None = None
+    recall: np.ndarray | None = None
