@@ -107,7 +107,7 @@ def not_honoured(config: Mapping[str, Any]) -> list[str]:
         if key not in known and value is not None and not (key in _NEUTRAL and value == _NEUTRAL[key])
     ]
     biases = config.get("sequence_bias")
-    if biases is not None and len(_single_biases(biases)) != len(biases):
+    if isinstance(biases, list) and len(_single_biases(biases)) != len(biases):
         found.append("sequence_bias (of several tokens)")
     return found
 

@@ -47,6 +47,7 @@ ODD = Window(sink=100, local=149, prefill_local=77)
 class Limits:
     max_tokens: int
     stop_token_ids: tuple[int, ...] = ()
+    is_stepwise: bool = False
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lserve_jax.config.errors import InputError
+from lserve_jax.config.generation import not_honoured, recommended_params
+from lserve_jax.config.sampling import SamplingParams
+
+KEYS = json.loads((Path(__file__).parents[2] / "golden" / "generation_config_keys.json").read_text(encoding="utf-8"))
+
+# A value of each key of transformers that would change the text of one greedy or sampled continuation.
+CHANGES: dict[str, Any] = {
+    "constraints": [1],
+    "diversity_penalty": 0.5,
+    "dola_layers": "high",
+    "encoder_no_repeat_ngram_size": 2,
+    "encoder_repetition_penalty": 1.5,
+    "epsilon_cutoff": 0.01,
+    "eta_cutoff": 0.01,
+    "exponential_decay_length_penalty": [5, 1.2],
+    "force_words_ids": [[5]],
+    "forced_bos_token_id": 1,
+    "forced_eos_token_id": 2,
+    "guidance_scale": 1.5,
+    "max_time": 3.0,
+    "min_length": 20,
+    "no_repeat_ngram_size": 3,
+    "num_beam_groups": 2,
+    "num_beams": 4,
+    "num_return_sequences": 2,
+    "penalty_alpha": 0.6,
+    "top_h": 0.5,
+    "typical_p": 0.9,
+    "watermarking_config": {"bias": 2.0},
+}
+HONOURED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "max_new_tokens": (64, {"max_tokens": 64}),
+    "min_new_tokens": (3, {"min_tokens": 3}),
+    "repetition_penalty": (1.1, {"repetition_penalty": 1.1}),
+    "suppress_tokens": ([5, 6], {"suppress_tokens": (5, 6)}),
+    "begin_suppress_tokens": ([7], {"begin_suppress_tokens": (7,)}),
+    "bad_words_ids": ([[5], [6, 7]], {"bad_words": ((5,), (6, 7))}),
+    "sequence_bias": ([[[5], 1.5], [[6], -2.0]], {"logit_bias": ((5, 1.5), (6, -2.0))}),
+    "stop_strings": (["END"], {"stop": ("END",)}),
+}
+SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05}
+
+
+def test_every_key_of_transformers_is_honoured_or_harmless_or_named():
+    assert not_honoured(KEYS) == [], "values that change nothing are not named"
+    assert CHANGES.keys() <= KEYS.keys()
+    for key, value in CHANGES.items():
+        assert not_honoured({key: value}) == [key]
+    for key in KEYS.keys() - CHANGES.keys():
+        assert not_honoured({key: 1}) == [], key
+
+
+def test_what_is_unknown_is_named_and_biases_of_several_tokens_are():
+    assert not_honoured({"chat_format": "chatml", "num_beams": 3, "temperature": 1.0}) == ["chat_format", "num_beams"]
+    config = {"sequence_bias": [[[5], 1.0], [[6, 7], 2.0]]}
+    assert not_honoured(config) == ["sequence_bias (of several tokens)"]
+    assert recommended_params(config, source="m").logit_bias == ((5, 1.0),)
+
+
+def test_recommended_settings_are_taken_and_those_of_draws_only_if_the_model_samples():
+    for key, (value, wanted) in HONOURED.items():
+        assert recommended_params({key: value}, source="m") == SamplingParams(**wanted), key
+        assert not_honoured({key: value}) == []
+    assert recommended_params(SAMPLED, source="m") == SamplingParams()
+    assert recommended_params(SAMPLED | {"do_sample": True}, source="m") == SamplingParams(**SAMPLED)
+    assert recommended_params({"do_sample": True}, source="m") == SamplingParams(temperature=1.0)
+    assert recommended_params({}, source="m") == SamplingParams()
+    assert recommended_params({"sequence_bias": [[5, 1.0]]}, source="m").logit_bias == ((5, 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"repetition_penalty": -1}, "repetition_penalty must be a finite number above 0"),
+        ({"suppress_tokens": 5.5}, "suppress_tokens must be whole numbers"),
+        ({"bad_words_ids": [["a", 3]]}, "bad_words must be"),
+        ({"sequence_bias": {"a": 1}}, "logit_bias must be"),
+        ({"sequence_bias": 3}, "logit_bias must be"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature must be"),
+        ({"stop_strings": [3]}, "stop must be"),
+        ({"max_new_tokens": 0}, "max_tokens must be"),
+        ({"min_new_tokens": 300}, "min_tokens must be a whole number from 0 to max_tokens"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_the_file(config: dict[str, Any], problem: str):
+    with pytest.raises(InputError, match=f"^m: generation_config.json: .*{problem}") as caught:
+        recommended_params(config, source="m")
+    assert "\n" not in str(caught.value)
