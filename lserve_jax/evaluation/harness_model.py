@@ -235,18 +235,7 @@ class HarnessMethods:
             known = ", ".join(sorted({*_SAMPLING, "do_sample", "max_gen_toks", "until"}))
             raise InputError(f"unknown generation setting {', '.join(unknown)}; known are {known}")
         stop = tuple(text for text in until if text)
-        return SamplingParams(
-            max_tokens=max_tokens,
-            stop=stop,
-            stop_token_ids=[token for text in stop for token in self._control_token(text)],
-            seed=random.getrandbits(32),
-            **given,
-        )
-
-    def _control_token(self, text: str) -> list[int]:
-        """Returns the token of a text that is one control token, which generated text never shows, or an empty list."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids if len(ids) == 1 and self._tokenizer.decode(ids) == "" else []
+        return SamplingParams(max_tokens=max_tokens, stop=stop, seed=random.getrandbits(32), **given)
 
     def _batches(self, lengths: Sequence[int], title: str, disable_tqdm: bool) -> Iterator[list[int]]:
         """Yields the indices of each call's requests, the longest first: one that does not fit fails at once."""

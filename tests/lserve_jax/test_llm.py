@@ -51,6 +51,40 @@ def test_a_stream_says_what_generate_says(llm: LLM):
     assert len(chunks) > 5
 
 
+@pytest.fixture(scope="module")
+def controlled(llm: LLM) -> tuple[RequestOutput, int]:
+    """A drawn answer of at least two pieces of text with a control token between them, and the token's position."""
+    (drawn,) = llm.generate("hello", SamplingParams(max_tokens=90, temperature=3.0, seed=5, ignore_eos=True))
+    at = drawn.token_ids.index(IM_START)
+    assert 1 < at < len(drawn.token_ids) - 3
+    return drawn, at
+
+
+IM_START = 3  # <|im_start|>
+
+
+@pytest.mark.parametrize("after", [0, 2], ids=["is a control token", "begins with a control token"])
+def test_a_stop_string_with_a_control_token_ends_the_text_before_it(
+    llm: LLM, controlled: tuple[RequestOutput, int], after: int
+):
+    drawn, at = controlled
+    assert llm.tokenizer is not None
+    stop = "<|im_start|>" + llm.tokenizer.decode(drawn.token_ids[at + 1 : at + 1 + after])
+    params = SamplingParams(max_tokens=90, temperature=3.0, seed=5, ignore_eos=True, stop=stop)
+    (output,) = llm.generate("hello", params)
+    assert (output.finish_reason, output.token_ids) == ("stop", drawn.token_ids[: at + 1 + after])
+    assert output.text == llm.tokenizer.decode(drawn.token_ids[:at])
+    assert "".join(chunk.text for chunk in llm.stream("hello", params)) == output.text
+
+
+def test_control_tokens_are_shown_if_asked_for(llm: LLM, controlled: tuple[RequestOutput, int]):
+    drawn, _ = controlled
+    params = SamplingParams(max_tokens=90, temperature=3.0, seed=5, ignore_eos=True, skip_special_tokens=False)
+    (output,) = llm.generate("hello", params)
+    assert llm.tokenizer is not None
+    assert output.text == llm.tokenizer.decode(drawn.token_ids, skip_special_tokens=False) != drawn.text
+
+
 @pytest.mark.parametrize("messages", [[], {"role": "user", "content": "hello"}, "hello", [{"content": "hello"}]])
 def test_messages_that_are_no_conversation_are_refused(llm: LLM, messages: Any):
     with pytest.raises(ValueError, match=r"messages(\[0\])? must be"):
