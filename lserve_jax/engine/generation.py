@@ -159,9 +159,7 @@ class Generation:
         self._stream = (
             None
             if tokenizer is None
-            else TextStream(
-                tokenizer, stop=self.params.stop, skip_special_tokens=self.params.skip_special_tokens
-            )
+            else TextStream(tokenizer, stop=self.params.stop, skip_special_tokens=self.params.skip_special_tokens)
         )
         self._new_text: list[str] = []
         self._num_streamed = 0

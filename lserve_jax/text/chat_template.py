@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension, LoopControlExtension
-from jinja2.nodes import Node
+from jinja2.nodes import Name, Node
 from jinja2.parser import Parser
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.text.errors import one_line
 from lserve_jax.text.jinja_budget import Budget, BudgetedEnvironment
 
 GROWTH = 8  # a rendered text may have GROWTH times as many characters as the messages, plus SLACK
@@ -24,6 +25,9 @@ class ChatTemplate:
       text: the Jinja source.
       source: where the template came from, for messages.
       variables: what the template may read besides the messages: ``bos_token``, ``eos_token``, … .
+
+    Attributes:
+      names: the names in the source, among them those of all variables that it reads.
 
     Raises:
       InputError: if the source is no Jinja template.
@@ -40,28 +44,39 @@ class ChatTemplate:
         )
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         try:
-            self._template = environment.from_string(environment.budgeted(text))
+            parsed = environment.parse(text)
+            self.names = frozenset(name.name for name in parsed.find_all(Name))
+            self._template = environment.from_string(environment.budgeted(parsed))
         except Exception as error:  # a hostile source may make the compiler raise anything, even RecursionError
-            raise InputError(f"{source}: the chat template is not valid Jinja: {_one_line(error)}") from error
+            raise InputError(f"{source}: the chat template is not valid Jinja: {one_line(error)}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
         """Returns the conversation as text, control tokens included.
+
+        Args:
+          messages: the conversation.
+          add_generation_prompt: the template's variable of that name.
+          tools: the template's variable of that name.
+          template_kwargs: further variables of the template.
 
         Raises:
           InputError: if the template refuses these messages, fails, or exceeds its budget.
         """
-        budget = Budget(characters=SLACK + GROWTH * _characters(messages))
-        conversation = {
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        given = {"documents": None, **(template_kwargs or {})}
+        conversation = given | {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        budget = Budget(characters=SLACK + GROWTH * _characters(conversation))
         try:
             parts = self._template.generate(self._variables | conversation | budget.as_variables())
             return "".join(budget.bounded(parts))
         except Exception as error:
-            raise InputError(f"{self._source}: the chat template failed: {_one_line(error)}") from error
+            raise InputError(f"{self._source}: the chat template failed: {one_line(error)}") from error
 
 
 class _Generation(Extension):
@@ -100,8 +115,3 @@ def _characters(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         return sum(map(_characters, value))
     return len(value) if isinstance(value, str) else 1
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "…"

@@ -92,9 +92,9 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
             self.filters[name] = _with_small_numbers(self.filters[name])
         self.filters.update(counted=_counted, concatenated=_concatenated)
 
-    def budgeted(self, source: str) -> nodes.Template:
+    def budgeted(self, parsed: nodes.Template) -> nodes.Template:
         """Returns the parsed source with its loops counted and its ``~`` checked, for `from_string`."""
-        return self._rewrite(self.parse(source))
+        return self._rewrite(parsed)
 
     def _rewrite(self, node: Any) -> Any:
         for field, value in list(node.iter_fields()):

@@ -186,7 +186,8 @@ def cut_units(units: Sequence[str], stops: Sequence[str]) -> tuple[str, bool]:
 @given(
     units=st.lists(st.sampled_from(["<eot>", *"ab<>t"]), max_size=12),
     stops=st.lists(
-        st.sampled_from(["<eot>", "a<eot>", "<eot>b", "ab", "t>", "eot", "<eot><eot>", "b<eot>a", "<eot>ab"]), max_size=3
+        st.sampled_from(["<eot>", "a<eot>", "<eot>b", "ab", "t>", "eot", "<eot><eot>", "b<eot>a", "<eot>ab"]),
+        max_size=3,
     ),
 )
 def test_a_stop_string_may_contain_special_tokens_that_are_not_shown(units: list[str], stops: list[str]):
