@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lserve_jax.config.errors import InputError
 from lserve_jax.llm import LLM
 from lserve_jax.runtime.sampling import SamplingParams
+from lserve_jax.text.chat import ChatOptions
 from lserve_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("lserve_jax")
@@ -125,16 +126,15 @@ class HarnessMethods:
           chat_history: messages ``{"role": …, "content": …}``.
           add_generation_prompt: whether the assistant's answer comes next; if not, the last message begins it.
         """
-        render = self._tokenizer.render_chat
+        options: ChatOptions = {"continue_final_message": not add_generation_prompt}
         try:
-            text = render(chat_history, add_generation_prompt=add_generation_prompt)
+            return self._tokenizer.render_chat(chat_history, **options)
         except InputError:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
             logger.warning("the chat template refuses the system message: it is left out, as the harness does")
-            text = render(others, add_generation_prompt=add_generation_prompt)
-        return text if add_generation_prompt else _open_ended(text, chat_history[-1]["content"])
+            return self._tokenizer.render_chat(others, **options)
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns the current settings, which the harness adds to its results."""
@@ -246,14 +246,6 @@ class HarnessMethods:
                 indices = order[start : start + size]
                 yield indices
                 bar.update(len(indices))
-
-
-def _open_ended(text: str, message: str) -> str:
-    """Returns a rendered conversation up to the end of its last message, for the model to continue."""
-    message = message.strip()
-    if message not in text:
-        raise InputError("the chat template changes the assistant's message, so that it cannot be continued")
-    return text[: text.rindex(message) + len(message)]
 
 
 def _warn_of_cuts(before: Sequence[int], after: Sequence[int], max_length: int) -> None:

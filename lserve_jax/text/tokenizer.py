@@ -1,7 +1,9 @@
 """Text to token ids and back, with the checkpoint's vocabulary and chat template."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,6 +17,8 @@ from lserve_jax.text.folder import CONFIG_FILE, TOKENIZER_FILE, read_folder
 from lserve_jax.text.literals import ControlTexts
 from lserve_jax.text.parts import DEFAULT_TEMPLATE, TokenizerParts
 from lserve_jax.weights.load import open_checkpoint
+
+logger = logging.getLogger("lserve_jax")
 
 type TokenizerSource = Path | Mapping[str, Any] | None
 
@@ -44,6 +48,7 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens)
         self._source = source
+        self._has_warned = False
         templates = {DEFAULT_TEMPLATE: chat_template} if isinstance(chat_template, str) else chat_template or {}
         self._control_texts = ControlTexts(backend)
         self._chat = ChatFormat(self._control_texts, templates=templates, variables=self._special_tokens, source=source)
@@ -100,7 +105,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns the ids of a text, in which the texts of special tokens mean those tokens.
 
-        Bytes that the vocabulary lacks are dropped, as other libraries do (SmolLM2 lacks U+0004, for example).
+        Bytes that the vocabulary lacks are dropped, as other libraries do (SmolLM2 lacks U+0004, for example). The
+        first text that itself begins with the tokens that are added before it is warned of.
 
         Args:
           text: anything that UTF-8 can encode.
@@ -108,7 +114,31 @@ class Tokenizer:
             token).
         """
         _check_text(text)
-        return self._encoded(lambda: self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        ids = self._encoded(lambda: self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        if add_special_tokens and self._leading:
+            self._warn_of_repetition(ids)
+        return ids
+
+    @cached_property
+    def _leading(self) -> list[int]:
+        """The tokens that are added before a text."""
+        for text in ("a", " ", "1"):  # the first of which the vocabulary has a token
+            around, alone = (self._backend.encode(text, add_special_tokens=adds).ids for adds in (True, False))
+            for start in range(len(around)):
+                if alone and around[start : start + len(alone)] == alone:
+                    return around[:start]
+        return []
+
+    def _warn_of_repetition(self, ids: Sequence[int]) -> None:
+        count = len(self._leading)
+        if self._has_warned or list(ids[count : 2 * count]) != self._leading:
+            return
+        self._has_warned = True
+        text = self.decode(self._leading, skip_special_tokens=False)
+        logger.warning(
+            f"{self._source}: the prompt begins with {text}, which is added to every prompt, so that it stands there "
+            "twice: leave it out of the text (a chat is best given as messages), or give token ids"
+        )
 
     def _encoded(self, encode: Callable[[], list[int]]) -> list[int]:
         try:

@@ -43,6 +43,23 @@ def test_a_chat_is_its_rendered_prompt_continued_and_several_are_a_batch(llm: LL
     assert [output.token_ids for output in many] == [output.token_ids for output in expected]
 
 
+def test_a_chat_is_rendered_with_its_options(llm: LLM):
+    begun = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "It is"}]
+    expected = llm.generate("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nIt is", PARAMS)[0]
+    assert llm.render_chat(begun, continue_final_message=True) == list(expected.prompt_token_ids)
+    continued = llm.chat(begun, PARAMS, continue_final_message=True)
+    assert isinstance(continued, RequestOutput)
+    assert (continued.text, continued.token_ids) == (expected.text, expected.token_ids)
+
+
+def test_a_chat_has_the_template_that_is_named(llm: LLM, tmp_path: Path):
+    (tmp_path / "own.jinja").write_text("{{ tools[0].name }}:{{ mood }}:{{ messages[0].content }}")
+    options: Any = {"chat_template": tmp_path / "own.jinja", "tools": [{"name": "f"}], "template_kwargs": {"mood": 1}}
+    expected = llm.generate("f:1:hello", PARAMS)[0]
+    for output in llm.chat([[{"role": "user", "content": "hello"}]] * 2, PARAMS, **options):
+        assert output == expected or output.token_ids == expected.token_ids
+
+
 def test_a_stream_says_what_generate_says(llm: LLM):
     (whole,) = llm.generate("hello there", SamplingParams(max_tokens=50, ignore_eos=True))
     chunks = list(llm.stream("hello there", SamplingParams(max_tokens=50, ignore_eos=True)))
@@ -87,7 +104,7 @@ def test_control_tokens_are_shown_if_asked_for(llm: LLM, controlled: tuple[Reque
 
 @pytest.mark.parametrize("messages", [[], {"role": "user", "content": "hello"}, "hello", [{"content": "hello"}]])
 def test_messages_that_are_no_conversation_are_refused(llm: LLM, messages: Any):
-    with pytest.raises(ValueError, match=r"messages(\[0\])? must be"):
+    with pytest.raises(ValueError, match=r"messages(\[0\]: .role. is missing| must be)"):
         llm.chat(messages, PARAMS)
 
 

@@ -271,7 +271,7 @@ def test_chats_are_rendered_as_the_checkpoint_has_them(lm: Any, llm: LLM, tasks:
     assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert lm.tok_encode(text) == llm.render_chat(chat)
     begun = [*chat, {"role": "assistant", "content": "It is "}]
-    assert lm.apply_chat_template(begun, add_generation_prompt=False).endswith("assistant\nIt is")
+    assert lm.apply_chat_template(begun, add_generation_prompt=False).endswith("assistant\nIt is ")
     assert lm.chat_template(True).startswith("{% for message in messages %}")
     results = run(lm, tasks, "tiny_answer", apply_chat_template=True)
     for document, sample in zip(DOCS, results["samples"]["tiny_answer"], strict=True):

@@ -1,4 +1,5 @@
 import json
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,41 @@ def test_the_template_alone_writes_the_beginning_token():
     assert bos == tiny().bos_token_id
     assert tiny().apply_chat_template(user("hi")).count(bos) == 1
     assert tiny(CHATML.replace("{{ bos_token }}", "")).apply_chat_template(user("hi")).count(bos) == 0
+
+
+def test_a_text_that_repeats_the_beginning_token_is_warned_of_once_and_encoded_as_it_is(
+    caplog: pytest.LogCaptureFixture,
+):
+    tokenizer, bos = tiny(), tiny().bos_token_id
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        tokenizer.encode("hi <s>")
+        tokenizer.encode("<s>hi", add_special_tokens=False)
+        tokenizer.encode("")
+        tokenizer.apply_chat_template(user("hi"))
+        assert not caplog.records
+        for _ in range(2):
+            assert tokenizer.encode("<s>hi")[:3] == [bos, bos, tokenizer.encode("hi")[1]]
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "tiny: the prompt begins with <s>, which is added to every prompt, so that it"
+    )
+
+
+def test_a_rendered_chat_that_is_given_as_text_is_warned_of(caplog: pytest.LogCaptureFixture):
+    tokenizer = tiny()
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        tokenizer.encode(tokenizer.render_chat(user("hi")))
+    assert "a chat is best given as messages" in caplog.text
+
+
+def test_a_tokenizer_that_adds_nothing_or_only_an_end_warns_of_nothing(caplog: pytest.LogCaptureFixture):
+    for ends in (None, processors.TemplateProcessing(single="$A <s>", special_tokens=[("<s>", 98)])):
+        backend = tiny_backend()
+        backend.post_processor = ends  # type: ignore[assignment]
+        tokenizer = Tokenizer(backend, special_tokens={}, eos_token_ids=[], chat_template=None, source="x")
+        with caplog.at_level(logging.WARNING, "lserve_jax"):
+            tokenizer.encode("<s><s>a")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("special", SPECIALS)
