@@ -12,10 +12,16 @@ from jinja2.parser import Parser
 
 from lserve_jax.config.errors import InputError
 from lserve_jax.text.errors import one_line
-from lserve_jax.text.jinja_budget import Budget, BudgetedEnvironment
+from lserve_jax.text.jinja_budget import Budget
+from lserve_jax.text.jinja_sandbox import BudgetedEnvironment
 
 GROWTH = 8  # a rendered text may have GROWTH times as many characters as the messages, plus SLACK
 SLACK = 1_000_000
+# Units of work that a rendering may take, see `lserve_jax.text.jinja_budget`: about a second, and what long
+# conversations need besides, per character and per text or other part of a message.
+UNITS, UNITS_PER_CHARACTER, UNITS_PER_PART = 100_000_000, 50, 5_000
+MAX_SOURCE = 200_000  # characters of a template: compiling takes time too
+MAX_DATE = 100  # characters of a date's format
 
 
 class ChatTemplate:
@@ -30,7 +36,7 @@ class ChatTemplate:
       names: the names in the source, among them those of all variables that it reads.
 
     Raises:
-      InputError: if the source is no Jinja template.
+      InputError: if the source is no Jinja template, or too long.
     """
 
     def __init__(self, text: str, *, source: str, variables: Mapping[str, str]):
@@ -43,6 +49,10 @@ class ChatTemplate:
             extensions=[LoopControlExtension, _Generation],
         )
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+        if len(text) > MAX_SOURCE:
+            raise InputError(
+                f"{source}: the chat template has {len(text):,} characters where {MAX_SOURCE:,} are allowed"
+            )
         try:
             parsed = environment.parse(text)
             self.names = frozenset(name.name for name in parsed.find_all(Name))
@@ -71,10 +81,14 @@ class ChatTemplate:
         """
         given = {"documents": None, **(template_kwargs or {})}
         conversation = given | {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        budget = Budget(characters=SLACK + GROWTH * _characters(conversation))
+        characters, parts = _extent(conversation)
+        budget = Budget(
+            units=UNITS + UNITS_PER_CHARACTER * characters + UNITS_PER_PART * parts,
+            characters=SLACK + GROWTH * (characters + parts),
+        )
         try:
-            parts = self._template.generate(self._variables | conversation | budget.as_variables())
-            return "".join(budget.bounded(parts))
+            with budget.in_force():
+                return "".join(budget.bounded(self._template.generate(self._variables | conversation)))
         except Exception as error:
             raise InputError(f"{self._source}: the chat template failed: {one_line(error)}") from error
 
@@ -89,11 +103,13 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+def _raise_exception(message: Any) -> None:
+    raise TemplateError(str(message))
 
 
 def _strftime_now(form: str) -> str:
+    if len(form) > MAX_DATE:
+        raise TemplateError(f"a date's format has more than {MAX_DATE} characters")
     return datetime.now().strftime(form)
 
 
@@ -108,10 +124,12 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _characters(value: Any) -> int:
-    """Returns the number of characters in a message or in any part of one."""
+def _extent(value: Any) -> tuple[int, int]:
+    """Returns the number of characters of a value, and the number of its texts and other parts."""
     if isinstance(value, Mapping):
-        return sum(_characters(key) + _characters(item) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return sum(map(_characters, value))
-    return len(value) if isinstance(value, str) else 1
+        extents = [_extent(part) for pair in value.items() for part in pair]
+    elif isinstance(value, (list, tuple)):
+        extents = [_extent(part) for part in value]
+    else:
+        return (len(value) if isinstance(value, str) else 1), 1
+    return sum(characters for characters, _ in extents), sum(parts for _, parts in extents)

@@ -175,7 +175,8 @@ def test_only_the_families_of_llama3_and_tekken_start_with_the_beginning_token_b
 def test_an_end_of_turn_token_of_the_wrong_type_ends_and_is_a_control_token(
     kind: int, caplog: pytest.LogCaptureFixture
 ):
-    metadata = byte_level("gpt-2") | {"tokenizer.chat_template": "{{ messages[0].content }}<|eot_id|>"}
+    metadata = byte_level("gpt-2")
+    metadata["tokenizer.chat_template"] = "{{ messages[0].content }}<|eot_id|>"
     metadata["tokenizer.ggml.token_type"][1] = kind
     with caplog.at_level(logging.WARNING, "lserve_jax"):
         tokenizer = Tokenizer.from_gguf(metadata, source="file.gguf")

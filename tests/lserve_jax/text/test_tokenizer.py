@@ -173,7 +173,7 @@ def test_a_rendered_chat_that_is_given_as_text_is_warned_of(caplog: pytest.LogCa
 def test_a_tokenizer_that_adds_nothing_or_only_an_end_warns_of_nothing(caplog: pytest.LogCaptureFixture):
     for ends in (None, processors.TemplateProcessing(single="$A <s>", special_tokens=[("<s>", 98)])):
         backend = tiny_backend()
-        backend.post_processor = ends  # type: ignore[assignment]
+        backend.post_processor = ends
         tokenizer = Tokenizer(backend, special_tokens={}, eos_token_ids=[], chat_template=None, source="x")
         with caplog.at_level(logging.WARNING, "lserve_jax"):
             tokenizer.encode("<s><s>a")
