@@ -17,8 +17,8 @@ STEP = 100
 """Units of a call, an operator, a filter or a test, and of an item that a loop or a filter takes."""
 ITEM = 40
 """Units of an item of a list or mapping that is compared, copied or made text; an item counts as 8 characters."""
-COPIES = 16
-"""Characters that are copied for one unit."""
+COPIES = 4
+"""Characters that are copied for one unit: few, because copies may be kept, and the units also bound their memory."""
 MAX_BITS = 10_000
 """Size of the largest whole number."""
 

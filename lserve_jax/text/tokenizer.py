@@ -223,6 +223,13 @@ def _check_text(text: Any) -> None:
         raise InputError(f"a text must be valid Unicode, got a lone surrogate at character {error.start}") from None
 
 
+def tokenizer_source(source: TokenizerSource, named: str | None) -> TokenizerSource:
+    """Returns where the tokenizer is that ``named`` names, or else the checkpoint's, as for `open_tokenizer`."""
+    if named is None:
+        return source
+    return open_checkpoint(named).tokenizer_source if Path(named).suffix == ".gguf" else Path(named)
+
+
 def open_tokenizer(source: TokenizerSource, named: str | None = None) -> Tokenizer | None:
     """Returns the tokenizer that ``named`` names, or else the checkpoint's; None if it has none.
 
@@ -230,12 +237,9 @@ def open_tokenizer(source: TokenizerSource, named: str | None = None) -> Tokeniz
       source: where the checkpoint's tokenizer is: a folder, the metadata of its GGUF file, or None.
       named: folder or GGUF file to take the tokenizer from instead.
     """
-    if named is not None:
-        source = open_checkpoint(named).tokenizer_source if Path(named).suffix == ".gguf" else Path(named)
-    if source is None:
+    found = tokenizer_source(source, named)
+    if isinstance(found, Mapping):
+        return Tokenizer.from_gguf(found)
+    if found is None or (named is None and not (found / TOKENIZER_FILE).is_file()):
         return None
-    if isinstance(source, Mapping):
-        return Tokenizer.from_gguf(source)
-    if named is None and not (source / TOKENIZER_FILE).is_file():
-        return None
-    return Tokenizer.from_folder(source)
+    return Tokenizer.from_folder(found)
