@@ -3,16 +3,16 @@
 import argparse
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lserve_jax.cli.common import OneLineParser, ProgressBars, run_command
 from lserve_jax.cli.flags import add_shared
-from lserve_jax.text.tokenizer import Tokenizer
+from lserve_jax.text.folder import TEMPLATE_FOLDER
+from lserve_jax.text.tokenizer import Tokenizer, TokenizerSource, open_tokenizer, tokenizer_source
 from lserve_jax.weights import orbax
-from lserve_jax.weights.load import Checkpoint, open_checkpoint
+from lserve_jax.weights.load import open_checkpoint
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of all flags."""
     parser = OneLineParser(prog="python -m lserve_jax.convert", description=__doc__)
-    add_shared(parser, "--model")
+    add_shared(parser, "--model", "--tokenizer")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must be new or empty")
     add_shared(parser, "--dtype", help="element type of the weights; auto is the model's own (default: %(default)s)")
     return parser
@@ -35,17 +35,26 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr that says what to change."""
     args = build_parser().parse_args(argv)
-    return run_command(lambda: convert(args.model, args.out, args.dtype))
+    return run_command(lambda: convert(args.model, args.out, args.dtype, args.tokenizer))
 
 
-def convert(model: str, out: Path, dtype: str = "auto") -> None:
-    """Writes ``model`` into the folder ``out``, its parameters in ``dtype`` ("auto" is the checkpoint's type).
+def convert(model: str, out: Path, dtype: str = "auto", tokenizer: str | None = None) -> None:
+    """Writes a model into a new folder.
+
+    Args:
+      model: what to read, see `open_checkpoint`.
+      out: the folder to write.
+      dtype: the type of the parameters; "auto" is the checkpoint's.
+      tokenizer: folder or GGUF file to take the tokenizer from instead.
 
     Raises:
       InputError: if the model cannot be loaded or the folder is not empty; nothing is left behind.
     """
     orbax.check_target(out)
     checkpoint = open_checkpoint(model)
+    source = tokenizer_source(checkpoint.tokenizer_source, tokenizer)
+    if tokenizer is not None or not isinstance(source, Path):
+        open_tokenizer(source, tokenizer)  # finds its errors before the weights are read
     dtype = checkpoint.config.dtype if dtype == "auto" else dtype
     with ProgressBars(is_shown=True) as bars:
         params = checkpoint.load_params(dtype, None, partial(bars.report, "weights"))
@@ -57,16 +66,17 @@ def convert(model: str, out: Path, dtype: str = "auto") -> None:
         params,
         hf_config=hf_config,
         generation_config=checkpoint.generation_config,
-        write_tokenizer=partial(_write_tokenizer, checkpoint),
+        write_tokenizer=partial(_write_tokenizer, source),
     )
 
 
-def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    source: Path | Mapping[str, Any] | None = checkpoint.tokenizer_source
+def _write_tokenizer(source: TokenizerSource, folder: Path) -> None:
     if isinstance(source, Path):
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        if (source / TEMPLATE_FOLDER).is_dir():
+            shutil.copytree(source / TEMPLATE_FOLDER, folder / TEMPLATE_FOLDER)
     elif source is not None:
         Tokenizer.from_gguf(source).save(folder)
 

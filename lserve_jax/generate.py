@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lserve_jax.cli.common import (
     OneLineParser,
@@ -26,9 +28,13 @@ from lserve_jax.engine.request import require_room
 from lserve_jax.engine.setup import Setup, default_sampling_params, prepare
 from lserve_jax.llm import LLM
 from lserve_jax.runtime.implementations import describe
+from lserve_jax.text.chat import ChatOptions
 from lserve_jax.text.tokenizer import Tokenizer
 
 _MAX_NUM_SEQS = 8
+_CHAT_FLAGS = ("--system-prompt", "--assistant-prefix", "--chat-template", "--chat-template-config", "--tools")
+
+logger = logging.getLogger("lserve_jax")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,6 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt-file", action="append", default=[], metavar="FILE", help="UTF-8 text; - is stdin; as --prompt"
     )
     prompt.add_argument("--system-prompt", metavar="TEXT", help="the conversation's system message (default: none)")
+    prompt.add_argument("--assistant-prefix", metavar="TEXT", help="begins the answer; only what follows is printed")
+    prompt.add_argument(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="a chat template of the model by name, or a file (default: the model's own)",
+    )
+    prompt.add_argument(
+        "--chat-template-config", metavar="JSON", help="variables of the template: '{\"enable_thinking\": false}'"
+    )
+    prompt.add_argument("--tools", metavar="FILE", help="JSON list of functions that the model may call")
     prompt.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat format")
     sampling = parser.add_argument_group("sampling (defaults from the model's generation_config.json, else greedy)")
     add_fields(sampling, SamplingParams)
@@ -80,7 +96,8 @@ def _generate(args: argparse.Namespace) -> None:
         return
     # Find every error of the user before loading weights.
     tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
-    prompts = [_encode(tokenizer, text, args) for text in texts]
+    encode = _encoder(tokenizer, args)
+    prompts = [encode(text) for text in texts]
     params = dataclasses.replace(default_sampling_params(setup.checkpoint), **given(args, SamplingParams))
     params.require_vocabulary(setup.config.model.vocab_size)
     for number, prompt in enumerate(prompts, start=1):
@@ -117,30 +134,55 @@ def _prepare(args: argparse.Namespace, num_prompts: int) -> Setup:
 
 
 def _read_prompts(texts: list[str], files: list[str]) -> list[str]:
-    prompts = [*texts, *(_read_text(name) for name in files)]
+    prompts = [*texts, *(_read_text("--prompt-file", name) for name in files)]
     if any(not prompt.strip() for prompt in prompts):
         raise InputError("the prompt is empty: give some text")
     return prompts
 
 
-def _read_text(name: str) -> str:
+def _read_text(flag: str, name: str) -> str:
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise InputError(f"--prompt-file {name}: {error.strerror}") from None
+        raise InputError(f"{flag} {name}: {error.strerror}") from None
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise InputError(f"--prompt-file {name} is not UTF-8 text (byte {error.start})") from None
+        raise InputError(f"{flag} {name} is not UTF-8 text (byte {error.start})") from None
 
 
-def _encode(tokenizer: Tokenizer, text: str, args: argparse.Namespace) -> list[int]:
-    if args.raw or not tokenizer.has_chat_template:
-        if args.system_prompt:
-            raise InputError("--system-prompt needs a chat format: this model has none, or --raw is given")
-        return tokenizer.encode(text)
-    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
-    return tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])
+def _encoder(tokenizer: Tokenizer, args: argparse.Namespace) -> Callable[[str], list[int]]:
+    """Returns what turns a prompt into token ids: in the chat format, unless --raw is given or the model has none."""
+    named = [flag for flag in _CHAT_FLAGS if getattr(args, flag.strip("-").replace("-", "_")) is not None]
+    if args.raw or not (tokenizer.chat_templates or args.chat_template):
+        if named:
+            raise InputError(f"{', '.join(named)} needs a chat format: this model has none, or --raw is given")
+        if not args.raw:
+            logger.warning(
+                f"{args.tokenizer or args.model} has no chat template: the prompt is continued as it is "
+                "(--raw says that this is meant; --chat-template FILE gives a template)"
+            )
+        return tokenizer.encode
+    options: ChatOptions = {
+        "tools": None if args.tools is None else _read_json("--tools", _read_text("--tools", args.tools), list),
+        "template_kwargs": _read_json("--chat-template-config", args.chat_template_config or "{}", dict),
+        "chat_template": args.chat_template,
+        "continue_final_message": args.assistant_prefix is not None,
+        "literal_roles": ("system", "user"),  # control tokens in --assistant-prefix are meant
+    }
+    first = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
+    last = [] if args.assistant_prefix is None else [{"role": "assistant", "content": args.assistant_prefix}]
+    return lambda text: tokenizer.apply_chat_template([*first, {"role": "user", "content": text}, *last], **options)
+
+
+def _read_json(flag: str, text: str, kind: type[list] | type[dict]) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{flag} is not JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise InputError(f"{flag} must be a JSON {'list' if kind is list else 'object'}, got {text.strip()!r:.60}")
+    return value
 
 
 def _run(

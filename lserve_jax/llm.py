@@ -5,7 +5,7 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -17,11 +17,11 @@ from lserve_jax.engine.inputs import each_prompt, naming_the_prompt, require_ids
 from lserve_jax.engine.outputs import RequestOutput, ScoreOutput, TextChunk
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.setup import DEFAULT_MODEL, Setup, default_sampling_params, prepare
+from lserve_jax.text.chat import ChatOptions, Message
 from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 from pallas_kernels import Choice
 
 type Prompt = str | Sequence[int]
-type Message = Mapping[str, Any]
 type OnProgress = Callable[[str, int, int], None]
 """Stage, done, total: ("weights", bytes, bytes), ("prefill", tokens, tokens), ("compile <program>", 0, 1)."""
 
@@ -176,20 +176,24 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | None = None,
+        **options: Unpack[ChatOptions],
     ) -> RequestOutput | list[RequestOutput]:
         """Returns the model's answer to a conversation, or to each of several.
 
         Args:
           messages: ``[{"role": "user", "content": "…"}, …]``, or a list of such lists.
           sampling_params: None takes `default_sampling_params`.
+          **options: see `lserve_jax.text.chat.ChatOptions`: ``tools``, ``template_kwargs``, ``chat_template``,
+            ``continue_final_message``, ``literal_roles``. The text of a continued message is not part of the output.
         """
         if not isinstance(next(iter(messages), {}), Mapping):
-            return self.generate([self.render_chat(one) for one in messages], sampling_params)  # type: ignore[arg-type]
-        return self.generate([self.render_chat(messages)], sampling_params)[0]  # type: ignore[arg-type]
+            prompts = [self.render_chat(one, **options) for one in messages]  # type: ignore[arg-type]
+            return self.generate(prompts, sampling_params)
+        return self.generate([self.render_chat(messages, **options)], sampling_params)[0]  # type: ignore[arg-type]
 
-    def render_chat(self, messages: Sequence[Message]) -> list[int]:
+    def render_chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
         """Returns the token ids of a conversation in the checkpoint's chat format, up to the start of the answer."""
-        return self._need_tokenizer("a chat").apply_chat_template(list(messages))
+        return self._need_tokenizer("a chat").apply_chat_template(messages, **options)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[TextChunk]:
         """Yields the text of a continuation as it becomes certain. Closing the iterator ends the request."""

@@ -99,10 +99,17 @@ class SamplingParams:
         metadata={"help": "draws are a function of seed and position alone", "default": "a fresh one per request"},
     )
     stop: Texts = field(
-        default=(), metadata={"help": "end before this text; may be given several times", "metavar": "TEXT"}
+        default=(),
+        metadata={
+            "help": "end before this text, which may contain control tokens; may be given several times",
+            "metavar": "TEXT",
+        },
     )
     stop_token_ids: Sequence[int] = field(default=(), metadata={"help": "end with any of these tokens"})
     ignore_eos: bool = field(default=False, metadata={"help": "go on after the model's end-of-sequence tokens"})
+    skip_special_tokens: bool = field(
+        default=True, metadata={"help": "leave control tokens such as <|im_start|> out of the text"}
+    )
     logprobs: bool = field(default=False, metadata={"help": "report the log-probabilities of the text's tokens"})
     prompt_logprobs: bool = field(
         default=False, metadata={"help": "report the log-probabilities of the prompt's tokens"}

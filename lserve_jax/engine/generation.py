@@ -159,7 +159,11 @@ class Generation:
         self.error: Exception | None = None
         self.token_ids: list[int] = []
         self._compiled_before = compile_seconds
-        self._stream = None if tokenizer is None else TextStream(tokenizer, stop=self.params.stop)
+        self._stream = (
+            None
+            if tokenizer is None
+            else TextStream(tokenizer, stop=self.params.stop, skip_special_tokens=self.params.skip_special_tokens)
+        )
         self._new_text: list[str] = []
         self._num_streamed = 0
         self._stop_token_ids = frozenset(self.params.stop_token_ids)
@@ -182,23 +186,23 @@ class Generation:
         return len(taken.tokens), None
 
     def _is_end(self, token: int, logprob: float) -> bool:
-        """Returns whether one token finishes the request, after adding it to the text."""
+        """Returns whether one token finishes the request, after adding it to the text; a stop token is not shown."""
+        is_stop = token in self._stop_token_ids
         if not math.isfinite(logprob):
             self.error = _not_finite(len(self.request.prompt), len(self.token_ids) - 1)
-        elif token in self._stop_token_ids:
-            self.finish_reason = "stop"
         elif self._stream is not None:
-            self._add_text(self._stream.push, token)
-            if self._stream.stopped:
-                self.finish_reason = "stop"
+            stream = self._stream
+            self._add_text(lambda: stream.push(token, is_shown=not is_stop))
         if self.error is not None:
             self.finish_reason = "error"
+        elif is_stop or (self._stream is not None and self._stream.stopped):
+            self.finish_reason = "stop"
         return self.finish_reason is not None
 
-    def _add_text(self, make: Callable[..., str], *tokens: int) -> None:
+    def _add_text(self, make: Callable[[], str]) -> None:
         """Adds the text that ``make`` returns, or keeps its error, which must not end other requests."""
         try:
-            self._new_text.append(make(*tokens))
+            self._new_text.append(make())
         except Exception as error:  # noqa: BLE001 - whatever it is
             self.error = error
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.llm import LLM
+from lserve_jax.text.chat import ChatOptions
 from lserve_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("lserve_jax")
@@ -125,16 +126,15 @@ class HarnessMethods:
           chat_history: messages ``{"role": …, "content": …}``.
           add_generation_prompt: whether the assistant's answer comes next; if not, the last message begins it.
         """
-        render = self._tokenizer.render_chat
+        options: ChatOptions = {"continue_final_message": not add_generation_prompt}
         try:
-            text = render(chat_history, add_generation_prompt=add_generation_prompt)
+            return self._tokenizer.render_chat(chat_history, **options)
         except InputError:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
             logger.warning("the chat template refuses the system message: it is left out, as the harness does")
-            text = render(others, add_generation_prompt=add_generation_prompt)
-        return text if add_generation_prompt else _open_ended(text, chat_history[-1]["content"])
+            return self._tokenizer.render_chat(others, **options)
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns the current settings, which the harness adds to its results."""
@@ -235,18 +235,7 @@ class HarnessMethods:
             known = ", ".join(sorted({*_SAMPLING, "do_sample", "max_gen_toks", "until"}))
             raise InputError(f"unknown generation setting {', '.join(unknown)}; known are {known}")
         stop = tuple(text for text in until if text)
-        return SamplingParams(
-            max_tokens=max_tokens,
-            stop=stop,
-            stop_token_ids=[token for text in stop for token in self._control_token(text)],
-            seed=random.getrandbits(32),
-            **given,
-        )
-
-    def _control_token(self, text: str) -> list[int]:
-        """Returns the token of a text that is one control token, which generated text never shows, or an empty list."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids if len(ids) == 1 and self._tokenizer.decode(ids) == "" else []
+        return SamplingParams(max_tokens=max_tokens, stop=stop, seed=random.getrandbits(32), **given)
 
     def _batches(self, lengths: Sequence[int], title: str, disable_tqdm: bool) -> Iterator[list[int]]:
         """Yields the indices of each call's requests, the longest first: one that does not fit fails at once."""
@@ -257,14 +246,6 @@ class HarnessMethods:
                 indices = order[start : start + size]
                 yield indices
                 bar.update(len(indices))
-
-
-def _open_ended(text: str, message: str) -> str:
-    """Returns a rendered conversation up to the end of its last message, for the model to continue."""
-    message = message.strip()
-    if message not in text:
-        raise InputError("the chat template changes the assistant's message, so that it cannot be continued")
-    return text[: text.rindex(message) + len(message)]
 
 
 def _warn_of_cuts(before: Sequence[int], after: Sequence[int], max_length: int) -> None:

@@ -1,10 +1,12 @@
-"""A `tokenizers.Tokenizer` built from the ``tokenizer.ggml.*`` metadata of a GGUF file.
+"""The parts of a tokenizer, built from the ``tokenizer.ggml.*`` metadata of a GGUF file.
 
 A GGUF file stores the vocabulary, but only a name (``tokenizer.ggml.pre``) for how text is split; `PRE_TOKENIZERS` says
-what each name means. The ids equal those of the model's original ``tokenizer.json``. They also equal llama.cpp's,
-except for Qwen2's NFC normalisation.
+what each name means. The ids equal llama.cpp's, with two exceptions, for which they are those of the models' original
+``tokenizer.json``: ``qwen2`` normalises to NFC, and ``tekken`` tells upper from lower case beyond ASCII. ``default`` is
+what converters wrote before they knew a model's splitting; llama.cpp's expression for it is no model's own.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,10 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.text.parts import DEFAULT_TEMPLATE, TokenizerParts
 from lserve_jax.weights.gguf import END_TOKENS
+
+logger = logging.getLogger("lserve_jax")
 
 # The special tokens by the names that Hugging Face files and chat templates use.
 SPECIAL_TOKEN_KEYS = {
@@ -24,9 +29,11 @@ SPECIAL_TOKEN_KEYS = {
     "unk_token": "tokenizer.ggml.unknown_token_id",
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
-# Many files have no ``eot_token_id``. A control token with one of these names ends a turn in every family that has it.
+# Many files have no ``eot_token_id``. A token with one of these names ends a turn in every family that has it.
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
+_TEMPLATE = "tokenizer.chat_template"
+_INSTEAD = "take the tokenizer from the model's original folder (--tokenizer FOLDER, in Python tokenizer=FOLDER)"
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -51,21 +58,31 @@ class _Splitting:
     add_bos: bool = False
 
 
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED_WORDS = r"[^\r\n\p{L}\p{N}]?" + f"(?:{_UPPER}*{_LOWER}+|{_UPPER}+{_LOWER}*)"
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+
+_DEFAULT = _Splitting(splits=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"))
 _GPT2 = _Splitting(gpt2_regex=True)
 _SMOLLM = _Splitting(splits=("digits",), gpt2_regex=True)
 _LLAMA3 = _Splitting(splits=(_WORDS + r"|\p{N}{1,3}" + _REST,), ignore_merges=True, add_bos=True)
 _QWEN2 = _Splitting(splits=(_WORDS + r"|\p{N}" + _REST,), normalizer="nfc")
+_QWEN2_PLAIN = _Splitting(splits=_QWEN2.splits)
+_TEKKEN = _Splitting(
+    splits=(_CASED_WORDS + r"|\p{N}" + _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1),), ignore_merges=True, add_bos=True
+)
 
-PRE_TOKENIZERS = {
-    "default": _GPT2,
-    "gpt-2": _GPT2,
-    "smollm": _SMOLLM,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
+_NAMES: Mapping[_Splitting, tuple[str, ...]] = {
+    _DEFAULT: ("default",),
+    _GPT2: ("gpt-2", "a.x-4.0", "mellum", "trillion", "granite-docling"),
+    _SMOLLM: ("smollm", "minerva-7b"),
+    _LLAMA3: ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    _QWEN2: ("qwen2", "deepseek-r1-qwen"),
+    _QWEN2_PLAIN: ("kormo", "megrez"),
+    _TEKKEN: ("tekken",),
 }
+PRE_TOKENIZERS = {name: splitting for splitting, names in _NAMES.items() for name in names}
+"""Ways of splitting by llama.cpp's names, of those that models of our architectures use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +100,26 @@ class _Vocabulary:
         return [token for token, kind in zip(self.tokens, self.types, strict=True) if kind in types]
 
 
-def build_backend(metadata: Mapping[str, Any], *, source: str) -> tokenizers.Tokenizer:
+def read_metadata(metadata: Mapping[str, Any], *, source: str) -> TokenizerParts:
     """Returns the tokenizer that the metadata describes.
 
     Args:
-      metadata: the file's key-values as plain Python values; only ``tokenizer.ggml.*`` is read.
+      metadata: the file's key-values as plain Python values; only ``tokenizer.*`` is read.
       source: the file's name, for messages.
 
     Raises:
       InputError: if keys are missing, malformed or unknown; the message lists all of them.
     """
     vocabulary = _read_vocabulary(metadata, source=source)
+    return TokenizerParts(
+        backend=_build_backend(vocabulary, metadata, source=source),
+        special_tokens={name: vocabulary.tokens[index] for name, index in vocabulary.special_ids.items()},
+        eos_token_ids=_end_token_ids(vocabulary, metadata),
+        chat_templates=_chat_templates(metadata, source=source),
+    )
+
+
+def _build_backend(vocabulary: _Vocabulary, metadata: Mapping[str, Any], *, source: str) -> tokenizers.Tokenizer:
     build = _build_byte_level if vocabulary.model == "gpt2" else _build_sentencepiece
     try:
         backend, add_bos = build(vocabulary, metadata)
@@ -109,18 +135,22 @@ def build_backend(metadata: Mapping[str, Any], *, source: str) -> tokenizers.Tok
     return backend
 
 
-def special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the special tokens' texts by Hugging Face's names (``bos_token``, …)."""
-    tokens = metadata["tokenizer.ggml.tokens"]
-    return {name: tokens[metadata[key]] for name, key in SPECIAL_TOKEN_KEYS.items() if metadata.get(key) is not None}
-
-
-def end_token_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """Returns the ids that end generation: end of text, turn or message, and control tokens named in `END_OF_TURN`."""
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+def _end_token_ids(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> list[int]:
+    """Returns the ids that end generation: end of text, turn or message, and the tokens in `END_OF_TURN`."""
     named = [int(metadata[key]) for key in END_TOKENS if metadata.get(key) is not None]
-    turns = [i for i, token in enumerate(tokens) if types[i] == TokenType.CONTROL and token in END_OF_TURN]
+    turns = [index for index, token in enumerate(vocabulary.tokens) if token in END_OF_TURN]
     return list(dict.fromkeys(named + turns))
+
+
+def _chat_templates(metadata: Mapping[str, Any], *, source: str) -> dict[str, str]:
+    """Returns the chat templates by name; all but the default one have keys of their own."""
+    keys = {DEFAULT_TEMPLATE: _TEMPLATE}
+    keys |= {key.removeprefix(f"{_TEMPLATE}."): key for key in metadata if key.startswith(f"{_TEMPLATE}.")}
+    found = {name: metadata[key] for name, key in keys.items() if metadata.get(key) is not None}
+    for name, template in found.items():
+        if not isinstance(template, str):
+            raise InputError(f"{source}: {keys[name]} must be a string, got {type(template).__name__}")
+    return found
 
 
 def _read_vocabulary(metadata: Mapping[str, Any], *, source: str) -> _Vocabulary:
@@ -128,9 +158,10 @@ def _read_vocabulary(metadata: Mapping[str, Any], *, source: str) -> _Vocabulary
     model = metadata.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
         problems.append(f"tokenizer.ggml.model must be gpt2 or llama, got {model!r}")
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = metadata.get("tokenizer.ggml.pre")
     if model == "gpt2" and pre not in PRE_TOKENIZERS:
-        problems.append(f"tokenizer.ggml.pre {pre!r} is unknown; known: {', '.join(PRE_TOKENIZERS)}")
+        what = "is missing" if pre is None else f"{pre!r} is unknown (known: {', '.join(PRE_TOKENIZERS)})"
+        problems.append(f"tokenizer.ggml.pre {what}, so it is not known how text is split: {_INSTEAD}")
     tokens = _strings(metadata, "tokenizer.ggml.tokens", problems)
     repeated = [token for token, count in Counter(tokens).items() if count > 1]
     if repeated:
@@ -144,11 +175,21 @@ def _read_vocabulary(metadata: Mapping[str, Any], *, source: str) -> _Vocabulary
     return _Vocabulary(
         model=str(model),
         tokens=tokens,
-        types=[int(kind) for kind in types],
+        types=_corrected([int(kind) for kind in types], tokens, source=source),
         merges=merges,
         scores=scores,
         special_ids=special_ids,
     )
+
+
+def _corrected(types: list[int], tokens: Sequence[str], *, source: str) -> list[int]:
+    """Returns the token types, in which the tokens of `END_OF_TURN` are control tokens whatever the file says."""
+    wrong = [i for i, token in enumerate(tokens) if token in END_OF_TURN and types[i] != TokenType.CONTROL]
+    if not wrong:
+        return types
+    names = ", ".join(repr(tokens[index]) for index in wrong)
+    logger.warning(f"{source}: the type of token {names} is not that of a control token: corrected, it ends a turn")
+    return [TokenType.CONTROL if index in wrong else kind for index, kind in enumerate(types)]
 
 
 def _strings(metadata: Mapping[str, Any], key: str, problems: list[str]) -> list[str]:
@@ -191,7 +232,7 @@ def _special_ids(metadata: Mapping[str, Any], count: int, problems: list[str]) -
 
 def _build_byte_level(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
     """Returns GPT-2 style byte-level BPE, and whether a text starts with the beginning token by default."""
-    splitting = PRE_TOKENIZERS[metadata.get("tokenizer.ggml.pre", "default")]
+    splitting = PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]]
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
     model = models.BPE(vocab=ids, merges=vocabulary.merges, ignore_merges=splitting.ignore_merges)
     backend = tokenizers.Tokenizer(model)

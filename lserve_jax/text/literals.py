@@ -60,17 +60,14 @@ class ControlTexts:
         self._twin: tokenizers.Tokenizer | None = None
         self._respelled: dict[str, str] = {}
 
-    def guard(self, messages: Sequence[Mapping[str, Any]], literals: Literals) -> list[dict[str, Any]]:
-        """Returns the messages with stand-ins for special tokens in them, and for a beginning of one at their end."""
-        return [{key: self._guard(value, literals) for key, value in message.items()} for message in messages]
-
-    def _guard(self, value: Any, literals: Literals) -> Any:
+    def guard(self, value: Any, literals: Literals) -> Any:
+        """Returns a value with stand-ins in its texts, for special tokens and for a beginning of one at the end."""
         if isinstance(value, str):
             return self._guard_text(value, literals)
         if isinstance(value, Mapping):
-            return {self._guard(key, literals): self._guard(item, literals) for key, item in value.items()}
+            return {self.guard(key, literals): self.guard(item, literals) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [self._guard(item, literals) for item in value]
+            return [self.guard(item, literals) for item in value]
         return value
 
     def _guard_text(self, text: str, literals: Literals) -> str:
@@ -91,7 +88,9 @@ class ControlTexts:
         return ""
 
     def encode(self, rendered: str, literals: Literals) -> list[int]:
-        """Returns the ids of a rendered conversation, in which only the template's special tokens are special."""
+        """Returns the ids of a rendered conversation, in which the special tokens are those that no stand-in hides."""
+        if not literals.texts:
+            return self._backend.encode(rendered, add_special_tokens=False).ids
         twin = self._make_twin() if self._twin is None else self._twin
         text = self._added_pattern.sub(lambda match: self._respelled.get(match[0], match[0]), rendered)
         return twin.encode(literals.restore(text), add_special_tokens=False).ids

@@ -122,6 +122,18 @@ def _strings(data: np.ndarray, count: int) -> tuple[list[np.ndarray], int]:
     return strings, at
 
 
+class Metadata(dict[str, Any]):
+    """The metadata of a GGUF file, plain Python values by key.
+
+    Attributes:
+      location: the path of the file, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], location: str) -> None:
+        super().__init__(values)
+        self.location = location
+
+
 class GGUFFile:
     """A GGUF file with its header read and its tensors mapped.
 
@@ -142,7 +154,7 @@ class GGUFFile:
             reader = _Reader(path)
             # The reader adds those that begin with "GGUF.".
             fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-            self.metadata: dict[str, Any] = {name: _plain(field) for name, field in fields.items()}
+            self.metadata = Metadata({name: _plain(field) for name, field in fields.items()}, str(path))
         except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
             # The reader checks nothing: a truncated file raises whichever of these comes first.
             raise InputError(f"{path}: truncated or not a GGUF file ({error!r})") from None

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lserve_jax import SamplingParams, from_preset, load_gates, open_checkpoint, read_hf
+from lserve_jax import AttentionConfig, SamplingParams, from_preset, load_gates, open_checkpoint, read_hf
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.generation import not_honoured, recommended_params
 from lserve_jax.config.heads import CONFIG_FILE, GATES_FILE, load_settings
@@ -232,19 +232,9 @@ def sampling(rng: random.Random, folder: Path) -> None:
     del folder
     values: dict[str, Any] = {name: odd_value(rng) for name in rng.sample(_FIELDS, rng.randrange(1, 5))}
     SamplingParams(**values).require_vocabulary(VOCABULARY)
-    names = (
-        "token_budget",
-        "page_size",
-        "sub_page_size",
-        "sink",
-        "local",
-        "static_sparsity",
-        "dense_layers",
-        "kv_dtype",
-    )
-    from_preset(
-        rng.choice(["lserve", "dense", "quest"]), **{name: odd_value(rng) for name in rng.sample(sorted(names), 2)}
-    )
+    names = sorted(AttentionConfig.__dataclass_fields__.keys() - {"preset"})
+    fields: dict[str, Any] = {name: odd_value(rng) for name in rng.sample(names, 2)}
+    from_preset(rng.choice(["lserve", "dense", "quest"]), **fields)
 
 
 def pattern(rng: random.Random, folder: Path) -> None:
@@ -255,9 +245,7 @@ def pattern(rng: random.Random, folder: Path) -> None:
     (folder / CONFIG_FILE).write_bytes(as_json(mutated_json(settings, rng), rng))
     load_settings(folder)
     load_gates(folder, 2, 2)
-    plan_memory(
-        prepare(str(TINY / "llama3"), head_pattern=folder, max_model_len=64).config, prepare("llama-3.1-8b").sizes
-    )
+    prepare(str(TINY / "llama3"), head_pattern=folder, max_model_len=64)
 
 
 KINDS: dict[str, Kind] = {

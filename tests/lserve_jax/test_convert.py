@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,40 @@ def test_gguf_file_is_converted_with_its_tokenizer(tmp_path: Path):
     messages = [{"role": "user", "content": "he said <s> to\nhe"}]
     assert mine.apply_chat_template(messages) == theirs.apply_chat_template(messages)
     assert mine.eos_token_ids == theirs.eos_token_ids == source.config.eos_token_ids
+
+
+def test_a_gguf_file_that_does_not_say_how_it_splits_is_converted_with_another_tokenizer(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny_config(vocab_size=40)
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": [chr(code) for code in range(33, 73)],
+        "tokenizer.ggml.token_type": [1] * 40,
+        "tokenizer.ggml.merges": ['! "'],
+    }
+    metadata["tokenizer.ggml.tokens"][-1] = '!"'
+    path = write_gguf(tmp_path / "model.gguf", config, random_tensors(config), metadata=metadata)
+    arguments = ["--model", str(path), "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr("lserve_jax.weights.load.Checkpoint.load_params", None)
+        line = error_line(arguments, capfd)
+        assert f"{path}: cannot build its tokenizer: tokenizer.ggml.pre is missing" in line
+        assert "missing" in error_line([*arguments, "--tokenizer", str(tmp_path)], capfd)
+    other = TINY / "llama3"
+    assert main([*arguments, "--tokenizer", str(other)]) == 0
+    assert Tokenizer.from_folder(tmp_path / "out").encode("hi") == Tokenizer.from_folder(other).encode("hi")
+
+
+def test_every_chat_template_is_taken_along(tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(TINY / "llama3", model)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "rag.jinja").write_text("r")
+    assert main(["--model", str(model), "--out", str(tmp_path / "out")]) == 0
+    templates = Tokenizer.from_folder(tmp_path / "out").chat_templates
+    assert templates == Tokenizer.from_folder(model).chat_templates
+    assert templates["rag"] == "r"
 
 
 def test_folder_that_is_not_empty_is_refused_before_the_model_is_opened(

@@ -76,6 +76,15 @@ def test_smollm2_gives_the_greedy_tokens_of_transformers(smollm2: LLM) -> None:
     assert greedy(smollm2, theirs["chat_tokens"], len(theirs["greedy"])) == theirs["greedy"].tolist()
 
 
+@pytest.mark.slow
+def test_smollm2_stops_at_the_control_token_that_ends_its_turn(smollm2: LLM) -> None:
+    prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    for stop in ("<|im_end|>", "<|im_end|>\n"):
+        (output,) = smollm2.generate([prompt], SamplingParams(max_tokens=24, ignore_eos=True, stop=stop))
+        assert (output.finish_reason, output.text) == ("stop", "The capital of France is Paris.")
+        assert len(output.token_ids) == 8 + (stop != "<|im_end|>")
+
+
 def test_smollm2_chat_is_split_into_the_tokens_of_transformers() -> None:
     messages = json.loads((GOLDEN / "smollm2" / "prompts.json").read_text())["messages"]
     theirs = golden("smollm2/golden.npz")

@@ -153,6 +153,68 @@ def test_raw_continues_the_text_itself_and_a_system_prompt_goes_before_it(run: C
     assert run(*fields, "--system-prompt", "be brief").out == expected + "\n"
 
 
+def prompt_tokens(run: Callable[..., Result], *arguments: str, model: str = MODEL) -> int:
+    """The number of tokens of the prompt that the command makes."""
+    result = run("--prompt", PROMPT, "--max-tokens", "1", "--quiet", "--json", *arguments, model=model)
+    assert result.status == 0, result.err
+    return json.loads(result.out)["prompt_tokens"]
+
+
+@pytest.fixture
+def untemplated(tmp_path: Path) -> Path:
+    """The tiny model without its chat template."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY / "llama3", folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    return folder
+
+
+def test_an_answer_that_is_begun_is_continued(run: Callable[..., Result], llm: LLM):
+    begun = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It "}]
+    expected = greedy(llm, llm.render_chat(begun, continue_final_message=True), max_tokens=8)
+    result = run("--prompt", PROMPT, "--max-tokens", "8", "--quiet", "--assistant-prefix", "It ")
+    assert result == Result(0, expected + "\n", "")
+    # Control tokens of the prompt are text, those of the prefix are meant.
+    assert prompt_tokens(run, "--assistant-prefix", "<|im_end|>") == prompt_tokens(run, "--assistant-prefix", "x")
+
+
+def test_templates_variables_and_tools_are_flags(run: Callable[..., Result], llm: LLM, tmp_path: Path):
+    (tmp_path / "own.jinja").write_text(
+        "{{ tools[0].name }}{% if not quiet %}loud{% endif %}{{ messages[-1].content }}"
+    )
+    (tmp_path / "tools.json").write_text('[{"name": "f"}]')
+    own = ("--chat-template", str(tmp_path / "own.jinja"), "--tools", str(tmp_path / "tools.json"))
+    fields = ("--prompt", PROMPT, "--max-tokens", "8", "--quiet")
+    assert run(*fields, *own).out == greedy(llm, f"floud{PROMPT}", max_tokens=8) + "\n"
+    quiet = ("--chat-template-config", '{"quiet": true}')
+    assert run(*fields, *own, *quiet).out == greedy(llm, f"f{PROMPT}", max_tokens=8) + "\n"
+
+
+def test_a_model_without_a_template_is_continued_with_a_warning(
+    run: Callable[..., Result], llm: LLM, untemplated: Path
+):
+    fields = ("--prompt", PROMPT, "--prompt", PROMPT, "--max-tokens", "4")
+    result = run(*fields, model=str(untemplated))
+    assert result.err.count("has no chat template: the prompt is continued as it is (--raw says that this is") == 1
+    assert greedy(llm, PROMPT, max_tokens=4) in result.out
+    assert "chat template" not in run(*fields, "--raw", model=str(untemplated)).err
+    (untemplated / "own.jinja").write_text("{{ messages[0].content }}")
+    own = ("--chat-template", str(untemplated / "own.jinja"))
+    assert "chat template" not in run(*fields, *own, model=str(untemplated)).err
+
+
+def test_templates_of_which_none_is_the_default_are_named(run: Callable[..., Result], untemplated: Path):
+    named = [{"name": "rag", "template": "r"}, {"name": "short", "template": "{{ messages[0].content[:2] }}"}]
+    (untemplated / "chat_template.json").write_text(json.dumps({"chat_template": named}))
+    model = str(untemplated)
+    check_refusal(run("--prompt", PROMPT, model=model), "chat templates are rag, short", "--chat-template NAME")
+    assert prompt_tokens(run, "--chat-template", "short", model=model) == 1
+    assert prompt_tokens(run, "--raw", model=model) > 1
+
+
 def test_a_prompt_may_come_from_stdin(run: Callable[..., Result], llm: LLM, monkeypatch: pytest.MonkeyPatch):
     text = "Grüße – 你好"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
@@ -387,6 +449,13 @@ def test_a_model_of_which_only_shapes_are_known_is_refused(run: Callable[..., Re
         (("--prompt", PROMPT, "--seed", "-1"), ("seed", "got -1")),
         (("--prompt", PROMPT, "--stop", ""), ("stop", "non-empty")),
         (("--prompt", PROMPT, "--system-prompt", "x", "--raw"), ("--system-prompt", "--raw")),
+        (("--prompt", PROMPT, "--assistant-prefix", "x", "--raw"), ("--assistant-prefix", "--raw")),
+        (("--prompt", PROMPT, "--chat-template", "nope"), ("'nope' is neither a name", "nor a file")),
+        (("--prompt", PROMPT, "--chat-template-config", "{"), ("--chat-template-config is not JSON",)),
+        (("--prompt", PROMPT, "--chat-template-config", "[]"), ("--chat-template-config must be a JSON object",)),
+        (("--prompt", PROMPT, "--chat-template-config", '{"messages": 1}'), ("cannot set 'messages'",)),
+        (("--prompt", PROMPT, "--tools", "/nope.json"), ("--tools /nope.json: No such file",)),
+        (("--prompt", PROMPT, "--tools", __file__), ("--tools is not JSON",)),
         (("--prompt", PROMPT, "--temperature", "warm"), ("--temperature", "'warm'", "--help")),
         (("--prompt", PROMPT, "--attention", "sparse"), ("--attention", "'sparse'", "lserve")),
         (("--prompt", PROMPT, "--kv-dtype", "fp8"), ("--kv-dtype", "'fp8'", "int4")),

@@ -43,6 +43,24 @@ def test_a_chat_is_its_rendered_prompt_continued_and_several_are_a_batch(llm: LL
     assert [output.token_ids for output in many] == [output.token_ids for output in expected]
 
 
+def test_a_chat_is_rendered_with_its_options(llm: LLM):
+    begun = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "It is"}]
+    expected = llm.generate("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nIt is", PARAMS)[0]
+    assert llm.render_chat(begun, continue_final_message=True) == list(expected.prompt_token_ids)
+    continued = llm.chat(begun, PARAMS, continue_final_message=True)
+    assert isinstance(continued, RequestOutput)
+    assert (continued.text, continued.token_ids) == (expected.text, expected.token_ids)
+
+
+def test_a_chat_has_the_template_that_is_named(llm: LLM, tmp_path: Path):
+    (tmp_path / "own.jinja").write_text("{{ tools[0].name }}:{{ mood }}:{{ messages[0].content }}")
+    options: Any = {"chat_template": tmp_path / "own.jinja", "tools": [{"name": "f"}], "template_kwargs": {"mood": 1}}
+    expected = llm.generate("f:1:hello", PARAMS)[0]
+    outputs = llm.chat([[{"role": "user", "content": "hello"}]] * 2, PARAMS, **options)
+    assert isinstance(outputs, list)
+    assert [output.token_ids for output in outputs] == [expected.token_ids] * 2
+
+
 def test_a_stream_says_what_generate_says(llm: LLM):
     (whole,) = llm.generate("hello there", SamplingParams(max_tokens=50, ignore_eos=True))
     chunks = list(llm.stream("hello there", SamplingParams(max_tokens=50, ignore_eos=True)))
@@ -51,9 +69,43 @@ def test_a_stream_says_what_generate_says(llm: LLM):
     assert len(chunks) > 5
 
 
+@pytest.fixture(scope="module")
+def controlled(llm: LLM) -> tuple[RequestOutput, int]:
+    """A drawn answer of at least two pieces of text with a control token between them, and the token's position."""
+    (drawn,) = llm.generate("hello", SamplingParams(max_tokens=90, temperature=3.0, seed=5, ignore_eos=True))
+    at = drawn.token_ids.index(IM_START)
+    assert 1 < at < len(drawn.token_ids) - 3
+    return drawn, at
+
+
+IM_START = 3  # <|im_start|>
+
+
+@pytest.mark.parametrize("after", [0, 2], ids=["is a control token", "begins with a control token"])
+def test_a_stop_string_with_a_control_token_ends_the_text_before_it(
+    llm: LLM, controlled: tuple[RequestOutput, int], after: int
+):
+    drawn, at = controlled
+    assert llm.tokenizer is not None
+    stop = "<|im_start|>" + llm.tokenizer.decode(drawn.token_ids[at + 1 : at + 1 + after])
+    params = SamplingParams(max_tokens=90, temperature=3.0, seed=5, ignore_eos=True, stop=stop)
+    (output,) = llm.generate("hello", params)
+    assert (output.finish_reason, output.token_ids) == ("stop", drawn.token_ids[: at + 1 + after])
+    assert output.text == llm.tokenizer.decode(drawn.token_ids[:at])
+    assert "".join(chunk.text for chunk in llm.stream("hello", params)) == output.text
+
+
+def test_control_tokens_are_shown_if_asked_for(llm: LLM, controlled: tuple[RequestOutput, int]):
+    drawn, _ = controlled
+    params = SamplingParams(max_tokens=90, temperature=3.0, seed=5, ignore_eos=True, skip_special_tokens=False)
+    (output,) = llm.generate("hello", params)
+    assert llm.tokenizer is not None
+    assert output.text == llm.tokenizer.decode(drawn.token_ids, skip_special_tokens=False) != drawn.text
+
+
 @pytest.mark.parametrize("messages", [[], {"role": "user", "content": "hello"}, "hello", [{"content": "hello"}]])
 def test_messages_that_are_no_conversation_are_refused(llm: LLM, messages: Any):
-    with pytest.raises(ValueError, match=r"messages(\[0\])? must be"):
+    with pytest.raises(ValueError, match=r"messages(\[0\]: .role. is missing| must be)"):
         llm.chat(messages, PARAMS)
 
 

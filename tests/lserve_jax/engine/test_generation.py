@@ -36,11 +36,11 @@ def breaking(method: Any, prompt_with: int) -> Any:
     """`TextStream.push` that fails for the stream of the request that generates a token first seen at a count."""
     pushed: dict[TextStream, int] = {}
 
-    def push(self: TextStream, token: int) -> str:
+    def push(self: TextStream, token: int, **options: Any) -> str:
         pushed[self] = pushed.get(self, 0) + 1
         if list(pushed).index(self) == 0 and pushed[self] == prompt_with:
             raise UnreadableError("this text cannot be")
-        return method(self, token)
+        return method(self, token, **options)
 
     return push
 

@@ -241,7 +241,6 @@ def test_generation_settings_become_ours(lm: Any, llm: LLM, monkeypatch: pytest.
     params = params_of(given | {"max_new_tokens": 9, "num_beams": 1})
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.7, 0.9, 5, 9)
     assert params.stop == ("\n", "<|im_end|>")
-    assert params.stop_token_ids == tuple(lm.tok_encode("<|im_end|>"))  # no text shows it
     assert given["until"] == ["\n", "<|im_end|>", ""]
     greedy = params_of({"until": "x", "max_gen_toks": 5, "do_sample": False, "temperature": 0.0})
     assert (greedy.temperature, greedy.stop, greedy.max_tokens) == (0.0, ("x",), 5)
@@ -272,7 +271,7 @@ def test_chats_are_rendered_as_the_checkpoint_has_them(lm: Any, llm: LLM, tasks:
     assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert lm.tok_encode(text) == llm.render_chat(chat)
     begun = [*chat, {"role": "assistant", "content": "It is "}]
-    assert lm.apply_chat_template(begun, add_generation_prompt=False).endswith("assistant\nIt is")
+    assert lm.apply_chat_template(begun, add_generation_prompt=False).endswith("assistant\nIt is ")
     assert lm.chat_template(True).startswith("{% for message in messages %}")
     results = run(lm, tasks, "tiny_answer", apply_chat_template=True)
     for document, sample in zip(DOCS, results["samples"]["tiny_answer"], strict=True):

@@ -1,17 +1,20 @@
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.text.gguf import PRE_TOKENIZERS
-from lserve_jax.text.tokenizer import Tokenizer
+from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
+from lserve_jax.weights.gguf import Metadata
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "sentencepiece_ids.json").read_text())
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 # The bytes' spellings in a byte-level vocabulary, of those that the tests use.
 LETTERS = [
-    *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'!-<>|_",
+    *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'!-<>|_/",
     "Ġ",
     "Ċ",
     "č",
@@ -20,6 +23,7 @@ LETTERS = [
     "©",
     "Ì",
     "ģ",
+    "ī",
 ]
 SPECIALS = {"<|end|>": CONTROL, "<|eot_id|>": CONTROL, "<tool>": USER_DEFINED, "[PAD]": UNUSED, "<unk>": UNKNOWN}
 
@@ -82,7 +86,25 @@ def test_sentencepiece_marks_the_first_word_unless_told_otherwise():
         ("smollm", "a  12", ["a", "ĠĠ", "1", "2"]),
         ("gpt-2", "a 12", ["a", "Ġ12"]),
         ("gpt-2", "a  12", ["a", "Ġ", "Ġ12"]),
-        ("default", "a 12", ["a", "Ġ12"]),
+        ("default", "a 12", ["a", "Ġ", "12"]),
+        ("default", "a  12", ["a", "Ġ", "Ġ", "12"]),
+        ("default", "1234567", ["123", "456", "7"]),
+        ("default", "a'S", ["a", "'", "S"]),
+        ("default", "!\n\na", ["!", "Ċ", "Ċ", "a"]),
+        ("default", "a don't", ["a", "Ġdon", "'", "t"]),
+        ("gpt-2", "a don't", ["a", "Ġdon", "'t"]),
+        ("tekken", "1234567", list("1234567")),
+        ("tekken", "a 12", ["a", "Ġ", "1", "2"]),
+        ("tekken", "a don't", ["a", "Ġdon", "'t"]),
+        ("tekken", "abCD", ["ab", "CD"]),
+        ("llama-bpe", "abCD", ["abCD"]),
+        ("tekken", "CDab", ["CDab"]),
+        ("tekken", "!\n\na", ["!ĊĊ", "a"]),
+        ("tekken", "!/a", ["!/", "a"]),
+        ("llama-bpe", "!/a", ["!/", "a"]),
+        ("tekken", "!/\n/a", ["!/Ċ/", "a"]),
+        ("qwen2", "!/\n/a", ["!/Ċ", "/", "a"]),
+        ("kormo", "e\u0301", ["e", "Ì", "ģ"]),
         ("gpt-2", "1234567", ["1234567"]),
         ("llama-bpe", "1234567", ["123", "456", "7"]),
         ("llama3", "1234567", ["123", "456", "7"]),
@@ -100,19 +122,89 @@ def test_sentencepiece_marks_the_first_word_unless_told_otherwise():
     ],
 )
 def test_each_pre_tokenizer_cuts_where_it_should(pre: str, text: str, expected: list[str]):
-    words = ["ĠĠ", "Ġ12", "12", "1234567", "123", "456", "'S", "!ĊĊ", "Ã©"]
+    words = ["ĠĠ", "Ġ12", "12", "1234567", "123", "456", "'S", "!ĊĊ", "Ã©", "Ġdon", "'t", "abCD", "CDab", "CD", "!/Ċ/"]
     metadata = byte_level(pre, *words)
     assert pieces(metadata, text, add_special_tokens=False) == expected
 
 
-def test_a_file_without_a_pre_tokenizer_is_gpt2s():
-    assert pieces(byte_level(None, "Ġ12"), "a 12") == ["a", "Ġ12"]
+def test_tekken_tells_upper_from_lower_case_beyond_ascii():
+    # llama.cpp's expression, which knows the case of ASCII alone, would keep both letters together.
+    assert pieces(byte_level("tekken", "Ã©Ãī"), "éÉ", add_special_tokens=False) == ["Ã©", "Ã", "ī"]
+    assert pieces(byte_level("llama-bpe", "Ã©Ãī"), "éÉ", add_special_tokens=False) == ["Ã©Ãī"]
 
 
-def test_only_the_llama3_family_starts_with_the_beginning_token_by_itself():
-    for pre, splitting in PRE_TOKENIZERS.items():
-        assert (pieces(byte_level(pre), "a") == ["<|end|>", "a"]) == pre.startswith("llama"), pre
-        assert splitting.add_bos == pre.startswith("llama")
+@pytest.mark.parametrize(
+    ("pre", "same"),
+    [
+        ("falcon3", "llama-bpe"),
+        ("falcon-h1", "llama-bpe"),
+        ("pixtral", "llama-bpe"),
+        ("midm-2.0", "llama-bpe"),
+        ("lfm2", "llama-bpe"),
+        ("a.x-4.0", "gpt-2"),
+        ("mellum", "gpt-2"),
+        ("minerva-7b", "smollm"),
+    ],
+)
+def test_names_that_llama_cpp_treats_alike_split_alike(pre: str, same: str):
+    assert PRE_TOKENIZERS[pre] == PRE_TOKENIZERS[same]
+
+
+@pytest.mark.parametrize(
+    ("pre", "problem"), [(None, "is missing"), ("nope", "'nope' is unknown (known: default, gpt-2,")]
+)
+def test_a_file_that_does_not_say_how_it_splits_is_refused_with_the_way_out(pre: str | None, problem: str):
+    with pytest.raises(InputError) as caught:
+        Tokenizer.from_gguf(byte_level(pre), source="file.gguf")
+    assert f"tokenizer.ggml.pre {problem}" in str(caught.value)
+    assert "--tokenizer FOLDER" in str(caught.value)
+
+
+def test_a_sentencepiece_file_needs_no_pre_tokenizer():
+    assert "tokenizer.ggml.pre" not in GOLDEN["metadata"]
+    assert Tokenizer.from_gguf(GOLDEN["metadata"]).encode("a")
+
+
+def test_only_the_families_of_llama3_and_tekken_start_with_the_beginning_token_by_themselves():
+    family = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+    found = {pre for pre in PRE_TOKENIZERS if pieces(byte_level(pre), "a") == ["<|end|>", "a"]}
+    assert found == family
+
+
+@pytest.mark.parametrize("kind", [NORMAL, USER_DEFINED, UNUSED])
+def test_an_end_of_turn_token_of_the_wrong_type_ends_and_is_a_control_token(
+    kind: int, caplog: pytest.LogCaptureFixture
+):
+    metadata = byte_level("gpt-2")
+    metadata["tokenizer.chat_template"] = "{{ messages[0].content }}<|eot_id|>"
+    metadata["tokenizer.ggml.token_type"][1] = kind
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        tokenizer = Tokenizer.from_gguf(metadata, source="file.gguf")
+    assert tokenizer.eos_token_ids == (0, 1)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a<|eot_id|>"}])[-1] == 1
+    assert tokenizer.encode("<|eot_id|>") == [1]
+    assert tokenizer.decode([1]) == ""
+    (record,) = caplog.records
+    assert record.getMessage().startswith("file.gguf: the type of token '<|eot_id|>' is not that of a control token")
+
+
+def test_other_tokens_keep_their_type(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        assert Tokenizer.from_gguf(byte_level("gpt-2")).decode([2]) == "<tool>"
+    assert not caplog.records
+
+
+def test_a_file_may_have_several_chat_templates():
+    named = {"tokenizer.chat_template": "one", "tokenizer.chat_template.rag": "two"}
+    tokenizer = Tokenizer.from_gguf(byte_level("gpt-2") | named)
+    assert tokenizer.chat_templates == {"default": "one", "rag": "two"}
+    assert tokenizer.chat_template == "one"
+
+
+def test_messages_name_the_file_that_the_metadata_comes_from():
+    metadata = Metadata(byte_level("gpt-2", merges=None), "folder/file.gguf")
+    with pytest.raises(InputError, match=r"^folder/file\.gguf: cannot build its tokenizer: tokenizer\.ggml\.merges"):
+        open_tokenizer(metadata)
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (False, True), (True, True)])
@@ -153,7 +245,6 @@ def test_generation_ends_at_the_ends_of_text_turn_and_message():
     [
         ({"model": "rwkv"}, "tokenizer.ggml.model must be gpt2 or llama, got 'rwkv'"),
         ({"model": None}, "tokenizer.ggml.model must be gpt2 or llama, got None"),
-        ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is unknown; known: default, gpt-2, smollm, llama-bpe"),
         ({"tokens": None}, "tokenizer.ggml.tokens must be a list of strings, got NoneType"),
         ({"tokens": ["a", "b", "a"]}, "tokenizer.ggml.tokens has 1 repeated entries, first 'a'"),
         ({"token_type": [1]}, "tokenizer.ggml.token_type must have"),

@@ -164,6 +164,63 @@ def test_stopping_does_not_depend_on_how_the_text_is_cut_into_tokens(ids: list[i
     assert (stream.text, stream.stopped) == cut(text, stops)
 
 
+def texts_read(units: Sequence[str]) -> set[str]:
+    """All texts of characters, and of any of the special tokens between them, from the first unit to the last."""
+    texts = {""}
+    for number, unit in enumerate(units):
+        is_edge = number in (0, len(units) - 1)
+        texts = {text + unit for text in texts} | (texts if len(unit) > 1 and not is_edge else set())
+    return texts
+
+
+def cut_units(units: Sequence[str], stops: Sequence[str]) -> tuple[str, bool]:
+    """The shown text up to the stop string that is complete first, if special tokens may be read or passed over."""
+    shown = ["" if unit == "<eot>" else unit for unit in units]
+    for end in range(len(units) + 1):
+        for start in range(end):
+            if texts_read(units[start:end]) & set(stops):
+                return "".join(shown[:start]), True
+    return "".join(shown), False
+
+
+@given(
+    units=st.lists(st.sampled_from(["<eot>", *"ab<>t"]), max_size=12),
+    stops=st.lists(
+        st.sampled_from(["<eot>", "a<eot>", "<eot>b", "ab", "t>", "eot", "<eot><eot>", "b<eot>a", "<eot>ab"]),
+        max_size=3,
+    ),
+)
+def test_a_stop_string_may_contain_special_tokens_that_are_not_shown(units: list[str], stops: list[str]):
+    stream = TextStream(BYTES, stop=stops)
+    shown = "".join(push_all(stream, [SPECIAL if unit == "<eot>" else ord(unit) for unit in units]))
+    assert cut_units(units, stops)[0].startswith(shown)
+    assert (shown + stream.finish(), stream.stopped) == cut_units(units, stops)
+    assert stream.text == cut_units(units, stops)[0]
+
+
+def test_an_endless_row_of_special_tokens_costs_no_memory_and_a_stop_string_waits_for_its_end():
+    stream = TextStream(BYTES, stop=["<eot>x", "end"])
+    assert push_all(stream, [SPECIAL] * 1000) == [""] * 1000
+    assert push_all(stream, b"so") == ["s", "o"]
+    assert push_all(stream, [*b"e", SPECIAL, *b"n", SPECIAL, SPECIAL, *b"d"]) == [""] * 6
+    assert (stream.stopped, stream.text) == (True, "so")
+
+
+def test_a_token_that_ends_the_text_is_not_shown_and_may_complete_a_stop_string():
+    for stop, text in ((["\n<eot>"], "one"), ([], "one\n")):
+        stream = TextStream(BYTES, stop=stop, skip_special_tokens=False)
+        push_all(stream, b"one\n")
+        stream.push(SPECIAL, is_shown=False)
+        stream.finish()
+        assert (stream.text, stream.stopped) == (text, bool(stop))
+
+
+def test_special_tokens_that_are_shown_are_text_like_any_other():
+    stream = TextStream(BYTES, stop=["t> two"], skip_special_tokens=False)
+    push_all(stream, [*b"one", SPECIAL, *b" two"])
+    assert (stream.text, stream.stopped) == ("one<eo", True)
+
+
 @pytest.mark.parametrize("stop", ["END", [""], [3]])
 def test_stop_strings_must_be_a_sequence_of_texts(stop: object):
     with pytest.raises(ValueError, match="stop must be a sequence of non-empty strings"):

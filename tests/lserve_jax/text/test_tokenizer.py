@@ -1,4 +1,5 @@
 import json
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.text.tokenizer import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "tokenizer_ids.json").read_text())
@@ -143,6 +145,41 @@ def test_the_template_alone_writes_the_beginning_token():
     assert tiny(CHATML.replace("{{ bos_token }}", "")).apply_chat_template(user("hi")).count(bos) == 0
 
 
+def test_a_text_that_repeats_the_beginning_token_is_warned_of_once_and_encoded_as_it_is(
+    caplog: pytest.LogCaptureFixture,
+):
+    tokenizer, bos = tiny(), tiny().bos_token_id
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        tokenizer.encode("hi <s>")
+        tokenizer.encode("<s>hi", add_special_tokens=False)
+        tokenizer.encode("")
+        tokenizer.apply_chat_template(user("hi"))
+        assert not caplog.records
+        for _ in range(2):
+            assert tokenizer.encode("<s>hi")[:3] == [bos, bos, tokenizer.encode("hi")[1]]
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "tiny: the prompt begins with <s>, which is added to every prompt, so that it"
+    )
+
+
+def test_a_rendered_chat_that_is_given_as_text_is_warned_of(caplog: pytest.LogCaptureFixture):
+    tokenizer = tiny()
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        tokenizer.encode(tokenizer.render_chat(user("hi")))
+    assert "a chat is best given as messages" in caplog.text
+
+
+def test_a_tokenizer_that_adds_nothing_or_only_an_end_warns_of_nothing(caplog: pytest.LogCaptureFixture):
+    for ends in (None, processors.TemplateProcessing(single="$A <s>", special_tokens=[("<s>", 98)])):
+        backend = tiny_backend()
+        backend.post_processor = ends
+        tokenizer = Tokenizer(backend, special_tokens={}, eos_token_ids=[], chat_template=None, source="x")
+        with caplog.at_level(logging.WARNING, "lserve_jax"):
+            tokenizer.encode("<s><s>a")
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("special", SPECIALS)
 @pytest.mark.parametrize("form", ["{}", "a {} b", "{}{}", "  {}  ", "x{}"])
 def test_a_special_token_in_a_message_is_text(special: str, form: str):
@@ -241,6 +278,45 @@ def test_a_template_in_the_configuration_is_used_unless_a_file_has_one(tmp_path:
     assert ids == tiny("file").apply_chat_template(user("hi"))
 
 
+def test_a_template_of_a_json_file_goes_before_the_configurations_and_after_the_file_of_its_own(tmp_path: Path):
+    folder = write_folder(tmp_path, tokenizer=tiny_backend().to_str(), tokenizer_config={"chat_template": "c"})
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
+    assert Tokenizer.from_folder(folder).chat_template == "json"
+    (folder / "chat_template.jinja").write_text("file")
+    assert Tokenizer.from_folder(folder).chat_template == "file"
+
+
+def test_templates_have_names_in_lists_and_in_a_folder_of_their_own(tmp_path: Path):
+    named = [{"name": "rag", "template": "r"}, {"name": "tool_use", "template": "{{ tools | length }}"}]
+    folder = write_folder(tmp_path, tokenizer=tiny_backend().to_str(), tokenizer_config={"chat_template": named})
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "short.jinja").write_text("s")
+    tokenizer = Tokenizer.from_folder(folder)
+    assert list(tokenizer.chat_templates) == ["rag", "tool_use", "short"]
+    assert not tokenizer.has_chat_template
+    assert tokenizer.render_chat(user("hi"), chat_template="short") == "s"
+    assert tokenizer.render_chat(user("hi"), tools=[{}, {}]) == "2"  # the name that transformers looks for
+    (tmp_path / "own.jinja").write_text("{{ messages[0].content }}!")
+    assert tokenizer.render_chat(user("hi"), chat_template=tmp_path / "own.jinja") == "hi!"
+    with pytest.raises(
+        InputError, match="chat templates are rag, tool_use, short, and none is the default; choose one"
+    ):
+        tokenizer.apply_chat_template(user("hi"))
+    with pytest.raises(InputError, match=r"'rog' is neither a name \(its chat templates are rag, .*\) nor a file"):
+        tokenizer.apply_chat_template(user("hi"), chat_template="rog")
+    tokenizer.save(tmp_path / "new")
+    assert Tokenizer.from_folder(tmp_path / "new").chat_templates == tokenizer.chat_templates
+
+
+def test_a_template_file_that_is_no_text_or_no_template_is_refused_in_one_line(tmp_path: Path):
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=rf"^{tmp_path}/bytes: cannot be read: "):
+        tiny().apply_chat_template(user("hi"), chat_template=str(tmp_path / "bytes"))
+    (tmp_path / "wrong").write_text("{% if %}")
+    with pytest.raises(InputError, match="the chat template is not valid Jinja"):
+        tiny().apply_chat_template(user("hi"), chat_template=str(tmp_path / "wrong"))
+
+
 def test_tokens_that_only_the_configuration_adds_are_added(tmp_path: Path):
     backend = tiny_backend()
     size = backend.get_vocab_size()
@@ -289,7 +365,12 @@ def test_saving_keeps_everything(tmp_path: Path):
         ({"tokenizer_config": []}, "tokenizer_config.json must hold an object, got list"),
         ({"tokenizer_config": {"eos_token": 3}}, "tokenizer_config.json: eos_token must be a string"),
         ({"tokenizer_config": {"eos_token": "<no>"}}, "eos_token '<no>' is not in tokenizer.json"),
-        ({"tokenizer_config": {"chat_template": 3}}, "chat_template must be a string, got int"),
+        (
+            {"tokenizer_config": {"chat_template": 3}},
+            "tokenizer_config.json: chat_template must be a string, or a list",
+        ),
+        ({"tokenizer_config": {"chat_template": [{"name": "a"}]}}, "chat_template must be a string, or a list"),
+        ({"tokenizer_config": {"chat_template": [{"name": "a", "template": "x"}] * 2}}, "with different names"),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": 1}}}, "added_tokens_decoder must map ids to objects"),
         (
             {"tokenizer_config": {"added_tokens_decoder": {"9999": {"content": "<n>"}}}},
@@ -346,10 +427,24 @@ def test_a_text_must_be_unicode(text: Any):
 
 
 @pytest.mark.parametrize(
-    "messages", [[], "hi", [3], [{"content": "hi"}], [{"role": 3, "content": "hi"}], {"role": "user"}]
+    ("messages", "problem"),
+    [
+        ([], "messages must be a list of at least one"),
+        ("hi", "messages must be a list of at least one"),
+        ({"role": "user"}, "messages must be a list of at least one"),
+        ([3], r"messages\[0\] must be a mapping with 'role' and 'content', got 3"),
+        ([{"content": "hi"}], r"messages\[0\]: 'role' is missing"),
+        ([{"role": 3, "content": "hi"}], r"messages\[0\]: 'role' must be a string, got 3"),
+        ([*user("hi"), {"role": "user"}], r"messages\[1\]: 'content' is missing, got 'role' \(only a message with"),
+        ([{"role": "user", "text": "hi"}], r"messages\[0\]: 'content' is missing, got 'role', 'text'"),
+        ([{"role": "user", "content": None}], r"messages\[0\]: 'content' is None"),
+        ([{"role": "assistant", "tool_calls": []}], r"messages\[0\]: 'content' is missing"),
+        ([{"role": "user", "content": 3}], r"messages\[0\]: 'content' must be a text or a list of parts, got int"),
+        ([{"role": "user", "content": b"hi"}], r"messages\[0\]: 'content' must be a text .*, got bytes"),
+    ],
 )
-def test_messages_must_be_a_list_of_roles_and_contents(messages: Any):
-    with pytest.raises(ValueError, match=r"^messages"):
+def test_messages_must_be_a_list_of_roles_and_contents(messages: Any, problem: str):
+    with pytest.raises(InputError, match=f"^{problem}"):
         tiny().apply_chat_template(messages)
 
 

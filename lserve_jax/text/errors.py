@@ -1,0 +1,23 @@
+"""Errors of libraries and of files as one line."""
+
+from pathlib import Path
+
+from lserve_jax.config.errors import InputError
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the message of an error on one line of at most 300 characters, or else the name of its type."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file of the user.
+
+    Raises:
+      InputError: if it cannot be read, or is not UTF-8; the message begins with the path.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: cannot be read: {one_line(error)}") from None
