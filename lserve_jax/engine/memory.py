@@ -1,8 +1,6 @@
 """The memory that a model, a context and a sparsity policy need, computed before anything is loaded."""
 
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +8,7 @@ import jax.numpy as jnp
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.sizes import PoolSizes, Sizes
+from lserve_jax.engine.host import host_memory
 from lserve_jax.runtime.cache import init_cache
 from lserve_jax.weights.tensors import abstract_params
 
@@ -135,24 +134,11 @@ def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int |
 
 
 def free_memory() -> int:
-    """Returns the free bytes of the default device: those within a GPU's limit, or the host's free memory."""
+    """Returns the free bytes of the default device: within a GPU's limit, or of the host (`host_memory`)."""
     statistics = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
     return host_memory()
-
-
-def host_memory(root: Path = Path("/")) -> int:
-    """Returns the host's free bytes within a container's limit (cgroup v2), if any; ``root`` is for tests."""
-    meminfo, group = root / "proc/meminfo", root / "sys/fs/cgroup"
-    if not meminfo.exists():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = ((group / name) for name in ("memory.max", "memory.current"))
-    if not limit.exists() or (bound := limit.read_text(encoding="ascii").strip()) == "max":
-        return free
-    return min(free, max(int(bound) - int(used.read_text(encoding="ascii")), 0))
 
 
 def _gib(size: float) -> str:
