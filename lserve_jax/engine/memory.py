@@ -9,7 +9,7 @@ from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.sizes import PoolSizes, Sizes
 from lserve_jax.engine.host import host_memory
-from lserve_jax.runtime.cache import init_cache
+from lserve_jax.runtime.cache import init_cache, padded
 from lserve_jax.weights.tensors import abstract_params
 
 _GIB = 2**30
@@ -24,10 +24,11 @@ def tree_bytes(tree: object) -> int:
 
 def page_bytes(config: InferenceConfig) -> tuple[int, int]:
     """Returns the bytes of one retrieval page and of one streaming page, all layers together, statistics included."""
-    cache = jax.eval_shape(lambda: init_cache(config, max_num_seqs=1, retrieval_pages=1, streaming_pages=1))
+    pages = 8  # a pool of eight is never padded
+    cache = jax.eval_shape(lambda: init_cache(config, max_num_seqs=1, retrieval_pages=pages, streaming_pages=pages))
     return (
-        sum(tree_bytes(layer.kv.retrieval) for layer in cache),
-        sum(tree_bytes(layer.kv.streaming) for layer in cache),
+        sum(tree_bytes(layer.kv.retrieval) for layer in cache) // pages,
+        sum(tree_bytes(layer.kv.streaming) for layer in cache) // pages,
     )
 
 
@@ -111,7 +112,7 @@ def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int |
     retrieval, streaming = page_bytes(config)
 
     def needed(length: int) -> int:
-        pools = PoolSizes.of(config, replace(sizes, max_model_len=length))
+        pools = padded(config, PoolSizes.of(config, replace(sizes, max_model_len=length)))
         return weights + pools.retrieval * retrieval + pools.streaming * streaming
 
     page = config.attention.page_size
@@ -120,7 +121,7 @@ def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int |
         middle = (low + high + 1) // 2
         fits = needed(middle * page) <= available * _HEADROOM
         low, high = (middle, high) if fits else (low, middle - 1)
-    pools = PoolSizes.of(config, sizes)
+    pools = padded(config, PoolSizes.of(config, sizes))
     return MemoryPlan(
         config=config,
         sizes=sizes,
