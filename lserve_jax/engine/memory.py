@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.pages import retrieval_pages
 from lserve_jax.config.sizes import PoolSizes, Sizes
 from lserve_jax.engine.host import host_memory
 from lserve_jax.runtime.cache import init_cache, padded
@@ -33,9 +34,20 @@ def page_bytes(config: InferenceConfig) -> tuple[int, int]:
 
 
 def dense_bf16_bytes(config: InferenceConfig, tokens: int) -> int:
-    """Returns the bytes of the keys and values of ``tokens`` tokens in bfloat16 without any sparsity."""
-    model = config.model
-    return tokens * model.num_layers * model.num_kv_heads * model.head_dim * 2 * jnp.dtype(jnp.bfloat16).itemsize
+    """Returns the bytes of the pages that ``tokens`` tokens of a sequence fill in bfloat16 without any sparsity.
+
+    The last page counts whole: dense attention holds it too.
+    """
+    model, page = config.model, config.attention.page_size
+    return (
+        retrieval_pages(tokens, page)
+        * page
+        * model.num_layers
+        * model.num_kv_heads
+        * model.head_dim
+        * 2
+        * jnp.dtype(jnp.bfloat16).itemsize
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +91,7 @@ class MemoryPlan:
     def describe(self) -> str:
         """Returns the plan as a readable table."""
         config, length, sequences = self.config, self.sizes.max_model_len, self.sizes.max_num_seqs
-        dense = dense_bf16_bytes(config, sequences * length)
+        dense = sequences * dense_bf16_bytes(config, length)
         cache = self.retrieval_bytes + self.streaming_bytes
         retrieval, streaming = page_bytes(config)
         heads = config.model.num_layers * config.model.num_kv_heads

@@ -549,4 +549,4 @@ def test_bytes_held_are_those_of_the_pages(sparse: LLM, quantised: LLM):
         # 129 tokens are cached; the last call had reserved 17 retrieval pages, sink 2 and window 4 or 5 streaming ones.
         assert metrics.retrieval_bytes == 17 * 2 * (retrieval + statistics)
         assert metrics.streaming_bytes in [pages * 2 * streaming for pages in (6, 7)]
-        assert metrics.dense_bf16_bytes == 129 * 2 * 2 * 2 * 16 * 2
+        assert metrics.dense_bf16_bytes == 17 * 8 * 2 * 2 * 2 * 16 * 2
