@@ -10,7 +10,7 @@ from lserve_jax import HeadClasses, InferenceConfig, ModelConfig, from_preset, i
 from lserve_jax.config.hf import read_hf
 from lserve_jax.config.sizes import PoolSizes
 from lserve_jax.runtime.cache import KVCache, padded
-from lserve_jax.runtime.steps import decode_step
+from lserve_jax.runtime.steps import decode_step, prefill_step
 from lserve_jax.weights import abstract_params
 from pallas_kernels import PageTables
 from tests.lserve_jax.checkpoints import tiny_config
@@ -54,6 +54,24 @@ def test_a_cache_of_any_number_of_pages_is_one_that_kernels_take(num_retrieval: 
             PageTables(table, table),
         )
     assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, cache)
+
+
+@pytest.mark.parametrize("preset", ["dense", "streaming", "qserve"])
+def test_kernels_take_a_cache_without_statistics(preset: str):
+    """Prompt and decode steps of layers that read every page, one with streaming heads."""
+    heads = HeadClasses(order=((0, 1), (0, 1)), num_retrieval=(1, 2))
+    policy = from_preset(preset, page_size=16, sub_page_size=16)
+    config = InferenceConfig(model=model(), attention=policy, heads=heads, implementation="mosaic_gpu")
+    cache = jax.eval_shape(partial(init_cache, config, max_num_seqs=1, retrieval_pages=3, streaming_pages=3))
+    assert pages_of(cache) == {3}
+    assert {layer.kv.retrieval.k_min for layer in cache if layer.kv.retrieval is not None} == {None}
+    params, table = abstract_params(config.model, config.dtype), abstract(1, 3)
+    tables: Any = PageTables(table, table)
+    with hopper.on_h200():
+        for step, tokens in ((prefill_step, abstract(1, 32)), (decode_step, abstract(1))):
+            arguments = (params, cache, tokens, abstract(1), abstract(1), tables)
+            _, after = jax.eval_shape(partial(step, config=config), *arguments)
+            assert jax.tree.structure(after) == jax.tree.structure(cache)
 
 
 def test_all_layers_have_the_same_pages_and_at_most_seven_more_than_asked_for():
