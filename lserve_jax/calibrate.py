@@ -161,6 +161,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
         gates, scores = method.find(params, progress, report)
         picture = None if args.no_picture else _picture(gates, settings)
+        progress.save()  # before the pattern: a folder with a pattern alone is finished
         write_pattern(args.out, gates, settings | {"expected_loss": []}, scores=scores, picture=picture)
         rows = []
         if held_out:

@@ -45,6 +45,10 @@ class Progress(UserDict[str, NDArray[Any]]):
     def update(self, results: Mapping[str, NDArray[Any]]) -> None:
         """Keeps several results at once: after a kill, all of them are there or none."""
         self.data.update(results)
+        self.save()
+
+    def save(self) -> None:
+        """Writes the file, which marks the folder as one to go on from."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{PROGRESS_FILE}.partial")
         with partial.open("wb") as file:

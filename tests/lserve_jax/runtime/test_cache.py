@@ -26,9 +26,15 @@ def model(**fields: Any) -> ModelConfig:
 
 def selecting(num_retrieval: tuple[int, int], **fields: Any) -> InferenceConfig:
     """Pages of 16 tokens and one sub-page, of which two are selected."""
-    policy = {"page_size": 16, "sub_page_size": 16, "token_budget": 32, "selector_interval": 1, "sink": 16} | fields
+    policy: dict[str, Any] = {
+        "page_size": 16,
+        "sub_page_size": 16,
+        "token_budget": 32,
+        "selector_interval": 1,
+        "sink": 16,
+    }
     heads = HeadClasses(order=((0, 1), (0, 1)), num_retrieval=num_retrieval)
-    return InferenceConfig(model=model(), attention=from_preset("lserve", **policy), heads=heads)
+    return InferenceConfig(model=model(), attention=from_preset("lserve", **policy | fields), heads=heads)
 
 
 def pages_of(cache: KVCache) -> set[int]:
