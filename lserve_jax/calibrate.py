@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lserve_jax.calibration.folder import require_target, write_pattern
+from lserve_jax.calibration.folder import require_target, write_pattern, write_settings
 from lserve_jax.calibration.passkeys import Passkeys
 from lserve_jax.calibration.picture import head_map, require_matplotlib
+from lserve_jax.calibration.progress import Done, Progress
 from lserve_jax.calibration.prompts import make_prompts
 from lserve_jax.calibration.scores import (
     DEFAULT_RANKING,
@@ -26,8 +27,8 @@ from lserve_jax.calibration.scores import (
     score_heads,
     to_gates,
 )
-from lserve_jax.calibration.shares import describe, expected_losses
-from lserve_jax.calibration.training import CHECKPOINT_FILE, Checkpoint, TrainingConfig, train
+from lserve_jax.calibration.shares import describe, expected_losses, num_readings
+from lserve_jax.calibration.training import TrainingConfig, train
 from lserve_jax.cli.common import (
     OneLineParser,
     ProgressBars,
@@ -88,11 +89,24 @@ _TRAINING_FLAGS: dict[str, dict[str, Any]] = {
 
 
 class _Found(NamedTuple):
-    """Gates [L, K], the settings with which they were found, and any scores by kind of prompt."""
+    """Gates [L, K], and any scores by kind of prompt."""
 
     gates: NDArray[np.floating]
-    settings: dict[str, Any]
     scores: dict[str, Scores] | None
+
+
+class _Method(NamedTuple):
+    """A way to find gates.
+
+    Attributes:
+      settings: what is written into the pattern beside the settings that all methods share.
+      num_steps: steps that it reports.
+      find: parameters, results of an interrupted run, a function to call with the steps done → gates.
+    """
+
+    settings: dict[str, Any]
+    num_steps: int
+    find: Callable[[Params, Done, Callable[[int], None]], _Found]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -100,7 +114,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m lserve_jax.calibrate", description=__doc__)
     add_shared(parser, "--model", "--tokenizer")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder to write: new, empty, or of a stopped training"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write: new, empty, or of an interrupted run, which then goes on",
     )
     methods = "how gates are found; see below (default: %(default)s)"
     parser.add_argument("--method", choices=tuple(_METHODS), default="score", help=methods)
@@ -118,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr that says what to change."""
     args = build_parser().parse_args(argv)
-    return run_command(lambda: _calibrate(args))
+    return run_command(lambda: _calibrate(args), when_stopped="stopped: the same command goes on from here")
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -128,31 +146,45 @@ def _calibrate(args: argparse.Namespace) -> None:
     tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
     held_out = make_prompts(tokenizer, count=args.held_out, length=args.length, seed=f"held out {args.seed}")
     # Find every error of the user before loading weights.
-    find = _METHODS[args.method](args, setup, tokenizer)
+    method = _METHODS[args.method](args, setup, tokenizer)
+    settings = _settings(args, setup) | method.settings
+    progress = Progress(args.out, settings)
     setup.warn()
     use_compilation_cache()
     with ProgressBars(is_shown=not args.quiet) as bars:
         params = setup.checkpoint.load_params(
             setup.config.dtype, None, lambda done, total: bars.report("weights", done, total)
         )
-        found = find(params, bars)
+
+        def report(done: int) -> None:
+            bars.report("calibration", done, method.num_steps + num_readings(held_out))
+
+        gates, scores = method.find(params, progress, report)
+        picture = None if args.no_picture else _picture(gates, settings)
+        progress.save()  # before the pattern: a folder with a pattern alone is finished
+        write_pattern(args.out, gates, settings | {"expected_loss": []}, scores=scores, picture=picture)
         rows = []
         if held_out:
             chunk = setup.sizes.prefill_chunk
-            rows = expected_losses(params, setup.config, held_out, found.gates, chunk=chunk, on_progress=bars.report)
-    settings = _settings(args, setup) | found.settings | {"expected_loss": [asdict(row) for row in rows]}
-    picture = (
-        None if args.no_picture else head_map(found.gates, f"{Path(setup.checkpoint.name).name}, {settings['method']}")
-    )
-    write_pattern(args.out, found.gates, settings, scores=found.scores, picture=picture)
-    (args.out / CHECKPOINT_FILE).unlink(missing_ok=True)
+            rows = expected_losses(
+                *(params, setup.config, held_out, gates),
+                chunk=chunk,
+                done=progress,
+                on_progress=lambda stage, done, total: report(method.num_steps + done),
+            )
+    write_settings(args.out, settings | {"expected_loss": [asdict(row) for row in rows]})
+    progress.remove()
     if rows:
         print(describe(rows))
     print(f"wrote {args.out}: use it with --head-pattern {args.out}")
 
 
+def _picture(gates: NDArray[np.floating], settings: dict[str, Any]) -> bytes:
+    return head_map(gates, f"{Path(settings['model_name']).name}, {settings['method']}")
+
+
 def _check(args: argparse.Namespace) -> None:
-    require_target(args.out, CHECKPOINT_FILE if args.method == "train" else None)
+    require_target(args.out)
     if args.prompts < 1:
         raise InputError(f"--prompts {args.prompts} must be at least 1")
     if args.held_out < 0:
@@ -199,26 +231,29 @@ def _settings(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     }
 
 
-def _scoring(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> Callable[[Params, ProgressBars], _Found]:
+def _scoring(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> _Method:
     if args.score == RANDOM:
         model = setup.config.model
         drawn = np.random.default_rng(args.seed).random((model.num_layers, model.num_kv_heads))
-        random = _Found(to_gates(drawn, args.quota), {"method": RANDOM, "measured": RANKINGS[RANDOM]}, None)
-        return lambda params, bars: random
+        random = _Found(to_gates(drawn, args.quota), None)
+        return _Method({"method": RANDOM, "measured": RANKINGS[RANDOM]}, 0, lambda params, done, report: random)
     prompts = make_prompts(tokenizer, count=args.prompts, length=args.length, seed=args.seed)
 
-    def find(params: Params, bars: ProgressBars) -> _Found:
-        chunk = setup.sizes.prefill_chunk
-        names = (*MEASURES, *({args.score} & SLOPES.keys()))
-        scores = score_heads(params, setup.config, prompts, names=names, chunk=chunk, on_progress=bars.report)
-        gates = to_gates(combine(scores, args.score), args.quota)
-        settings = {"method": args.score, "measured": RANKINGS[args.score], "num_prompts": args.prompts}
-        return _Found(gates, settings, scores)
+    def find(params: Params, done: Done, report: Callable[[int], None]) -> _Found:
+        scores = score_heads(
+            *(params, setup.config, prompts),
+            names=(*MEASURES, *({args.score} & SLOPES.keys())),
+            chunk=setup.sizes.prefill_chunk,
+            done=done,
+            on_progress=lambda stage, done, total: report(done),
+        )
+        return _Found(to_gates(combine(scores, args.score), args.quota), scores)
 
-    return find
+    settings = {"method": args.score, "measured": RANKINGS[args.score], "num_prompts": args.prompts}
+    return _Method(settings, len(prompts), find)
 
 
-def _training(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> Callable[[Params, ProgressBars], _Found]:
+def _training(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> _Method:
     training = TrainingConfig(**given(args, TrainingConfig))
     passkeys = Passkeys(
         tokenizer=tokenizer,
@@ -236,21 +271,17 @@ def _training(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> C
         "context_length_max": passkeys.max_length,
         "num_passkeys": passkeys.num_passkeys,
     }
-    checkpoint = Checkpoint(folder=args.out, settings=_settings(args, setup) | settings)
-    checkpoint.require_same()
 
-    def find(params: Params, bars: ProgressBars) -> _Found:
-        args.out.mkdir(parents=True, exist_ok=True)
-
-        def report(step: int, loss: float, gate: float) -> None:
-            bars.report("training", step, training.steps)
+    def find(params: Params, done: Done, report: Callable[[int], None]) -> _Found:
+        def on_step(step: int, loss: float, gate: float) -> None:
+            report(step)
             if not args.quiet and step % max(training.steps // 20, 1) == 0:
                 tqdm.write(f"step {step}: loss {loss:.3g}, mean gate {gate:.3f}", file=sys.stderr)
 
-        gates = train(params, setup.config, passkeys.make, training, checkpoint=checkpoint, on_step=report)
-        return _Found(gates if args.quota == "model" else to_gates(gates, args.quota), settings, None)
+        gates = train(params, setup.config, passkeys.make, training, done=done, on_step=on_step)
+        return _Found(gates if args.quota == "model" else to_gates(gates, args.quota), None)
 
-    return find
+    return _Method(settings, training.steps, find)
 
 
 _METHODS = {"score": _scoring, "train": _training}

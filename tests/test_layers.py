@@ -50,6 +50,8 @@ WITHOUT_JAX = (
     "lserve_jax.engine.request",
     "lserve_jax.engine.allocator",
     "lserve_jax.engine.scheduler",
+    "lserve_jax.engine.reads",
+    "lserve_jax.engine.host",
 )
 JAX_LIBRARIES = {"jax", "jaxlib", "flax", "orbax", "optax"}
 

@@ -69,11 +69,11 @@ class Measured:
             times = self.times(params, programs, seconds)
         finally:
             self._cache = None
-        tokens = self.point.batch * self.point.context
+        dense = self.point.batch * dense_bf16_bytes(self.config, self.point.context)
         memory = {
             "weight_bytes": tree_bytes(params),
             "cache_bytes": tree_bytes(self.template),
-            "cache_over_dense_bf16": rounded(tree_bytes(self.template) / dense_bf16_bytes(self.config, tokens)),
+            "cache_over_dense_bf16": rounded(tree_bytes(self.template) / dense),
             "temporary_bytes": programs["step"].temporary_bytes,
             "peak_bytes_of_process": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         }

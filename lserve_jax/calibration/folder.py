@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lserve_jax.calibration.progress import PROGRESS_FILE
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import CONFIG_FILE, GATES_FILE
 
@@ -16,20 +17,14 @@ SCORES_FILE = "scores.npz"
 PICTURE_FILE = "heads.png"
 
 
-def require_target(folder: Path, resumable: str | None = None) -> None:
-    """Raises InputError unless ``folder`` is new, empty, or holds the file ``resumable``.
-
-    Args:
-      folder: where to write.
-      resumable: name of the file from which an interrupted run continues, if runs are resumable.
-    """
+def require_target(folder: Path) -> None:
+    """Raises InputError unless ``folder`` is new, empty, or holds the progress of an interrupted calibration."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: exists and is not a folder")
-    if not folder.is_dir() or (resumable is not None and (folder / resumable).is_file()):
+    if not folder.is_dir() or (folder / PROGRESS_FILE).is_file():
         return
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        reason = "" if resumable is None else f" and has no {resumable} to continue from"
-        raise InputError(f"{folder}: the folder is not empty{reason}; name a new one")
+        raise InputError(f"{folder}: the folder is not empty and has no {PROGRESS_FILE} to go on from; name a new one")
 
 
 def write_pattern(
@@ -57,9 +52,14 @@ def write_pattern(
         _write(folder / SCORES_FILE, buffer.getvalue())
     if picture is not None:
         _write(folder / PICTURE_FILE, picture)
-    _write(folder / CONFIG_FILE, f"{json.dumps(settings, indent=1)}\n".encode())
+    write_settings(folder, settings)
     rows = "".join("\t".join(f"{gate:.6f}" for gate in row) + "\n" for row in gates)
     _write(folder / GATES_FILE, rows.encode())
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes how a pattern was found into its `CONFIG_FILE`."""
+    _write(folder / CONFIG_FILE, f"{json.dumps(settings, indent=1)}\n".encode())
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,5 +1,6 @@
 """Synthetic prompts with right answers; the answers' tokens show what a head is needed for."""
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ class Prompt:
             raise InputError(f"num_answer={self.num_answer} must be from 1 to less than the {len(self.tokens)} tokens")
         if (len(self.sources), len(self.asks)) != (len(self.tokens), self.num_answer):
             raise InputError("sources must have an entry for each token, asks one for each token of the answer")
+
+    @property
+    def digest(self) -> str:
+        """A name for exactly these tokens, sources and asks."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

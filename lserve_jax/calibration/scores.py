@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lserve_jax.calibration.probe import probe, slopes
+from lserve_jax.calibration.progress import Done
 from lserve_jax.calibration.prompts import Prompt
 from lserve_jax.calibration.reader import Reader
 from lserve_jax.config.errors import InputError
@@ -57,6 +58,7 @@ def score_heads(
     *,
     names: Sequence[str] = tuple(SCORES),
     chunk: int = 512,
+    done: Done | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Scores]:
     """Returns scores by kind of prompt and name, each [L, K] the mean over the prompts of that kind.
@@ -71,6 +73,7 @@ def score_heads(
       prompts: prompts of any lengths.
       names: rows of `SCORES`; all rows of `MEASURES` together cost no more than one.
       chunk: prompt tokens per call.
+      done: scores by prompt and name, which are not computed again; new ones are added prompt by prompt.
       on_progress: called with ("scores", prompts done, prompts).
 
     Raises:
@@ -78,10 +81,13 @@ def score_heads(
     """
     for name in names:
         _require_known(name)
-    reader = Reader(params, config, prompts, chunk=chunk)
+    reader, done = Reader(params, config, prompts, chunk=chunk), {} if done is None else done
     found: dict[str, list[Scores]] = {}
     for number, prompt in enumerate(prompts, start=1):
-        found.setdefault(prompt.kind, []).append(_score(reader, prompt, names))
+        keys = {name: f"score {prompt.digest} {name}" for name in names}
+        if not done.keys() >= set(keys.values()):
+            done.update({keys[name]: score for name, score in _score(reader, prompt, names).items()})
+        found.setdefault(prompt.kind, []).append({name: done[key] for name, key in keys.items()})
         if on_progress is not None:
             on_progress("scores", number, len(prompts))
     return {

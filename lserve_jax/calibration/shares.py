@@ -1,6 +1,6 @@
 """Measures what answers lose as more heads stream, on prompts that were not used to find the gates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from lserve_jax.calibration.attention import average, scores, weights
 from lserve_jax.calibration.pages import Chunk, LayerHeads, forward, visible_keys
+from lserve_jax.calibration.progress import Done
 from lserve_jax.calibration.prompts import Prompt
 from lserve_jax.calibration.reader import Reader
+from lserve_jax.calibration.scores import OnProgress
 from lserve_jax.config.heads import classify
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.models import layerwise
@@ -75,26 +77,35 @@ def expected_losses(
     *,
     chunk: int,
     shares: Sequence[float] = SHARES,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    done: Done | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[ShareLoss]:
     """Returns the losses of dense attention and of each share of streaming heads, which have the lowest gates [L, K].
 
-    Heads stream from the first token of a prompt on. Other arguments are those of `score_heads`.
+    Heads stream from the first token of a prompt on. ``done`` has losses by prompt and heads; other arguments are those
+    of `score_heads`.
     """
     reader, rows = Reader(params, config, prompts, chunk=chunk), []
-    total = (1 + len(shares)) * len(prompts)
+    done = {} if done is None else done
     for share in (0.0, *shares):
         is_retrieval = retrieval_heads(gates, share)
         losses: dict[str, list[float]] = {}
-        for prompt in prompts:
-            loss = reader.read_through(prompt, partial(masked_step, is_retrieval=jnp.asarray(is_retrieval)))
-            losses.setdefault(prompt.kind, []).append(loss / prompt.num_answer)
+        for number, prompt in enumerate(prompts, start=1):
+            key = f"loss {prompt.digest} {np.packbits(is_retrieval).tobytes().hex()}"
+            if key not in done:
+                loss = reader.read_through(prompt, partial(masked_step, is_retrieval=jnp.asarray(is_retrieval)))
+                done[key] = np.asarray(loss / prompt.num_answer)
+            losses.setdefault(prompt.kind, []).append(float(done[key]))
             if on_progress is not None:
-                done = len(rows) * len(prompts) + sum(map(len, losses.values()))
-                on_progress("expected loss", done, total)
+                on_progress("expected loss", len(rows) * len(prompts) + number, num_readings(prompts, shares))
         nll = {kind: float(np.mean(values)) for kind, values in losses.items()}
         rows.append(ShareLoss(share=share, streaming=int(np.sum(~is_retrieval)), nll=nll))
     return rows
+
+
+def num_readings(prompts: Sequence[Prompt], shares: Sequence[float] = SHARES) -> int:
+    """Returns how many prompts `expected_losses` reads."""
+    return (1 + len(shares)) * len(prompts)
 
 
 def retrieval_heads(gates: NDArray[np.floating], share: float) -> NDArray[np.bool_]:

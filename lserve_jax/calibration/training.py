@@ -1,11 +1,8 @@
 """DuoAttention's gates by gradient descent (Xiao et al., arXiv 2410.10819, section 3.2), resumable bit for bit."""
 
-import json
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +11,11 @@ import numpy as np
 import optax
 from numpy.typing import NDArray
 
+from lserve_jax.calibration.progress import Done
 from lserve_jax.calibration.two_streams import Example, distillation_loss
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.models.llama import Params
-
-CHECKPOINT_FILE = "training.npz"
-_SETTINGS = "settings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,98 +86,54 @@ def train(
     examples: Callable[[int], Example],
     training: TrainingConfig,
     *,
-    checkpoint: "Checkpoint | None" = None,
+    done: Done | None = None,
+    interval: int = 20,
     on_step: Callable[[int, float, float], None] | None = None,
 ) -> NDArray[np.float32]:
-    """Returns the gates [L, K] in [0, 1] after all steps, continuing from the checkpoint if there is one.
+    """Returns the gates [L, K] in [0, 1] after all steps, continuing from the state in ``done`` if there is one.
 
-    After an error or a keyboard interrupt, the checkpoint holds the last finished step; after a killed process, the
-    last saved one. The gates do not depend on where a run was interrupted.
+    After an error or a keyboard interrupt, ``done`` holds the last finished step; after a killed process, the last
+    saved one. The gates do not depend on where a run was interrupted.
 
     Args:
       params: the model's parameters in the checkpoint's order of heads.
       config: a dense model; its ``attention`` has the ``sink`` and ``local`` of streaming.
       examples: step → sequence.
       training: the schedule.
-      checkpoint: where the state is stored.
+      done: where the state is kept.
+      interval: steps from one save to the next.
       on_step: called with the steps done, the distillation loss before the last step, and the mean gate after it.
+
+    Raises:
+      InputError: if the state in ``done`` is that of a model of another shape.
     """
-    model = config.model
-    state = TrainingState.start((model.num_layers, model.num_kv_heads), training)
-    if checkpoint is not None:
-        state = checkpoint.restore(state)
+    model, done = config.model, {} if done is None else done
+    state = _restored(TrainingState.start((model.num_layers, model.num_kv_heads), training), done)
     saved = int(state.step)
     try:
         for step in range(saved, training.steps):
             state, loss = train_step(params, state, examples(step), config=config, training=training)
             if on_step is not None:
                 on_step(step + 1, float(loss), float(jnp.mean(state.gates)))
-            if checkpoint is not None and (step + 1) % checkpoint.interval == 0:
-                checkpoint.save(state)
+            if (step + 1) % interval == 0:
+                done.update(_named(state))
                 saved = step + 1
     finally:
-        if checkpoint is not None and int(state.step) > saved:
-            checkpoint.save(state)
+        if int(state.step) > saved:
+            done.update(_named(state))
     return np.asarray(state.gates)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """The state of a training run on disk.
+def _named(state: TrainingState) -> dict[str, NDArray[Any]]:
+    """Returns the arrays of a state by name."""
+    return {f"training {index}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(state))}
 
-    Attributes:
-      folder: the folder of `CHECKPOINT_FILE`.
-      settings: JSON values; a state is only restored under the settings with which it was saved.
-      interval: steps from one save to the next.
-    """
 
-    folder: Path
-    settings: Mapping[str, Any]
-    interval: int = 20
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.folder / CHECKPOINT_FILE
-
-    def save(self, state: TrainingState) -> None:
-        """Writes the state atomically."""
-        leaves = {f"leaf_{index}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(state))}
-        partial_path = self.folder / f".{CHECKPOINT_FILE}.partial"
-        with partial_path.open("wb") as file:
-            np.savez(file, allow_pickle=False, **{_SETTINGS: np.array(json.dumps(self.settings))}, **leaves)
-        partial_path.replace(self.path)
-
-    def require_same(self) -> None:
-        """Raises InputError if a state was saved under other settings, or cannot be read."""
-        if self.path.exists():
-            self._read(0)
-
-    def restore(self, state: TrainingState) -> TrainingState:
-        """Returns the saved state, or ``state``, which has the same structure, if there is none.
-
-        Raises:
-          InputError: if it was saved under other settings or for another model, or is damaged.
-        """
-        if not self.path.exists():
-            return state
-        leaves, structure = jax.tree.flatten(state)
-        restored = self._read(len(leaves))
-        if [leaf.shape for leaf in restored] != [leaf.shape for leaf in leaves]:
-            raise InputError(f"{self.path}: is of a model of another shape; name another folder")
-        return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in restored])
-
-    def _read(self, num_leaves: int) -> list[NDArray]:
-        try:
-            # Opened here because np.load leaves a file open that is no archive.
-            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-                settings = json.loads(str(saved[_SETTINGS]))
-                leaves = [saved[f"leaf_{index}"] for index in range(num_leaves)]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{self.path}: damaged ({error}); delete it to start again") from None
-        now = json.loads(json.dumps(self.settings))
-        others = [name for name in sorted({*now, *settings}) if now.get(name) != settings.get(name)]
-        if others:
-            pairs = ", ".join(f"{name}={settings.get(name)} (now {now.get(name)})" for name in others)
-            raise InputError(f"{self.path}: was begun with {pairs}: continue with that, or name another folder")
-        return leaves
+def _restored(state: TrainingState, done: Done) -> TrainingState:
+    """Returns the saved state, or ``state``, which has the same structure, if there is none."""
+    names = _named(state)
+    if not names.keys() <= done.keys():
+        return state
+    if any(done[name].shape != leaf.shape for name, leaf in names.items()):
+        raise InputError("the training was begun for a model of another shape; name another folder")
+    return jax.tree.unflatten(jax.tree.structure(state), [jnp.asarray(done[name]) for name in names])

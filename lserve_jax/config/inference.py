@@ -19,7 +19,7 @@ class Storage:
     Attributes:
       num_kv_heads: heads with such pages, at least 1.
       dtype: element type: "bfloat16", "float32", "int8" or "int4".
-      has_statistics: whether the bounds of each sub-page's keys are stored too, for page selection.
+      has_statistics: whether the bounds of each sub-page's keys are stored too, which only page selection reads.
     """
 
     num_kv_heads: int
@@ -156,11 +156,13 @@ class InferenceConfig:
         attention, retrieval = self.attention, self.num_retrieval[layer]
         streaming = self.model.num_kv_heads - retrieval
         num_selected = None if layer in attention.dense_layers or not retrieval else attention.num_selected
+
+        def storage(heads: int, dtype: str, *, has_statistics: bool) -> Storage | None:
+            return Storage(num_kv_heads=heads, dtype=dtype, has_statistics=has_statistics) if heads else None
+
         return LayerKind(
-            retrieval=Storage(num_kv_heads=retrieval, dtype=self.kv_dtype, has_statistics=True) if retrieval else None,
-            streaming=Storage(num_kv_heads=streaming, dtype=self.streaming_dtype, has_statistics=False)
-            if streaming
-            else None,
+            retrieval=storage(retrieval, self.kv_dtype, has_statistics=num_selected is not None),
+            streaming=storage(streaming, self.streaming_dtype, has_statistics=False),
             prefill=Reading(sink=attention.sink, local=attention.prefill_local, num_selected=None),
             decode=Reading(sink=attention.sink, local=attention.local, num_selected=num_selected),
         )

@@ -1,6 +1,5 @@
 """How large an engine is: sequences, chunks and steps, and the pages that they need."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -82,11 +81,8 @@ class PoolSizes:
         attention, length = config.attention, sizes.max_model_len
         retrieval = sizes.max_num_seqs * most_pages(attention, sizes, length, 0, keeps_all=True)
         decode, prefill = (most_pages(attention, sizes, length, prompt, keeps_all=False) for prompt in (0, length))
-        # Kernels copy eight rows of key statistics at once: if a page has fewer, the pool's rows are a multiple of 8.
-        subs = attention.page_size // attention.sub_page_size
-        unit = max(8 // math.gcd(8, heads * subs) for heads in config.num_retrieval)
         has_retrieval, has_streaming = any(config.num_retrieval), any(kind.streaming for kind in config.kinds)
         return cls(
-            retrieval=-(-retrieval // unit) * unit if has_retrieval else 0,
+            retrieval=retrieval if has_retrieval else 0,
             streaming=(sizes.max_num_seqs - 1) * decode + prefill if has_streaming else 0,
         )

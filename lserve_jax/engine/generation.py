@@ -11,6 +11,7 @@ import numpy as np
 
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.pages import retrieval_pages
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.memory import dense_bf16_bytes, page_bytes
@@ -275,7 +276,11 @@ class Generation:
         assert self._first_token_at is not None
         prompt, decoded = len(self.request.prompt), len(self.token_ids) - 1
         by_layer = _mean_of_measured(self._recalls)
-        retrieval, streaming = (count * size for count, size in zip(self._pages_held, costs.page_bytes, strict=True))
+        # A request that stops within a call leaves pages empty that the call had reserved: they do not count.
+        filled = retrieval_pages(prompt + decoded, costs.config.attention.page_size)
+        retrieval, streaming = (
+            min(count, filled) * size for count, size in zip(self._pages_held, costs.page_bytes, strict=True)
+        )
         return RequestMetrics(
             ttft_s=self._first_token_at - self.request.arrival,
             prefill_s=self._prefill_s,

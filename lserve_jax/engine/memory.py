@@ -1,16 +1,16 @@
 """The memory that a model, a context and a sparsity policy need, computed before anything is loaded."""
 
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
+from lserve_jax.config.pages import retrieval_pages
 from lserve_jax.config.sizes import PoolSizes, Sizes
-from lserve_jax.runtime.cache import init_cache
+from lserve_jax.engine.host import host_memory
+from lserve_jax.runtime.cache import init_cache, padded
 from lserve_jax.weights.tensors import abstract_params
 
 _GIB = 2**30
@@ -25,17 +25,29 @@ def tree_bytes(tree: object) -> int:
 
 def page_bytes(config: InferenceConfig) -> tuple[int, int]:
     """Returns the bytes of one retrieval page and of one streaming page, all layers together, statistics included."""
-    cache = jax.eval_shape(lambda: init_cache(config, max_num_seqs=1, retrieval_pages=1, streaming_pages=1))
+    pages = 8  # a pool of eight is never padded
+    cache = jax.eval_shape(lambda: init_cache(config, max_num_seqs=1, retrieval_pages=pages, streaming_pages=pages))
     return (
-        sum(tree_bytes(layer.kv.retrieval) for layer in cache),
-        sum(tree_bytes(layer.kv.streaming) for layer in cache),
+        sum(tree_bytes(layer.kv.retrieval) for layer in cache) // pages,
+        sum(tree_bytes(layer.kv.streaming) for layer in cache) // pages,
     )
 
 
 def dense_bf16_bytes(config: InferenceConfig, tokens: int) -> int:
-    """Returns the bytes of the keys and values of ``tokens`` tokens in bfloat16 without any sparsity."""
-    model = config.model
-    return tokens * model.num_layers * model.num_kv_heads * model.head_dim * 2 * jnp.dtype(jnp.bfloat16).itemsize
+    """Returns the bytes of the pages that ``tokens`` tokens of a sequence fill in bfloat16 without any sparsity.
+
+    The last page counts whole: dense attention holds it too.
+    """
+    model, page = config.model, config.attention.page_size
+    return (
+        retrieval_pages(tokens, page)
+        * page
+        * model.num_layers
+        * model.num_kv_heads
+        * model.head_dim
+        * 2
+        * jnp.dtype(jnp.bfloat16).itemsize
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +91,7 @@ class MemoryPlan:
     def describe(self) -> str:
         """Returns the plan as a readable table."""
         config, length, sequences = self.config, self.sizes.max_model_len, self.sizes.max_num_seqs
-        dense = dense_bf16_bytes(config, sequences * length)
+        dense = sequences * dense_bf16_bytes(config, length)
         cache = self.retrieval_bytes + self.streaming_bytes
         retrieval, streaming = page_bytes(config)
         heads = config.model.num_layers * config.model.num_kv_heads
@@ -112,7 +124,7 @@ def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int |
     retrieval, streaming = page_bytes(config)
 
     def needed(length: int) -> int:
-        pools = PoolSizes.of(config, replace(sizes, max_model_len=length))
+        pools = padded(config, PoolSizes.of(config, replace(sizes, max_model_len=length)))
         return weights + pools.retrieval * retrieval + pools.streaming * streaming
 
     page = config.attention.page_size
@@ -121,7 +133,7 @@ def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int |
         middle = (low + high + 1) // 2
         fits = needed(middle * page) <= available * _HEADROOM
         low, high = (middle, high) if fits else (low, middle - 1)
-    pools = PoolSizes.of(config, sizes)
+    pools = padded(config, PoolSizes.of(config, sizes))
     return MemoryPlan(
         config=config,
         sizes=sizes,
@@ -135,24 +147,11 @@ def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int |
 
 
 def free_memory() -> int:
-    """Returns the free bytes of the default device: those within a GPU's limit, or the host's free memory."""
+    """Returns the free bytes of the default device: within a GPU's limit, or of the host (`host_memory`)."""
     statistics = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
     return host_memory()
-
-
-def host_memory(root: Path = Path("/")) -> int:
-    """Returns the host's free bytes within a container's limit (cgroup v2), if any; ``root`` is for tests."""
-    meminfo, group = root / "proc/meminfo", root / "sys/fs/cgroup"
-    if not meminfo.exists():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = ((group / name) for name in ("memory.max", "memory.current"))
-    if not limit.exists() or (bound := limit.read_text(encoding="ascii").strip()) == "max":
-        return free
-    return min(free, max(int(bound) - int(used.read_text(encoding="ascii")), 0))
 
 
 def _gib(size: float) -> str:

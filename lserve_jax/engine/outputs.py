@@ -43,9 +43,9 @@ class RequestMetrics:
         below; None if it was not measured or every page was read.
       attention_recall_by_layer: the same per layer, mean over sampled decode steps and retrieval heads; NaN in layers
         that read every page.
-      retrieval_bytes: bytes of the retrieval pages at the end, statistics included.
+      retrieval_bytes: bytes of the retrieval pages at the end, any statistics included.
       streaming_bytes: bytes of the streaming pages at the end.
-      dense_bf16_bytes: bytes of the same tokens' keys and values in bfloat16 without sparsity.
+      dense_bf16_bytes: bytes of the pages that the same tokens fill in bfloat16 without sparsity.
     """
 
     ttft_s: float

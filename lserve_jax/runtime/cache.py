@@ -1,6 +1,8 @@
 """The KV cache: a pytree of page pools, one entry per layer, which every step takes donated and returns."""
 
+import math
 import warnings
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -44,7 +46,8 @@ def init_cache(
     Args:
       config: model, head classes and element type of the pages.
       max_num_seqs: sequences per decode batch, each with a slot.
-      retrieval_pages: pages of each layer's retrieval pool; 0 if no layer has one.
+      retrieval_pages: pages of each layer's retrieval pool; 0 if no layer has one. The pool may have a few more, which
+        kernels need (`padded`): page ids may be less than the pool's own number of pages.
       streaming_pages: pages of each layer's streaming pool; 0 if no layer has one.
       slots: deprecated name of ``max_num_seqs``.
 
@@ -58,7 +61,23 @@ def init_cache(
         max_num_seqs = slots
     check_sizes(max_num_seqs=max_num_seqs)
     assert max_num_seqs is not None
-    return tuple(_layer(config, kind, max_num_seqs, retrieval_pages, streaming_pages) for kind in config.kinds)
+    for name, pages in (("retrieval", retrieval_pages), ("streaming", streaming_pages)):
+        if any(getattr(kind, name) for kind in config.kinds):
+            require_whole(f"{name}_pages", pages)
+    pools = padded(config, PoolSizes(retrieval=retrieval_pages, streaming=streaming_pages))
+    return tuple(_layer(config, kind, max_num_seqs, pools) for kind in config.kinds)
+
+
+def padded(config: InferenceConfig, pools: PoolSizes) -> PoolSizes:
+    """Returns the pools that `init_cache` allocates for ``pools``: no smaller, at most 7 retrieval pages larger.
+
+    Kernels copy eight rows of key statistics at once, one for each head and sub-page. If a page has fewer, the rows of
+    the whole pool are a multiple of eight. All layers have equally many pages.
+    """
+    subs = config.attention.page_size // config.attention.sub_page_size
+    stored = [kind.retrieval for kind in config.kinds if kind.retrieval is not None and kind.retrieval.has_statistics]
+    unit = max((8 // math.gcd(8, storage.num_kv_heads * subs) for storage in stored), default=1)
+    return replace(pools, retrieval=-(-pools.retrieval // unit) * unit)
 
 
 def empty_cache(config: InferenceConfig, sizes: Sizes, pools: PoolSizes) -> KVCache:
@@ -71,25 +90,22 @@ def empty_cache(config: InferenceConfig, sizes: Sizes, pools: PoolSizes) -> KVCa
     )
 
 
-def _layer(
-    config: InferenceConfig, kind: LayerKind, max_num_seqs: int, retrieval_pages: int, streaming_pages: int
-) -> LayerCache:
+def _layer(config: InferenceConfig, kind: LayerKind, max_num_seqs: int, pools: PoolSizes) -> LayerCache:
     kv = LayerKV(
-        retrieval=_pool(config, kind.retrieval, "retrieval_pages", retrieval_pages),
-        streaming=_pool(config, kind.streaming, "streaming_pages", streaming_pages),
+        retrieval=_pool(config, kind.retrieval, pools.retrieval),
+        streaming=_pool(config, kind.streaming, pools.streaming),
     )
     num_selected = kind.decode.num_selected
-    if num_selected is None or num_selected >= retrieval_pages:  # a list as long as the pool selects nothing
+    if num_selected is None or num_selected >= pools.retrieval:  # a list as long as the pool selects nothing
         return LayerCache(kv, None)
     attention = config.attention
     width = selection_width(num_selected, attention.selector_interval, attention.page_size)
     return LayerCache(kv, jnp.full((max_num_seqs, kind.num_retrieval, width), NO_PAGE, jnp.int32))
 
 
-def _pool(config: InferenceConfig, storage: Storage | None, name: str, pages: int) -> PagedKV | None:
+def _pool(config: InferenceConfig, storage: Storage | None, pages: int) -> PagedKV | None:
     if storage is None:
         return None
-    require_whole(name, pages)
     attention, heads, head_dim = config.attention, storage.num_kv_heads, config.model.head_dim
 
     def elements() -> jax.Array | QuantizedArray:

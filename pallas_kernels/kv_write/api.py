@@ -37,7 +37,8 @@ def kv_write(
       tables: page tables [B, max_pages] int32.
       starts: [B] int32 position of each sequence's first token.
       counts: [B] int32 number of tokens of each sequence, 0 … T.
-      k_bounded: [B, T, K, H] the keys that statistics bound, where pages hold others (`rotate`); None for ``k``.
+      k_bounded: [B, T, K, H] the keys that statistics bound, where pages hold others (`rotate`); None for ``k``. It is
+        not read if the pools have no statistics.
       implementation: a backend name, or None for the first that accepts.
     """
     return dispatch("kv_write", IMPLEMENTATIONS, implementation, k, v, kv, tables, starts, counts, k_bounded=k_bounded)

@@ -93,7 +93,8 @@ def kv_write(
       NotImplementedError: on any device but a Hopper GPU, and for shapes and dtypes that the kernel does not support.
     """
     device = require_hopper()
-    new = (k, v) if k_bounded is None or kv.retrieval is None else (k, v, k_bounded)
+    has_statistics = kv.retrieval is not None and kv.retrieval.k_min is not None
+    new = (k, v, k_bounded) if has_statistics and k_bounded is not None else (k, v)
     _check(new, kv)
     refs = jax.tree.map(jax.new_ref, kv)
     classes = [

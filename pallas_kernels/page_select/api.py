@@ -68,8 +68,11 @@ def page_select(
       implementation: a backend name, or None for the first that accepts.
 
     Raises:
-      ValueError: if ``reduction`` is unknown, ``spread`` out of range, or ``num_selected`` below the forced pages.
+      ValueError: if the pool has no statistics, ``reduction`` is unknown, ``spread`` out of range, or ``num_selected``
+        below the forced pages.
     """
+    if pages.k_min is None or pages.k_max is None:
+        raise ValueError("the pool has no key statistics (k_min and k_max), by which pages are selected")
     forced = sink_pages + (interval + pages.page_size - 2) // pages.page_size + 1
     if num_selected < forced:
         raise ValueError(f"{num_selected=} must be at least the {forced} pages that are always read")

@@ -57,6 +57,11 @@ def implementations(op: str) -> list[str]:
     return [name for name in TABLES[op] if name not in ("reference", "mosaic_gpu")]
 
 
+def without_statistics(kv: LayerKV) -> LayerKV:
+    """The pools of a layer that selects no pages."""
+    return kv._replace(retrieval=None if kv.retrieval is None else kv.retrieval._replace(k_min=None, k_max=None))
+
+
 @cache
 def jitted(op: str, implementation: str = "xla") -> Callable[..., Any]:
     """The public op with an implementation, compiled once for each shape and set of options in the whole run."""

@@ -27,6 +27,7 @@ from tests.pallas_kernels.cases import (
     million_tokens,
     random_tokens,
     temporary_bytes,
+    without_statistics,
 )
 
 STORAGE = {
@@ -104,6 +105,20 @@ def test_statistics_may_bound_other_keys_than_pages_hold(implementation: str, to
     statistics = {name: getattr(of_bounded.retrieval, name) for name in ("k_min", "k_max")}
     assert_same_bits(both, of_k._replace(retrieval=of_k.retrieval._replace(**statistics)))
     assert not np.array_equal(of_k.retrieval.k_min, of_bounded.retrieval.k_min)
+
+
+@pytest.mark.parametrize("tokens", [1, CHUNK])
+def test_pools_without_statistics_take_the_same_tokens(implementation: str, tokens: int, rng: np.random.Generator):
+    cache = filled_cache(TINY["mixed"], rng, [5, 30, 16, 0], window=TINY["mixed"].context)
+    k, v, bounded = (random_tokens(TINY["mixed"], rng, tokens) for _ in range(3))
+    with_statistics, without = (
+        jitted("kv_write", implementation)(
+            *(k, v, kv, cache.tables, cache.lengths, np.array([tokens, 1, 0, tokens], np.int32)), k_bounded=bounded
+        )
+        for kv in (cache.kv, without_statistics(cache.kv))
+    )
+    assert without.retrieval.k_min is None
+    assert_same_bits(without, without_statistics(with_statistics))
 
 
 @pytest.mark.parametrize("heads", ["all_retrieval", "all_streaming"])

@@ -21,6 +21,7 @@ from tests.pallas_kernels.cases import (
     assert_same_bits,
     filled_cache,
     random_tokens,
+    without_statistics,
 )
 from tests.pallas_kernels.hopper import assert_fits, compiled, evaluate, interpreted
 
@@ -108,6 +109,18 @@ def test_statistics_may_bound_other_keys_than_pages_hold(shape: dict[str, Any], 
     k, v, bounded = (random_tokens(workload, rng, tokens) for _ in range(3))
     for starts in ([0, 31, 32], [5, 33, 57]):
         cache = cache._replace(kv=_assert_writes(cache, k, v, starts, np.minimum(tokens, [40, 17, 39]), bounded))
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize(
+    "shape", [{"bits": (4, 4), "streaming": 0, "retrieval": 3}, {"bits": (4, 4), "streaming_bits": (8, 8)}]
+)
+def test_a_layer_that_selects_no_pages_has_no_statistics(shape: dict[str, Any], tokens: int, rng: np.random.Generator):
+    workload = replace(SMALL, **shape)
+    cache = filled_cache(workload, rng, [0] * 3, window=workload.context)
+    cache = cache._replace(kv=without_statistics(cache.kv))
+    k, v, bounded = (random_tokens(workload, rng, tokens) for _ in range(3))
+    _assert_writes(cache, k, v, [5, 33, 57], np.minimum(tokens, [40, 17, 39]), bounded)
 
 
 @pytest.mark.parametrize("tokens", [1, 512])

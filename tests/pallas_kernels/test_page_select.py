@@ -23,6 +23,7 @@ from tests.pallas_kernels.cases import (
     jitted,
     million_tokens,
     random_tokens,
+    without_statistics,
 )
 
 each_implementation = pytest.mark.parametrize("implementation", implementations("page_select"))
@@ -293,6 +294,16 @@ def test_a_selection_that_cannot_be_made_is_refused(options: dict[str, Any], mes
     arguments = (q, cache.kv.retrieval, jnp.asarray(cache.tables.retrieval), jnp.asarray(cache.lengths))
     with pytest.raises(ValueError, match=message):
         page_select(*arguments, previous, jnp.full(4, True), **settings)
+
+
+def test_a_pool_without_statistics_cannot_be_selected_from(rng: np.random.Generator):
+    cache = integer_cache(TINY["mixed"], rng, np.array([96, 1, 50, 0]))
+    pool = without_statistics(cache.kv).retrieval
+    assert pool is not None
+    q, previous = jnp.asarray(integer_queries(TINY["mixed"], rng, 4)), jnp.full((4, 2, 9), -1, np.int32)
+    arguments = (q, pool, jnp.asarray(cache.tables.retrieval), jnp.asarray(cache.lengths), previous)
+    with pytest.raises(ValueError, match="the pool has no key statistics"):
+        page_select(*arguments, jnp.full(4, True), num_selected=3, interval=4, sink_pages=1)
 
 
 @pytest.mark.parametrize("is_jitted", [False, True])

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ from lserve_jax.calibrate import main
 from lserve_jax.calibration import training
 from lserve_jax.calibration.folder import require_target, write_pattern
 from lserve_jax.calibration.picture import head_map
+from lserve_jax.calibration.reader import Reader
 from lserve_jax.calibration.scores import MEASURES, combine, to_gates
 from lserve_jax.calibration.shares import describe, expected_losses, masked_step, retrieval_heads
 from lserve_jax.engine.setup import prepare
+from lserve_jax.text.tokenizer import Tokenizer
 from tests.lserve_jax.calibration import planted
 from tests.lserve_jax.runtime.tiny_steps import TINY
 
@@ -86,7 +89,9 @@ def test_scoring_writes_a_pattern_that_the_loader_reads(run: Callable[..., Resul
     assert table[1].split() == ["streaming", "heads", "retrieval", "copying", "text", "mean", "change"]
     assert [line.split()[0] for line in table[2:7]] == ["dense", "25%", "50%", "75%", "90%"]
     assert table[7] == f"wrote {out}: use it with --head-pattern {out}"
-    assert "scores" in result.err and "expected loss" in result.err
+    assert (
+        result.err.count("calibration: 100%") >= 1 and "/18.0" in result.err
+    )  # 3 prompts, and 5 times 3 for the table
 
 
 def test_a_seed_repeats_every_file_and_another_gives_other_scores(run: Callable[..., Result], tmp_path: Path):
@@ -144,15 +149,101 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_pattern(
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_step", stopped)
         assert run("--out", broken, *TRAINING, *QUICK).status == 130
-    assert sorted(files(broken)) == ["training.npz"]
+    assert sorted(files(broken)) == ["progress.npz"]
     refused = run("--out", broken, *TRAINING, *QUICK, "--learning-rate", "0.1")
-    check_refusal(refused, "training.npz: was begun with lr=0.02 (now 0.1)")
-    check_refusal(run("--out", broken, *QUICK), "broken: the folder is not empty; name a new one")
+    check_refusal(refused, "progress.npz: was begun with lr=0.02 (now 0.1)")
+    check_refusal(run("--out", broken, *QUICK), "method=DuoAttention (now best_place)")
     assert run("--out", broken, *TRAINING, *QUICK).status == 0
     assert files(broken) == files(whole)
     check_refusal(
-        run("--out", broken, *TRAINING, *QUICK), "the folder is not empty and has no training.npz to continue from"
+        run("--out", broken, *TRAINING, *QUICK), "the folder is not empty and has no progress.npz to go on from"
     )
+
+
+TABLE = ("--prompts", "3", "--held-out", "2", "--no-picture", "--quiet")
+
+
+@pytest.mark.parametrize(("score", "call"), [("best_place", 6), ("random", 1)])
+def test_a_pattern_can_be_used_before_its_table_of_losses_is_done(
+    score: str, call: int, run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    command = (*TABLE, "--score", score)
+    assert run("--out", whole, *command).status == 0
+    with interrupted(monkeypatch, Reader, "read_through", call=call):
+        result = run("--out", broken, *command)
+    assert (result.status, result.out) == (130, "")
+    assert result.err == "stopped: the same command goes on from here\n"
+    np.testing.assert_array_equal(load_gates(broken, 2, 2), load_gates(whole, 2, 2))
+    prepare(MODEL, attention="lserve", head_pattern=broken)
+    left = files(broken)
+    assert left.keys() - files(whole).keys() == {"progress.npz"}
+    assert json.loads(left["config.json"])["expected_loss"] == []
+    with counted(monkeypatch, Reader, "read_through") as readings, counted(monkeypatch, Reader, "read") as prompts:
+        assert run("--out", broken, *command).status == 0
+    assert (len(readings), len(prompts)) == (5 * 2 - (call - 1), 0)
+    assert files(broken) == files(whole)
+    check_refusal(run("--out", broken, *command), "the folder is not empty and has no progress.npz to go on from")
+
+
+def test_interrupted_scores_go_on_with_the_next_prompt(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run("--out", whole, *TABLE).status == 0
+    with interrupted(monkeypatch, Reader, "read", call=3):
+        assert run("--out", broken, *TABLE).status == 130
+    assert files(broken).keys() == {"progress.npz"}
+    check_refusal(run("--out", broken, *TABLE, "--seed", "4"), "progress.npz: was begun with seed=3 (now 4)")
+    with counted(monkeypatch, Reader, "read") as prompts:
+        assert run("--out", broken, *TABLE).status == 0
+    assert len(prompts) == 1
+    assert files(broken) == files(whole)
+
+
+def test_what_was_measured_on_other_prompts_is_measured_again(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As with another tokenizer: the settings are the same, but not the prompts."""
+    with interrupted(monkeypatch, Reader, "read_through", call=6):
+        assert run("--out", tmp_path / "p", *TABLE).status == 130
+    with monkeypatch.context() as patch, counted(monkeypatch, Reader, "read") as prompts:
+        patch.setattr(Tokenizer, "has_chat_template", False)
+        assert run("--out", tmp_path / "p", *TABLE).status == 0
+        assert run("--out", tmp_path / "fresh", *TABLE).status == 0
+    assert len(prompts) == 2 + 3  # plain text has no template: its prompt is the same
+    assert files(tmp_path / "p") == files(tmp_path / "fresh")
+
+
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, *, call: int) -> Iterator[None]:
+    """Ctrl-C at the n-th call of a method."""
+    method = getattr(owner, name)
+    with counted(monkeypatch, owner, name) as calls, monkeypatch.context() as patch:
+        counting = getattr(owner, name)
+
+        def stopped(*arguments: Any, **options: Any) -> Any:
+            if len(calls) == call - 1:
+                raise KeyboardInterrupt
+            return counting(*arguments, **options)
+
+        patch.setattr(owner, name, stopped)
+        yield
+    assert getattr(owner, name) is method
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Iterator[list[int]]:
+    """A list that grows with each call of a method."""
+    method, calls = getattr(owner, name), []
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return method(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, counting)
+        yield calls
 
 
 def check_refusal(result: Result, message: str) -> None:
@@ -199,7 +290,9 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file: exists and is not a folder$"):
         require_target(tmp_path / "file")
-    with pytest.raises(ValueError, match=r": the folder is not empty; name a new one$"):
+    with pytest.raises(
+        ValueError, match=r": the folder is not empty and has no progress.npz to go on from; name a new one$"
+    ):
         require_target(tmp_path)
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "new" / "folder"):

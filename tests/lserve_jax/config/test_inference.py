@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from lserve_jax import AttentionConfig, HeadClasses, InferenceConfig, from_preset, open_checkpoint
+from lserve_jax.config.attention import PRESETS
 
 MODEL = open_checkpoint(str(Path(__file__).parents[2] / "golden" / "tiny" / "llama3")).config  # 2 layers of 2 KV heads
 
@@ -24,6 +25,26 @@ def test_streaming_heads_store_as_others_but_never_4_bits(kv_dtype: str, streami
 def test_dense_layers_read_all_pages_and_others_the_budget():
     config = InferenceConfig(model=MODEL, attention=AttentionConfig(dense_layers=(1,)))
     assert [kind.decode.num_selected for kind in config.kinds] == [64, None]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("budget", [None, "all", 2048])
+def test_a_layer_stores_statistics_exactly_if_it_selects_pages_by_them(preset: str, budget: str | int | None):
+    heads = HeadClasses(order=((0, 1), (0, 1)), num_retrieval=(1, 0))
+    for one in (None, heads):
+        config = InferenceConfig(model=MODEL, attention=from_preset(preset, token_budget=budget), heads=one)
+        for kind in config.kinds:
+            if kind.retrieval is not None:
+                assert kind.retrieval.has_statistics == (kind.decode.num_selected is not None)
+            assert kind.streaming is None or not kind.streaming.has_statistics
+
+
+def test_dense_attention_stores_no_statistics():
+    for preset in ("dense", "streaming", "qserve"):
+        config = InferenceConfig(model=MODEL, attention=from_preset(preset))
+        assert [kind.retrieval and kind.retrieval.has_statistics for kind in config.kinds] == [False, False]
+    dense_layer = InferenceConfig(model=MODEL, attention=AttentionConfig(dense_layers=(1,)))
+    assert [kind.retrieval and kind.retrieval.has_statistics for kind in dense_layer.kinds] == [True, False]
 
 
 def test_equal_configurations_are_one_static_argument():

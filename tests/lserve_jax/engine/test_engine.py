@@ -551,4 +551,15 @@ def test_bytes_held_are_those_of_the_pages(sparse: LLM, quantised: LLM):
         # 129 tokens are cached; the last call had reserved 17 retrieval pages, sink 2 and window 4 or 5 streaming ones.
         assert metrics.retrieval_bytes == 17 * 2 * (retrieval + statistics)
         assert metrics.streaming_bytes in [pages * 2 * streaming for pages in (6, 7)]
-        assert metrics.dense_bf16_bytes == 129 * 2 * 2 * 2 * 16 * 2
+        assert metrics.dense_bf16_bytes == 17 * 8 * 2 * 2 * 2 * 16 * 2
+
+
+def test_dense_attention_holds_what_it_is_compared_with_wherever_a_request_ends(dense: LLM):
+    """60 tokens leave room in a page of 64. The first decode call reserves a second one; a stop leaves that empty."""
+    whole = free_run(dense, prompt(60), 12, temperature=1.0, seed=3)
+    for count in (2, 12):
+        output = free_run(dense, prompt(60), 12, temperature=1.0, seed=3, stop_token_ids=[whole.token_ids[count - 1]])
+        metrics = output.metrics
+        assert len(output.token_ids) == count
+        assert metrics.retrieval_bytes == 2 * metrics.dense_bf16_bytes, "a float32 cache takes twice as much"
+        assert metrics.dense_bf16_bytes == (1 if count == 2 else 2) * 64 * 2 * 2 * 2 * 16 * 2

@@ -26,7 +26,7 @@ from lserve_jax import (
 )
 from lserve_jax.config.hf import read_hf
 from lserve_jax.config.sizes import PoolSizes, Sizes
-from lserve_jax.engine.memory import host_memory, plan_memory, tree_bytes
+from lserve_jax.engine.memory import dense_bf16_bytes, page_bytes, plan_memory, tree_bytes
 from lserve_jax.models.known import known_configs
 from lserve_jax.weights import open_checkpoint
 from tests.lserve_jax.checkpoints import tiny_config
@@ -74,12 +74,33 @@ def test_llama_8b_at_a_million_tokens_in_int8_with_half_the_heads_streaming():
 
 
 def test_the_same_model_dense_in_bfloat16_takes_128_kib_a_token():
-    config = llama_8b(0.0, token_budget=None)
+    config = llama_8b(0.0, token_budget="all")
     plan = plan_of(config, 131_072)
-    # 2 (k and v) · 32 layers · 8 heads · 128 channels · 2 bytes = 131,072 bytes a token, and statistics of
-    # 2 · 4 · 128 · 2 bytes a page and head: 1/16 of it.
-    assert plan.retrieval_bytes == 131_072 * 131_072 * 17 // 16
+    # 2 (k and v) · 32 layers · 8 heads · 128 channels · 2 bytes = 131,072 bytes a token. Nothing else: no page is
+    # selected, so none has statistics.
+    assert plan.retrieval_bytes == 131_072 * 131_072
     assert plan.streaming_bytes == 0
+    # A budget adds the least and greatest key of 4 sub-pages, 2 · 4 · 128 · 2 bytes a page and head: 1/16.
+    assert plan_of(llama_8b(0.0), 131_072).retrieval_bytes == 131_072 * 131_072 * 17 // 16
+
+
+@pytest.mark.parametrize(
+    ("preset", "token"),
+    [("dense", 2 * 2 * 128), ("streaming", 2 * 2 * 128), ("qserve", 2 * (64 + 4 + 4))],
+)
+def test_a_head_that_selects_no_pages_stores_its_keys_and_values_alone(preset: str, token: int):
+    heads = classify(np.zeros((32, 8)), 0.0)
+    config = InferenceConfig(model=open_checkpoint("llama-3.1-8b").config, attention=from_preset(preset), heads=heads)
+    assert page_bytes(config) == (64 * 32 * 8 * token, 0)
+
+
+@pytest.mark.parametrize("length", [1, 43, 64, 65, 1000])
+def test_dense_attention_in_bfloat16_holds_what_it_is_compared_with(length: int):
+    """Its pages are not full either: a ratio above 1 would count their rounding, which no setting can save."""
+    plan = plan_of(llama_8b(0.0, token_budget="all"), length, max_num_seqs=3)
+    assert plan.retrieval_bytes + plan.streaming_bytes == 3 * dense_bf16_bytes(plan.config, length)
+    assert "1.00x of dense bfloat16" in plan.describe()
+    assert dense_bf16_bytes(plan.config, length) == -(-length // 64) * 64 * 131_072
 
 
 def test_int4_codes_take_half_a_byte_and_those_of_streaming_heads_a_whole_one():
@@ -123,7 +144,7 @@ def test_a_context_has_int32_positions_however_much_memory_there_is():
 
 
 def test_a_context_that_does_not_fit_is_refused_with_the_largest_that_does():
-    config = llama_8b(0.0)
+    config = llama_8b(0.0)  # with a budget, and so with statistics
     plan = plan_of(config, 131_072, available_bytes=24 * GIB)
     assert not plan.fits
     # 0.9 · 24 GiB − weights = 7,132,653,322 bytes: 800 pages of 64 · 131,072 · 17/16 bytes.
@@ -237,14 +258,3 @@ def test_a_plan_starts_no_memory_of_the_device():
     before = len(jax.live_arrays())
     plan_of(llama_8b(0.5), 1_000_000)
     assert len(jax.live_arrays()) == before
-
-
-@pytest.mark.parametrize(("limit", "free"), [(None, 4096), ("max", 4096), ("5000", 2000), ("900000", 4096), ("100", 0)])
-def test_free_memory_of_a_host_is_what_its_container_leaves(limit: str | None, free: int, tmp_path: Path):
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal:       9 kB\nMemAvailable:   4 kB\n")
-    if limit is not None:
-        (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
-        (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit + "\n")
-        (tmp_path / "sys/fs/cgroup/memory.current").write_text("3000\n")
-    assert host_memory(tmp_path) == free
