@@ -29,14 +29,14 @@ from lserve_jax.calibration.scores import (
 from lserve_jax.calibration.shares import describe, expected_losses
 from lserve_jax.calibration.training import CHECKPOINT_FILE, Checkpoint, TrainingConfig, train
 from lserve_jax.cli.common import (
-    OneLineParser,
     ProgressBars,
     required_tokenizer,
     run_command,
     set_up_logging,
     use_compilation_cache,
 )
-from lserve_jax.cli.flags import add_fields, add_shared, given, whole
+from lserve_jax.cli.flags import add_fields, add_shared, given, local_path, whole
+from lserve_jax.cli.parser import OneLineParser
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import QUOTAS
@@ -100,7 +100,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m lserve_jax.calibrate", description=__doc__)
     add_shared(parser, "--model", "--tokenizer")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder to write: new, empty, or of a stopped training"
+        "--out",
+        type=local_path,
+        required=True,
+        metavar="DIR",
+        help="folder to write: new, empty, or of a stopped training",
     )
     methods = "how gates are found; see below (default: %(default)s)"
     parser.add_argument("--method", choices=tuple(_METHODS), default="score", help=methods)
@@ -117,8 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr that says what to change."""
-    args = build_parser().parse_args(argv)
-    return run_command(lambda: _calibrate(args))
+    return run_command(lambda: _calibrate(build_parser().parse_args(argv)))
 
 
 def _calibrate(args: argparse.Namespace) -> None:

@@ -2,13 +2,11 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lserve_jax.cli.common import (
-    OneLineParser,
     ProgressBars,
     required_tokenizer,
     run_command,
@@ -16,7 +14,9 @@ from lserve_jax.cli.common import (
     use_compilation_cache,
 )
 from lserve_jax.cli.flags import add_attention, add_fields, add_shared, given
+from lserve_jax.cli.parser import OneLineParser
 from lserve_jax.cli.report import summary, to_json
+from lserve_jax.cli.streams import to_json_line
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
 from lserve_jax.engine.outputs import RequestOutput
@@ -60,8 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr that says what to change."""
-    args = build_parser().parse_args(argv)
-    return run_command(lambda: _generate(args))
+    return run_command(lambda: _generate(build_parser().parse_args(argv)))
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -89,7 +88,7 @@ def _generate(args: argparse.Namespace) -> None:
         outputs = _run(llm, prompts, params, is_streaming=not args.json, bars=bars)
     for output in outputs:
         if args.json:
-            print(json.dumps(to_json(llm, output), ensure_ascii=False), flush=True)
+            print(to_json_line(to_json(llm, output)), flush=True)
     if not args.quiet:
         print(summary(llm, outputs), file=sys.stderr)
 

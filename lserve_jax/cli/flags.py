@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field
+from pathlib import Path
 from typing import Any
 
 from lserve_jax.config.attention import PRESETS, AttentionConfig
@@ -13,12 +14,26 @@ from lserve_jax.engine.setup import DEFAULT_MODEL, IMPLEMENTATIONS
 
 type Group = argparse.ArgumentParser | argparse._ArgumentGroup
 
+
+def local(text: str) -> str:
+    """Returns a path as it is; raises `argparse.ArgumentTypeError` for an address such as ``gs://bucket/folder``."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a path on this machine, not an address")
+    return text
+
+
+def local_path(text: str) -> Path:
+    """Returns the path that a text names on this machine, as `local`."""
+    return Path(local(text))
+
+
 SHARED: dict[str, dict[str, Any]] = {
     "--model": {
         "default": DEFAULT_MODEL,
         "help": "folder, .gguf file, hub id or name (default: %(default)s)",
     },
     "--tokenizer": {
+        "type": local,
         "metavar": "PATH",
         "help": "folder or .gguf file to take the tokenizer from (default: the model's own)",
     },
@@ -58,6 +73,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "preset (default: %(default)s)",
     },
     "--head-pattern": {
+        "type": local,
         "metavar": "DIR",
         "help": "head gates in DuoAttention's format (default: those that ship for the model, if any)",
     },

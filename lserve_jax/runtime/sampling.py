@@ -63,7 +63,11 @@ class SamplingParams:
         metadata={"help": "draws are a function of seed and position alone", "default": "a fresh one per request"},
     )
     stop: str | Sequence[str] = field(
-        default=(), metadata={"help": "end before this text; may be given several times", "metavar": "TEXT"}
+        default=(),
+        metadata={
+            "help": "end before this text; may be given several times; in a shell, a newline is written $'\\n'",
+            "metavar": "TEXT",
+        },
     )
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = field(default=False, metadata={"help": "go on after the model's end-of-sequence tokens"})

@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lserve_jax import LLM, AttentionConfig, SamplingParams
+from lserve_jax.cli.common import use_compilation_cache
 from lserve_jax.generate import main
 
 ROOT = Path(__file__).parents[2]
@@ -456,15 +457,87 @@ def test_memory_that_the_device_lacks_at_last_is_one_line_too(
     check_refusal(run("--prompt", PROMPT), "out of memory", "123 bytes", "--max-model-len")
 
 
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command that decides itself where compiled programs are kept; what comes after keeps them where it did."""
+    import jax
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def homeless(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user id without an entry in the system's list, as in some containers."""
+
+    def unknown(uid: int) -> Any:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+def check_uncached_answer(result: Result, *parts: str) -> None:
+    """The answer, and one warning with all of the parts."""
+    assert result.status == 0
+    assert result.out.strip()
+    (line,) = (line for line in result.err.splitlines() if line.startswith("compiled programs are not kept: "))
+    assert not [part for part in parts if part not in line], line
+
+
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"])
-def test_an_unwritable_cache_folder_is_refused_in_one_line(
-    variable: str, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_unwritable_cache_folder_is_a_warning_and_no_obstacle(
+    variable: str, own_cache: None, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     (tmp_path / "file").write_text("")
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv(variable, str(tmp_path / "file" / "cache"))
-    check_refusal(run("--prompt", PROMPT), str(tmp_path / "file" / "cache"), "cannot be written", variable)
+    result = run("--prompt", PROMPT, "--max-tokens", "4")
+    check_uncached_answer(result, str(tmp_path / "file" / "cache"), "cannot be written", variable)
     assert snapshot(tmp_path) == {"file": b""}
+
+
+def test_a_user_without_a_home_gets_an_answer_and_a_warning(homeless: None, run: Callable[..., Result]):
+    check_uncached_answer(run("--prompt", PROMPT, "--max-tokens", "4"), "no home folder", "XDG_CACHE_HOME")
+
+
+def test_a_user_without_a_home_is_told_where_the_embedded_model_could_be_kept(
+    homeless: None, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lserve_jax.weights.embedded.PACKAGE", "a_package_that_is_not_installed")
+    check_refusal(run("--prompt", PROMPT, model="smollm2-135m-instruct"), "no home folder", "XDG_CACHE_HOME")
+    check_refusal(run("--prompt", PROMPT, model="~/model"), "~/model", "no such home folder")
+
+
+def test_an_address_of_a_cache_is_left_to_jax(own_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    import jax
+
+    address = "memory://bucket/cache"  # jax makes a folder of no address by itself
+    jax.config.update("jax_compilation_cache_dir", address)  # as jax does when it is imported
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", address)
+    monkeypatch.chdir(tmp_path)
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == address  # type: ignore[attr-defined]
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ("gs://bucket/model", ("gs://bucket/model: nothing is read from gs://", "download")),
+        ("s3://bucket/model.gguf", ("s3://",)),
+        ("https://example.org/a/b", ("https://", "download")),
+        ("https://huggingface.co/org/name/tree/main", ("a hub id", "org/name")),
+        ("https://hf.co/org/name", ("a hub id", "org/name")),
+        ("~no-such-user/model", ("no such home folder",)),
+    ],
+)
+def test_an_address_of_a_model_is_refused_with_what_is_taken(
+    model: str, parts: tuple[str, ...], run: Callable[..., Result]
+):
+    check_refusal(run("--prompt", PROMPT, model=model), *parts)
 
 
 def test_an_unwritable_cache_folder_for_the_embedded_model_is_refused_in_one_line(
