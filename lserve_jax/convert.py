@@ -11,6 +11,7 @@ from typing import Any
 from lserve_jax.cli.common import ProgressBars, run_command
 from lserve_jax.cli.flags import add_shared, local_path
 from lserve_jax.cli.parser import OneLineParser
+from lserve_jax.engine.device import this_device
 from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights import orbax
 from lserve_jax.weights.load import Checkpoint, open_checkpoint
@@ -51,6 +52,7 @@ def convert(model: str, out: Path, dtype: str = "auto") -> None:
       InputError: if the model cannot be loaded or the folder is not empty; nothing is left behind.
     """
     orbax.check_target(out)
+    this_device()  # which holds the weights on their way
     checkpoint = open_checkpoint(model)
     dtype = checkpoint.config.dtype if dtype == "auto" else dtype
     with ProgressBars(is_shown=True) as bars:

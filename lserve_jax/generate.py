@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +14,21 @@ from lserve_jax.cli.common import (
     set_up_logging,
     use_compilation_cache,
 )
-from lserve_jax.cli.flags import add_attention, add_fields, add_shared, given
+from lserve_jax.cli.flags import add_attention, add_fields, add_shared, given, memory_size
 from lserve_jax.cli.parser import OneLineParser
-from lserve_jax.cli.report import summary, to_json
+from lserve_jax.cli.report import plan_to_json, plan_to_text, summary, to_json
 from lserve_jax.cli.streams import to_json_line
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
+from lserve_jax.engine.device import Device, device_elsewhere, this_device
 from lserve_jax.engine.outputs import RequestOutput
 from lserve_jax.engine.request import require_room
 from lserve_jax.engine.setup import Setup, default_sampling_params, prepare
 from lserve_jax.llm import LLM
-from lserve_jax.runtime.implementations import describe
 from lserve_jax.runtime.sampling import SamplingParams
 from lserve_jax.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("lserve_jax")
 
 _MAX_NUM_SEQS = 8
 
@@ -52,8 +55,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_attention(attention)
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print one JSON object per prompt, one per line")
+    output.add_argument(
+        "--json", action="store_true", help="print one JSON object per prompt, one per line, or one for the plan"
+    )
     output.add_argument("--dry-run", action="store_true", help="print the memory plan and stop; loads no weights")
+    output.add_argument(
+        "--memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="plan for a device of another machine with this much memory, such as 80GiB, of which jax takes three "
+        "quarters on a GPU (default: the free memory of this machine's device)",
+    )
     add_shared(output, "--quiet")
     return parser
 
@@ -72,7 +84,7 @@ def _generate(args: argparse.Namespace) -> None:
     setup = _prepare(args, len(texts))
     if args.dry_run:
         setup.warn()
-        print(f"{setup.plan.describe()}\n{'kernels:':<17} {describe(setup.implementations)}")
+        print(to_json_line(plan_to_json(setup)) if args.json else plan_to_text(setup))
         return
     # Find every error of the user before loading weights.
     tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
@@ -104,9 +116,25 @@ def _prepare(args: argparse.Namespace, num_prompts: int) -> Setup:
         max_num_seqs=min(max(num_prompts, 1), _MAX_NUM_SEQS),
         prefill_chunk=args.prefill_chunk,
         implementation=args.implementation,
+        device=_device(args),
         assume_streaming=args.dry_run and args.static_sparsity is not None,
         **given(args, AttentionConfig),
     )
+
+
+def _device(args: argparse.Namespace) -> Device | None:
+    """Returns the device to plan for; None for one that must be here. A plan needs none."""
+    if args.memory is not None:
+        if not args.dry_run:
+            raise InputError("--memory is for a plan: give --dry-run too")
+        return device_elsewhere(args.memory)
+    if not args.dry_run:
+        return None
+    try:
+        return this_device()
+    except InputError as error:
+        logger.warning(f"{error}; --memory 80GiB names the memory to plan for")
+        return device_elsewhere()
 
 
 def _read_prompts(texts: list[str], files: list[str]) -> list[str]:

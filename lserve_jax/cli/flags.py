@@ -1,6 +1,7 @@
 """Flags that several commands share, and flags derived from the fields of a dataclass."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
@@ -25,6 +26,18 @@ def local(text: str) -> str:
 def local_path(text: str) -> Path:
     """Returns the path that a text names on this machine, as `local`."""
     return Path(local(text))
+
+
+_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def memory_size(text: str) -> int:
+    """Returns the bytes that a text such as ``80GiB`` names."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
+    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found and found[2].upper() in _UNITS else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of bytes, or one with GB or GiB, such as 80GiB")
+    return size
 
 
 SHARED: dict[str, dict[str, Any]] = {

@@ -463,7 +463,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import jax
 
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    before = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", before)
 
@@ -519,7 +519,7 @@ def test_an_address_of_a_cache_is_left_to_jax(own_cache: None, monkeypatch: pyte
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", address)
     monkeypatch.chdir(tmp_path)
     use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir == address  # type: ignore[attr-defined]
+    assert jax.config.jax_compilation_cache_dir == address
     assert not [*tmp_path.iterdir()]
 
 
