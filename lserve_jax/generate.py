@@ -92,6 +92,7 @@ def _generate(args: argparse.Namespace) -> None:
     for prompt in prompts:
         require_room(len(prompt), setup.sizes.max_model_len)
     params = dataclasses.replace(default_sampling_params(setup.checkpoint), **given(args, SamplingParams))
+    _warn_of_limits(args, max(map(len, prompts)), setup.sizes.max_model_len)
     use_compilation_cache()
     with ProgressBars(is_shown=not args.quiet) as bars:
         llm = LLM.from_setup(
@@ -120,6 +121,15 @@ def _prepare(args: argparse.Namespace, num_prompts: int) -> Setup:
         assume_streaming=args.dry_run and args.static_sparsity is not None,
         **given(args, AttentionConfig),
     )
+
+
+def _warn_of_limits(args: argparse.Namespace, prompt: int, context: int) -> None:
+    room = max(context - prompt, 1)  # a prompt that fills the context still gets a token
+    if args.max_tokens is not None and args.max_tokens > room:
+        logger.warning(
+            f"--max-tokens {args.max_tokens}: after a prompt of {prompt} tokens, the context of {context} "
+            f"(--max-model-len) has room for {room} more"
+        )
 
 
 def _device(args: argparse.Namespace) -> Device | None:

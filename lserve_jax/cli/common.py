@@ -133,6 +133,10 @@ def _cache_folder(named: str | None) -> Path:
     return folder
 
 
+_RATED = {"weights": "B", "prefill": " tokens", "training": " steps"}
+"""The unit of the stages whose speed says something; other stages show how much is done and how long it takes."""
+
+
 class ProgressBars:
     """A progress bar on stderr for the current stage; the caller names the stages."""
 
@@ -151,10 +155,10 @@ class ProgressBars:
             if total == 1:
                 print(f"{stage} …", file=sys.stderr, flush=True)
                 return
-            self._bar = tqdm(desc=stage, total=total, unit_scale=True, file=sys.stderr, leave=True, mininterval=0.3)
+            self._bar = _bar(stage, done, total)
         if self._bar is not None:
             self._bar.total = total
-            self._bar.update(done - self._bar.n)
+            self._bar.update(done - self._bar.n)  # what the first report had done was not timed
             if done >= total:
                 self.close()
 
@@ -171,3 +175,15 @@ class ProgressBars:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _bar(stage: str, done: int, total: int) -> tqdm:
+    """Returns a bar whose speed counts from now on; one that is full at once has no time and no speed."""
+    unit = _RATED.get(stage, "")
+    speed = ", {rate_noinv_fmt}" if unit else ""
+    times = f" [{{elapsed}}<{{remaining}}{speed}]" if done < total else ""
+    form = f"{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}}{unit}{times}"
+    scale = {"unit": unit, "unit_scale": unit == "B"}
+    return tqdm(
+        desc=stage, total=total, initial=done, bar_format=form, file=sys.stderr, leave=True, mininterval=0.3, **scale
+    )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lserve_jax import LLM, AttentionConfig, SamplingParams
+from lserve_jax import LLM, AttentionConfig, SamplingParams, prepare
 from lserve_jax.cli.common import use_compilation_cache
 from lserve_jax.generate import main
 
@@ -216,6 +216,49 @@ def test_dry_run_prints_the_plan_and_touches_no_weights(run: Callable[..., Resul
         *("context", "KV heads", "weights", "retrieval pages", "streaming pages", "KV cache", "total", "memory"),
         *("largest context", "kernels"),
     ]
+
+
+def test_a_plan_can_be_one_json_object(run: Callable[..., Result]):
+    result = run("--dry-run", "--json", "--kv-dtype", "int8")
+    (line,) = result.out.splitlines()
+    found = json.loads(line)
+    plan = prepare(MODEL, max_model_len=128, prefill_chunk=64, max_num_seqs=1, kv_dtype="int8").plan
+    expected = {
+        "max_model_len": 128,
+        "max_num_seqs": 1,
+        "prefill_chunk": 64,
+        "dtype": "float32",
+        "kv_dtype": "int8",
+        "retrieval_heads": 4,
+        "streaming_heads": 0,
+        "retrieval_pages": plan.pools.retrieval,
+        "streaming_pages": 0,
+        "weight_bytes": plan.weight_bytes,
+        "retrieval_bytes": plan.retrieval_bytes,
+        "streaming_bytes": 0,
+        "total_bytes": plan.total_bytes,
+        "fits": True,
+        "implementations": dict.fromkeys(("kv_write", "prefill_attention", "decode_attention"), "xla"),
+    }
+    assert found.items() >= expected.items()
+    assert found.keys() - expected.keys() == {"free_bytes", "largest_context", "refusals"}
+    assert found["largest_context"] > 128
+
+
+def test_more_tokens_than_the_context_has_room_for_are_warned_of(run: Callable[..., Result], llm: LLM):
+    count = len(chat_tokens(llm))
+    room = 128 - count
+    warning = (
+        f"--max-tokens {room + 1}: after a prompt of {count} tokens, the context of 128 (--max-model-len) has room for "
+        f"{room} more"
+    )
+    result = run("--prompt", PROMPT, "--max-tokens", str(room + 1), "--ignore-eos", "--json")
+    assert warning in result.err.splitlines()
+    assert json.loads(result.out)["completion_tokens"] == room
+    result = run("--prompt", PROMPT, "--max-tokens", str(room), "--ignore-eos", "--json")
+    assert "--max-tokens" not in result.err
+    assert json.loads(result.out)["completion_tokens"] == room
+    assert "--max-tokens" not in run("--prompt", PROMPT).err  # the default asks for no certain number
 
 
 def test_help_is_printed_in_full(run: Callable[..., Result]):
