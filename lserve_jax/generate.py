@@ -14,7 +14,7 @@ from lserve_jax.cli.common import (
     set_up_logging,
     use_compilation_cache,
 )
-from lserve_jax.cli.flags import add_attention, add_fields, add_shared, given, memory_size
+from lserve_jax.cli.flags import add_attention, add_fields, add_shared, given, local, memory_size
 from lserve_jax.cli.parser import OneLineParser
 from lserve_jax.cli.report import plan_to_json, plan_to_text, summary, to_json
 from lserve_jax.cli.streams import to_json_line
@@ -44,7 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times, for a batch"
     )
     prompt.add_argument(
-        "--prompt-file", action="append", default=[], metavar="FILE", help="UTF-8 text; - is stdin; as --prompt"
+        "--prompt-file",
+        type=local,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="UTF-8 text; - is stdin; as --prompt",
     )
     prompt.add_argument("--system-prompt", metavar="TEXT", help="the conversation's system message (default: none)")
     prompt.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat format")

@@ -17,7 +17,9 @@ type Group = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 def local(text: str) -> str:
-    """Returns a path as it is; raises `argparse.ArgumentTypeError` for an address such as ``gs://bucket/folder``."""
+    """Returns a path as it is; raises `argparse.ArgumentTypeError` for what is none, as ``gs://bucket/folder``."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a path")
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text!r} must be a path on this machine, not an address")
     return text
@@ -34,10 +36,10 @@ _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2*
 def memory_size(text: str) -> int:
     """Returns the bytes that a text such as ``80GiB`` names."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
-    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found and found[2].upper() in _UNITS else 0
-    if size < 1:
+    size = float(found[1]) * _UNITS[found[2].upper()] if found and found[2].upper() in _UNITS else 0
+    if not 1 <= size < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of bytes, or one with GB or GiB, such as 80GiB")
-    return size
+    return int(size)
 
 
 SHARED: dict[str, dict[str, Any]] = {

@@ -131,7 +131,7 @@ def prepare(
     )
     length = max_model_len or checkpoint.config.max_context
     chunk = min(prefill_chunk or _PREFILL_CHUNK.get(device.platform, _GPU_PREFILL_CHUNK), length)
-    calls = {"prefill_chunk": chunk, "steps_per_call": recall_interval or steps_per_call}
+    calls = {"prefill_chunk": chunk, "steps_per_call": min(recall_interval or steps_per_call, length)}
     sizes = Sizes(max_model_len=length, max_num_seqs=max_num_seqs, **calls)
     plan = plan_memory(config, sizes, available_bytes=device.free_bytes)
     found = {"has_pattern": heads is not None, "has_recall": recall_interval is not None}

@@ -102,6 +102,8 @@ def open_checkpoint(model: str) -> Checkpoint:
 
 def _local_path(model: str) -> Path:
     """Returns the path that ``model`` would be on this machine; raises `InputError` for what can be none."""
+    if not model:
+        raise InputError("the name of the model is empty: name a folder, a .gguf file, a hub id or a known model")
     scheme, is_address, rest = model.partition("://")
     if is_address:
         site, _, hub_id = rest.partition("/")

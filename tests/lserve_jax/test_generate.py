@@ -27,6 +27,7 @@ SAMPLED = str(TINY / "llama31")  # its generation_config.json: do_sample, temper
 # One shape for all runs, so that each program is compiled once.
 SIZES = ("--max-model-len", "128", "--prefill-chunk", "64")
 PROMPT = "hello there"
+HUGE = str(10**30)
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +246,11 @@ def test_a_plan_can_be_one_json_object(run: Callable[..., Result]):
     assert found["largest_context"] > 128
 
 
+def test_a_recall_interval_that_no_answer_reaches_is_no_obstacle(run: Callable[..., Result]):
+    result = run("--prompt", PROMPT, "--max-tokens", "4", "--quiet", "--json", "--recall-interval", str(2**31 - 1))
+    assert json.loads(result.out)["attention_recall"] is None
+
+
 def test_more_tokens_than_the_context_has_room_for_are_warned_of(run: Callable[..., Result], llm: LLM):
     count = len(chat_tokens(llm))
     room = 128 - count
@@ -423,6 +429,11 @@ def test_a_model_of_which_only_shapes_are_known_is_refused(run: Callable[..., Re
         (("--prompt", PROMPT, "--dense-layers", "1,2"), ("dense_layers=[2]", "layers 0 … 1")),
         (("--prompt", PROMPT, "--max-model-len", "0"), ("max_model_len=0 must be a whole number from 1",)),
         (("--prompt", PROMPT, "--prefill-chunk", "-1"), ("prefill_chunk=-1 must be a whole number from 1",)),
+        *(
+            (("--prompt", PROMPT, f"--{name.replace('_', '-')}", HUGE), (f"{name}={HUGE} must be at most 2147483647",))
+            for name in ("max_model_len", "prefill_chunk", "recall_interval", "token_budget", "sink", "local")
+        ),
+        (("--dry-run", "--max-model-len", HUGE), (f"max_model_len={HUGE} must be at most 2147483647",)),
         (("--prompt", PROMPT, "--temperature", "-0.1"), ("temperature", "got -0.1")),
         (("--prompt", PROMPT, "--temperature", "nan"), ("temperature", "got nan")),
         (("--prompt", PROMPT, "--top-p", "0", "--top-k", "-2"), ("top_p", "got 0.0", "top_k", "got -2")),
@@ -574,6 +585,7 @@ def test_an_address_of_a_cache_is_left_to_jax(own_cache: None, monkeypatch: pyte
         ("https://example.org/a/b", ("https://", "download")),
         ("https://huggingface.co/org/name/tree/main", ("a hub id", "org/name")),
         ("https://hf.co/org/name", ("a hub id", "org/name")),
+        ("", ("the name of the model is empty",)),
         ("~no-such-user/model", ("no such home folder",)),
     ],
 )

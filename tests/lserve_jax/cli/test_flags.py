@@ -352,6 +352,26 @@ def test_an_address_where_a_path_is_meant_is_refused(command: str, flag: str, ca
     assert line.startswith(f"error: {flag} 'gs://bucket/x' must be a path on this machine, not an address")
 
 
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_what_is_no_path_is_refused(path: str, capsys: pytest.CaptureFixture[str]):
+    for command, flag in (("generate", "--prompt-file"), ("generate", "--head-pattern"), ("convert", "--out")):
+        assert f"error: {flag} {path!r} must be a path (" in refusal(command, [f"{flag}={path}"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GiB", 80 * 2**30), ("80gb", 80 * 10**9), ("1.5 TiB", 3 * 2**39), ("512MB", 512 * 10**6), ("4096", 4096)],
+)
+def test_a_memory_is_a_number_of_bytes_or_has_a_unit(text: str, size: int):
+    assert generate.build_parser().parse_args(["--memory", text]).memory == size
+
+
+@pytest.mark.parametrize("text", ["0", "80G", "-1", "nan", "", "GiB", "1e3GB", f"{10**30}GiB", "9" * 400])
+def test_a_memory_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]):
+    line = refusal("generate", [f"--memory={text}"], capsys)
+    assert line.startswith(f"error: --memory {text!r} must be a number of bytes, or one with GB or GiB, such as 80GiB")
+
+
 def test_the_help_says_how_to_stop_at_a_newline():
     assert "--stop TEXT" in help_of("generate")
     assert "a newline is written $'\\n'" in help_of("generate")
