@@ -158,8 +158,9 @@ def _check(args: argparse.Namespace) -> None:
     require_target(args.out, CHECKPOINT_FILE if args.method == "train" else None)
     if args.prompts < 1:
         raise InputError(f"--prompts {args.prompts} must be at least 1")
-    if args.held_out < 0:
-        raise InputError(f"--held-out {args.held_out} must be at least 0")
+    for name in ("held_out", "seed"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0")
     if args.length <= args.sink + args.local:
         raise InputError(
             f"--length {args.length} must be more than --sink {args.sink} and --local {args.local} together: "

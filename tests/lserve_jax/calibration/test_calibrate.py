@@ -167,6 +167,7 @@ def check_refusal(result: Result, message: str) -> None:
     [
         ("--prompts 0", "--prompts 0 must be at least 1"),
         ("--held-out -1", "--held-out -1 must be at least 0"),
+        ("--seed -1 --score random", "--seed -1 must be at least 0"),
         ("--length 80", "--length 80 must be more than --sink 16 and --local 64 together"),
         ("--length 500", "length=500 is too short for a"),
         ("--sink -1", "sink=-1 must be a whole number from 0"),
