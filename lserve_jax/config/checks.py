@@ -5,14 +5,14 @@ from typing import Any
 
 from lserve_jax.config.errors import InputError
 
-LARGEST = 2**31 - 1
+LARGEST_INT = 2**31 - 1
 """The largest setting: positions and page numbers have 32 bits."""
 
 
 def require_whole(name: str, value: Any, least: int = 1) -> int:
-    """Returns the value as an `int`; raises `InputError` unless it is a whole number from ``least`` to `LARGEST`."""
+    """Returns the value as an `int`; raises `InputError` unless it is whole and from ``least`` to `LARGEST_INT`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise InputError(f"{name}={value!r} must be a whole number from {least}")
-    if value > LARGEST:
-        raise InputError(f"{name}={value!r} must be at most {LARGEST}")
+    if value > LARGEST_INT:
+        raise InputError(f"{name}={value!r} must be at most {LARGEST_INT}")
     return int(value)
