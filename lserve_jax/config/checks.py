@@ -13,6 +13,6 @@ def require_whole(name: str, value: Any, least: int = 1) -> int:
     """Returns the value as an `int`; raises `InputError` unless it is whole and from ``least`` to `LARGEST_INT`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise InputError(f"{name}={value!r} must be a whole number from {least}")
-    if value > LARGEST_INT:
+    if int(value) > LARGEST_INT:
         raise InputError(f"{name}={value!r} must be at most {LARGEST_INT}")
     return int(value)
