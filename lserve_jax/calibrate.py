@@ -30,14 +30,14 @@ from lserve_jax.calibration.scores import (
 from lserve_jax.calibration.shares import describe, expected_losses, num_readings
 from lserve_jax.calibration.training import TrainingConfig, train
 from lserve_jax.cli.common import (
-    OneLineParser,
     ProgressBars,
     required_tokenizer,
     run_command,
     set_up_logging,
     use_compilation_cache,
 )
-from lserve_jax.cli.flags import add_fields, add_shared, given, whole
+from lserve_jax.cli.flags import add_fields, add_shared, given, local_path, whole
+from lserve_jax.cli.parser import OneLineParser
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import QUOTAS
@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_shared(parser, "--model", "--tokenizer")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="DIR",
         help="folder to write: new, empty, or of an interrupted run, which then goes on",
@@ -135,8 +135,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr that says what to change."""
-    args = build_parser().parse_args(argv)
-    return run_command(lambda: _calibrate(args), when_stopped="stopped: the same command goes on from here")
+    return run_command(lambda: _run(build_parser().parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    try:
+        _calibrate(args)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped: the same command goes on from here") from None
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -187,8 +193,9 @@ def _check(args: argparse.Namespace) -> None:
     require_target(args.out)
     if args.prompts < 1:
         raise InputError(f"--prompts {args.prompts} must be at least 1")
-    if args.held_out < 0:
-        raise InputError(f"--held-out {args.held_out} must be at least 0")
+    for name in ("held_out", "seed"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0")
     if args.length <= args.sink + args.local:
         raise InputError(
             f"--length {args.length} must be more than --sink {args.sink} and --local {args.local} together: "

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from lserve_jax.cli.common import OneLineParser, ProgressBars, run_command
-from lserve_jax.cli.flags import add_shared
+from lserve_jax.cli.common import ProgressBars, run_command
+from lserve_jax.cli.flags import add_shared, local_path
+from lserve_jax.cli.parser import OneLineParser
+from lserve_jax.engine.device import this_device
 from lserve_jax.text.folder import TEMPLATE_FOLDER
 from lserve_jax.text.tokenizer import Tokenizer, TokenizerSource, open_tokenizer, tokenizer_source
 from lserve_jax.weights import orbax
@@ -27,15 +29,20 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of all flags."""
     parser = OneLineParser(prog="python -m lserve_jax.convert", description=__doc__)
     add_shared(parser, "--model", "--tokenizer")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must be new or empty")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="folder to write; must be new or empty"
+    )
     add_shared(parser, "--dtype", help="element type of the weights; auto is the model's own (default: %(default)s)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr that says what to change."""
-    args = build_parser().parse_args(argv)
-    return run_command(lambda: convert(args.model, args.out, args.dtype, args.tokenizer))
+    return run_command(lambda: _convert(build_parser().parse_args(argv)))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    convert(args.model, args.out, args.dtype, args.tokenizer)
 
 
 def convert(model: str, out: Path, dtype: str = "auto", tokenizer: str | None = None) -> None:
@@ -51,6 +58,7 @@ def convert(model: str, out: Path, dtype: str = "auto", tokenizer: str | None = 
       InputError: if the model cannot be loaded or the folder is not empty; nothing is left behind.
     """
     orbax.check_target(out)
+    this_device()  # which holds the weights on their way
     checkpoint = open_checkpoint(model)
     source = tokenizer_source(checkpoint.tokenizer_source, tokenizer)
     if tokenizer is not None or not isinstance(source, Path):

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 
-from lserve_jax.cli.common import OneLineParser, ProgressBars, run_command, set_up_logging, use_compilation_cache
+from lserve_jax.cli.common import ProgressBars, run_command, set_up_logging, use_compilation_cache
+from lserve_jax.cli.parser import OneLineParser
 from lserve_jax.cli.report import summary
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.engine.setup import DEFAULT_MODEL, prepare
@@ -17,9 +18,14 @@ TOKEN_BUDGET = 1024
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if the answer is right, 1 if it is wrong, 2 if the demo cannot run."""
-    OneLineParser(prog="python -m lserve_jax.demo", description=__doc__).parse_args(argv)
+    parser = OneLineParser(prog="python -m lserve_jax.demo", description=__doc__)
     is_right: list[bool] = []
-    status = run_command(lambda: is_right.append(_answer()))
+
+    def command() -> None:
+        parser.parse_args(argv)
+        is_right.append(_answer())
+
+    status = run_command(command)
     return status or (0 if all(is_right) else 1)
 
 

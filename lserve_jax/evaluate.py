@@ -12,18 +12,18 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from lserve_jax.cli.common import (
-    OneLineParser,
     ProgressBars,
     required_tokenizer,
     run_command,
     set_up_logging,
     use_compilation_cache,
 )
-from lserve_jax.cli.flags import SHARED, add_fields, add_shared, given, whole
+from lserve_jax.cli.flags import SHARED, add_fields, add_shared, given, local_path, whole
+from lserve_jax.cli.parser import OneLineParser
+from lserve_jax.cli.streams import to_json_line
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
 from lserve_jax.engine.setup import Setup, model_settings, prepare
@@ -64,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_shared(model, "--max-num-seqs/--batch", default=4)
     add_fields(parser.add_argument_group("prompts"), PromptSettings)
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, required=True, metavar="DIR", help="results; a run there is continued")
+    output.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="results; a run there is continued"
+    )
     add_shared(output, "--recall-interval")
     output.add_argument("--json", action="store_true", help="print the summary as JSON, one cell per line")
     add_shared(output, "--quiet")
@@ -101,9 +103,16 @@ def _add_comparison(group: argparse._ArgumentGroup) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 2 after one line on stderr that says what to change; 130 if stopped."""
-    args = build_parser().parse_args(argv)
-    when_stopped = f"stopped: what was done is in {args.out}, and the same command goes on from there"
-    return run_command(lambda: _evaluate(args), when_stopped=when_stopped)
+    return run_command(lambda: _run(build_parser().parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> None:
+    try:
+        _evaluate(args)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped: what was done is in {args.out}, and the same command goes on from there"
+        ) from None
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -230,7 +239,7 @@ def _report(args: argparse.Namespace, store: Store, reference: str, axes: Sequen
     summary = {"settings": store.settings, "cells": cells, "ablation": [asdict(setting) for setting in axes]}
     write_whole(args.out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     if args.json:
-        print("\n".join(json.dumps(cell, ensure_ascii=False) for cell in cells))
+        print("\n".join(to_json_line(cell) for cell in cells))
     elif axes:
         print("\n\n".join(f"{axis}\n{format_tables(members)}" for axis, members in by_axis.items()))
     else:

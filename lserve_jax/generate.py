@@ -10,31 +10,32 @@ from pathlib import Path
 from typing import Any
 
 from lserve_jax.cli.common import (
-    OneLineParser,
     ProgressBars,
     required_tokenizer,
     run_command,
     set_up_logging,
     use_compilation_cache,
 )
-from lserve_jax.cli.flags import add_attention, add_fields, add_shared, given
-from lserve_jax.cli.report import summary, to_json
+from lserve_jax.cli.flags import add_attention, add_fields, add_shared, given, local, memory_size
+from lserve_jax.cli.parser import OneLineParser
+from lserve_jax.cli.report import plan_to_json, plan_to_text, summary, to_json
+from lserve_jax.cli.streams import to_json_line
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.sampling import SamplingParams
+from lserve_jax.engine.device import Device, device_elsewhere, this_device
 from lserve_jax.engine.inputs import naming_the_prompt, require_ids
 from lserve_jax.engine.outputs import RequestOutput
 from lserve_jax.engine.request import require_room
 from lserve_jax.engine.setup import Setup, default_sampling_params, prepare
 from lserve_jax.llm import LLM
-from lserve_jax.runtime.implementations import describe
 from lserve_jax.text.chat import ChatOptions
 from lserve_jax.text.tokenizer import Tokenizer
 
+logger = logging.getLogger("lserve_jax")
+
 _MAX_NUM_SEQS = 8
 _CHAT_FLAGS = ("--system-prompt", "--assistant-prefix", "--chat-template", "--chat-template-config", "--tools")
-
-logger = logging.getLogger("lserve_jax")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times, for a batch"
     )
     prompt.add_argument(
-        "--prompt-file", action="append", default=[], metavar="FILE", help="UTF-8 text; - is stdin; as --prompt"
+        "--prompt-file",
+        type=local,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="UTF-8 text; - is stdin; as --prompt",
     )
     prompt.add_argument("--system-prompt", metavar="TEXT", help="the conversation's system message (default: none)")
     prompt.add_argument("--assistant-prefix", metavar="TEXT", help="begins the answer; only what follows is printed")
@@ -69,16 +75,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_attention(attention)
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print one JSON object per prompt, one per line")
+    output.add_argument(
+        "--json", action="store_true", help="print one JSON object per prompt, one per line, or one for the plan"
+    )
     output.add_argument("--dry-run", action="store_true", help="print the memory plan and stop; loads no weights")
+    output.add_argument(
+        "--memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="plan for a device of another machine with this much memory, such as 80GiB, of which jax takes three "
+        "quarters on a GPU (default: the free memory of this machine's device)",
+    )
     add_shared(output, "--quiet")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr that says what to change."""
-    args = build_parser().parse_args(argv)
-    return run_command(lambda: _generate(args))
+    return run_command(lambda: _generate(build_parser().parse_args(argv)))
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -92,7 +106,7 @@ def _generate(args: argparse.Namespace) -> None:
     setup = _prepare(args, len(texts))
     if args.dry_run:
         setup.warn()
-        print(f"{setup.plan.describe()}\n{'kernels:':<17} {describe(setup.implementations)}")
+        print(to_json_line(plan_to_json(setup)) if args.json else plan_to_text(setup))
         return
     # Find every error of the user before loading weights.
     tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
@@ -104,6 +118,7 @@ def _generate(args: argparse.Namespace) -> None:
         with naming_the_prompt(number, len(prompts)):
             require_ids(prompt, setup.config.model.vocab_size)
             require_room(len(prompt), setup.sizes.max_model_len)
+    _warn_of_limits(args, max(map(len, prompts)), setup.sizes.max_model_len)
     use_compilation_cache()
     with ProgressBars(is_shown=not args.quiet) as bars:
         llm = LLM.from_setup(
@@ -112,7 +127,7 @@ def _generate(args: argparse.Namespace) -> None:
         outputs = _run(llm, prompts, params, is_streaming=not args.json, bars=bars)
     for output in outputs:
         if args.json:
-            print(json.dumps(to_json(llm, output), ensure_ascii=False), flush=True)
+            print(to_json_line(to_json(llm, output)), flush=True)
     if not args.quiet:
         print(summary(llm, outputs), file=sys.stderr)
 
@@ -128,9 +143,34 @@ def _prepare(args: argparse.Namespace, num_prompts: int) -> Setup:
         max_num_seqs=min(max(num_prompts, 1), _MAX_NUM_SEQS),
         prefill_chunk=args.prefill_chunk,
         implementation=args.implementation,
+        device=_device(args),
         assume_streaming=args.dry_run and args.static_sparsity is not None,
         **given(args, AttentionConfig),
     )
+
+
+def _warn_of_limits(args: argparse.Namespace, prompt: int, context: int) -> None:
+    room = max(context - prompt, 1)  # a prompt that fills the context still gets a token
+    if args.max_tokens is not None and args.max_tokens > room:
+        logger.warning(
+            f"--max-tokens {args.max_tokens}: after a prompt of {prompt} tokens, the context of {context} "
+            f"(--max-model-len) has room for {room} more"
+        )
+
+
+def _device(args: argparse.Namespace) -> Device | None:
+    """Returns the device to plan for; None for one that must be here. A plan needs none."""
+    if args.memory is not None:
+        if not args.dry_run:
+            raise InputError("--memory is for a plan: give --dry-run too")
+        return device_elsewhere(args.memory)
+    if not args.dry_run:
+        return None
+    try:
+        return this_device()
+    except InputError as error:
+        logger.warning(f"{error}; --memory 80GiB names the memory to plan for")
+        return device_elsewhere()
 
 
 def _read_prompts(texts: list[str], files: list[str]) -> list[str]:

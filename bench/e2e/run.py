@@ -119,7 +119,7 @@ class Run:
         if name != "longest":
             return length_of(name)
         shortest = self.subject(Point("prefill", preset, self.args.chunk, batch))
-        longest = min(shortest.plan(available_bytes=self.available).largest_context, LONGEST)
+        longest = min(shortest.plan(available_bytes=self.available).largest_context or 0, LONGEST)
         return max(longest // 2**16 * 2**16, self.args.chunk)
 
     def points(self) -> list[Point]:

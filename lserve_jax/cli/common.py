@@ -1,66 +1,72 @@
 """What the commands share: one-line errors, exit status, logging, progress bars, the compilation cache on disk."""
 
-import argparse
 import logging
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Self
 
 import jax
 from tqdm import tqdm
 
+from lserve_jax.cli.parser import WRONG, error_line
+from lserve_jax.cli.streams import open_streams, settle_stdout
 from lserve_jax.config.errors import InputError
 from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 from lserve_jax.weights.embedded import default_cache_folder
 from lserve_jax.weights.load import Checkpoint
 
-# Exit status that a shell expects after a wrong call, SIGINT and SIGPIPE.
-_WRONG, _STOPPED, _BROKEN_PIPE = 2, 128 + 2, 128 + 13
+logger = logging.getLogger("lserve_jax")
+
+# Exit status that a shell expects after SIGINT and SIGPIPE.
+_STOPPED, _BROKEN_PIPE = 128 + 2, 128 + 13
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage message before it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program with status 2."""
-        message = re.sub(r"^argument (\S+): (?=')", r"\1 ", message)  # --sink 'x' must be a whole number
-        self.exit(_WRONG, _error_line(f"{message} (--help lists the flags)"))
-
-
-def run_command(command: Callable[[], None], *, when_stopped: str = "stopped") -> int:
+def run_command(command: Callable[[], None]) -> int:
     """Returns the exit status of a command: 0; 2 after one line on stderr that says what to change; 130 if stopped.
 
     Args:
-      command: the work; the user can correct its `InputError` and `OSError`. Other exceptions keep their traceback.
-      when_stopped: the line on stderr after Ctrl-C.
+      command: the work, reading the arguments included. The user can correct its `InputError` and `OSError`; Ctrl-C is
+        a `KeyboardInterrupt`, whose text, if any, is printed. Other exceptions keep their traceback.
     """
+    open_streams()
     try:
         command()
+        sys.stdout.flush()  # here, because an error at exit would be a traceback
+    except SystemExit:  # of a parser, which has said why or printed its help
+        settle_stdout()
+        raise
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
+        settle_stdout()
         return _BROKEN_PIPE
     except OSError as error:
-        sys.stderr.write(_error_line(f"{error.filename or 'input or output'}: {error.strerror or error}"))
-        return _WRONG
+        return _wrong(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except InputError as error:
-        sys.stderr.write(_error_line(str(error)))
-        return _WRONG
+        return _wrong(str(error))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sys.stderr.write(
-            _error_line(f"the device is out of memory; lower --max-model-len or --prefill-chunk ({error})")
-        )
-        return _WRONG
-    except KeyboardInterrupt:
-        print(when_stopped, file=sys.stderr)
+        return _wrong(f"the device is out of memory; lower --max-model-len or --prefill-chunk ({error})")
+    except KeyboardInterrupt as stop:
+        settle_stdout()
+        _say(f"{str(stop) or 'stopped'}\n")
         return _STOPPED
     return 0
+
+
+def _wrong(message: str) -> int:
+    settle_stdout()
+    _say(error_line(message))
+    return WRONG
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # a full disk under stderr
+        sys.stderr.write(text)
 
 
 def set_up_logging(*, is_quiet: bool = False, is_once: bool = False) -> None:
@@ -96,17 +102,24 @@ def required_tokenizer(checkpoint: Checkpoint, named: str | None) -> Tokenizer:
     return tokenizer
 
 
-def _error_line(message: str) -> str:
-    return f"error: {' '.join(message.split())}\n"
-
-
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk between runs, unless JAX_COMPILATION_CACHE_DIR names a folder already.
+    """Keeps compiled programs on disk between runs: where JAX_COMPILATION_CACHE_DIR says, else in the user's cache.
 
-    Raises:
-      InputError: if the folder cannot be written to.
+    Where nothing can be written, a warning says so, and programs are compiled anew in each run.
     """
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if named and "://" in named:  # an address, such as gs://bucket/folder, which jax has read already
+        return
+    try:
+        folder = str(_cache_folder(named))
+    except InputError as error:
+        logger.warning(f"compiled programs are not kept: {error}")
+        folder = None
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _cache_folder(named: str | None) -> Path:
     folder = Path(named) if named else default_cache_folder() / "compiled"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,8 +130,11 @@ def use_compilation_cache() -> None:
             f"cache folder {folder} cannot be written to ({error.strerror}): "
             f"set {'JAX_COMPILATION_CACHE_DIR' if named else 'XDG_CACHE_HOME'} to a folder that can"
         ) from None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return folder
+
+
+_RATED = {"weights": "B", "prefill": " tokens", "training": " steps"}
+"""The unit of the stages whose speed says something; other stages show how much is done and how long it takes."""
 
 
 class ProgressBars:
@@ -139,10 +155,10 @@ class ProgressBars:
             if total == 1:
                 print(f"{stage} …", file=sys.stderr, flush=True)
                 return
-            self._bar = tqdm(desc=stage, total=total, unit_scale=True, file=sys.stderr, leave=True, mininterval=0.3)
+            self._bar = _bar(stage, done, total)
         if self._bar is not None:
             self._bar.total = total
-            self._bar.update(done - self._bar.n)
+            self._bar.update(done - self._bar.n)  # what the first report had done was not timed
             if done >= total:
                 self.close()
 
@@ -159,3 +175,15 @@ class ProgressBars:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _bar(stage: str, done: int, total: int) -> tqdm:
+    """Returns a bar whose speed counts from now on; one that is full at once has no time and no speed."""
+    unit = _RATED.get(stage, "")
+    speed = ", {rate_noinv_fmt}" if unit else ""
+    times = f" [{{elapsed}}<{{remaining}}{speed}]" if done < total else ""
+    form = f"{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}}{unit}{times}"
+    scale = {"unit": unit, "unit_scale": unit == "B"}
+    return tqdm(
+        desc=stage, total=total, initial=done, bar_format=form, file=sys.stderr, leave=True, mininterval=0.3, **scale
+    )

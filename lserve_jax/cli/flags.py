@@ -1,8 +1,10 @@
 """Flags that several commands share, and flags derived from the fields of a dataclass."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field
+from pathlib import Path
 from typing import Any
 
 from lserve_jax.config.attention import PRESETS, AttentionConfig
@@ -13,12 +15,40 @@ from lserve_jax.engine.setup import DEFAULT_MODEL, IMPLEMENTATIONS
 
 type Group = argparse.ArgumentParser | argparse._ArgumentGroup
 
+
+def local(text: str) -> str:
+    """Returns a path as it is; raises `argparse.ArgumentTypeError` for what is none, as ``gs://bucket/folder``."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a path")
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a path on this machine, not an address")
+    return text
+
+
+def local_path(text: str) -> Path:
+    """Returns the path that a text names on this machine, as `local`."""
+    return Path(local(text))
+
+
+_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def memory_size(text: str) -> int:
+    """Returns the bytes that a text such as ``80GiB`` names."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
+    size = float(found[1]) * _UNITS[found[2].upper()] if found and found[2].upper() in _UNITS else 0
+    if not 1 <= size < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of bytes, or one with GB or GiB, such as 80GiB")
+    return int(size)
+
+
 SHARED: dict[str, dict[str, Any]] = {
     "--model": {
         "default": DEFAULT_MODEL,
         "help": "folder, .gguf file, hub id or name (default: %(default)s)",
     },
     "--tokenizer": {
+        "type": local,
         "metavar": "PATH",
         "help": "folder or .gguf file to take the tokenizer from (default: the model's own)",
     },
@@ -58,6 +88,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "preset (default: %(default)s)",
     },
     "--head-pattern": {
+        "type": local,
         "metavar": "DIR",
         "help": "head gates in DuoAttention's format (default: those that ship for the model, if any)",
     },

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lserve_jax.engine.outputs import RequestOutput
+from lserve_jax.engine.setup import Setup
 from lserve_jax.llm import LLM
 from lserve_jax.runtime.implementations import by_op, describe, refusals
 
@@ -47,6 +48,38 @@ def _logprobs(output: RequestOutput) -> dict[str, Any]:
     """Returns the log-probabilities that were asked for; the likeliest tokens as pairs of id and log-probability."""
     names = ("logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
     return {name: found for name in names if (found := getattr(output, name)) is not None}
+
+
+def plan_to_json(setup: Setup) -> dict[str, Any]:
+    """Returns what ``--dry-run --json`` prints; None stands for what is not known because the device is not here."""
+    plan, config = setup.plan, setup.config
+    heads, kept = config.model.num_layers * config.model.num_kv_heads, sum(config.num_retrieval)
+    return {
+        "max_model_len": plan.sizes.max_model_len,
+        "max_num_seqs": plan.sizes.max_num_seqs,
+        "prefill_chunk": plan.sizes.prefill_chunk,
+        "dtype": config.dtype,
+        "kv_dtype": config.kv_dtype,
+        "retrieval_heads": kept,
+        "streaming_heads": heads - kept,
+        "retrieval_pages": plan.pools.retrieval,
+        "streaming_pages": plan.pools.streaming,
+        "weight_bytes": plan.weight_bytes,
+        "retrieval_bytes": plan.retrieval_bytes,
+        "streaming_bytes": plan.streaming_bytes,
+        "total_bytes": plan.total_bytes,
+        "free_bytes": plan.available_bytes,
+        "fits": None if plan.available_bytes is None else plan.fits,
+        "largest_context": plan.largest_context,
+        "implementations": by_op(setup.implementations) or None,
+        "refusals": refusals(setup.implementations) or None,
+    }
+
+
+def plan_to_text(setup: Setup) -> str:
+    """Returns what ``--dry-run`` prints for people."""
+    kernels = describe(setup.implementations) if setup.device.is_here else "not known: the device is not here"
+    return f"{setup.plan.describe()}\n{'kernels:':<17} {kernels}"
 
 
 def summary(llm: LLM, outputs: Sequence[RequestOutput]) -> str:

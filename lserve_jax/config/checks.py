@@ -5,9 +5,14 @@ from typing import Any
 
 from lserve_jax.config.errors import InputError
 
+LARGEST_INT = 2**31 - 1
+"""The largest setting: positions and page numbers have 32 bits."""
+
 
 def require_whole(name: str, value: Any, least: int = 1) -> int:
-    """Returns the value as a plain `int`; raises `InputError` unless it is a whole number from ``least``."""
+    """Returns the value as an `int`; raises `InputError` unless it is whole and from ``least`` to `LARGEST_INT`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise InputError(f"{name}={value!r} must be a whole number from {least}")
+    if int(value) > LARGEST_INT:
+        raise InputError(f"{name}={value!r} must be at most {LARGEST_INT}")
     return int(value)

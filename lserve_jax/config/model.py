@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lserve_jax.config.checks import LARGEST_INT
 from lserve_jax.config.errors import InputError
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
@@ -16,7 +17,6 @@ AUTO_DTYPES = {"bfloat16": "bfloat16", "float16": "bfloat16", "float32": "float3
 
 
 DEFAULT_THETA = 10000.0
-LARGEST_INT = 2**31 - 1  # positions and token ids are int32
 LARGEST_NUMBER = 1e30  # above any frequency base; its products still fit into a float
 
 

@@ -101,7 +101,8 @@ class SamplingParams:
     stop: Texts = field(
         default=(),
         metadata={
-            "help": "end before this text, which may contain control tokens; may be given several times",
+            "help": "end before this text, which may contain control tokens; may be given several times; "
+            "in a shell, a newline is written $'\\n'",
             "metavar": "TEXT",
         },
     )

@@ -52,7 +52,12 @@ def dense_bf16_bytes(config: InferenceConfig, tokens: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of weights and cache; see `plan_memory`."""
+    """Bytes of weights and cache; see `plan_memory`.
+
+    Attributes:
+      available_bytes: free memory of the device; None if it is not known.
+      largest_context: tokens per sequence that fit; None if the memory is not known.
+    """
 
     config: InferenceConfig
     sizes: Sizes
@@ -60,8 +65,8 @@ class MemoryPlan:
     weight_bytes: int
     retrieval_bytes: int
     streaming_bytes: int
-    available_bytes: int
-    largest_context: int
+    available_bytes: int | None
+    largest_context: int | None
 
     @property
     def total_bytes(self) -> int:
@@ -70,12 +75,12 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Returns whether weights and cache leave enough memory for the steps."""
-        return self.total_bytes <= self.available_bytes * _HEADROOM
+        """Returns whether weights and cache leave enough memory for the steps, as far as is known."""
+        return self.available_bytes is None or self.total_bytes <= self.available_bytes * _HEADROOM
 
     def require_fit(self) -> None:
         """Raises `InputError` if this context does not fit; the message names the largest one that does."""
-        if self.fits:
+        if self.available_bytes is None or self.fits:
             return
         remedy = (
             f"the largest context that fits is {self.largest_context} tokens (max_model_len)"
@@ -96,7 +101,6 @@ class MemoryPlan:
         retrieval, streaming = page_bytes(config)
         heads = config.model.num_layers * config.model.num_kv_heads
         kept = sum(config.num_retrieval)
-        fits = "fits" if self.fits else "DOES NOT FIT"
         rows = [
             ("context", f"{length:,} tokens x {sequences} sequence(s)"),
             ("KV heads", f"{kept} retrieval + {heads - kept} streaming of {heads}"),
@@ -105,21 +109,27 @@ class MemoryPlan:
             ("streaming pages", f"{self.pools.streaming:,} x {streaming:,} = {self.streaming_bytes:,} bytes"),
             ("KV cache", f"{cache:,} bytes ({_gib(cache)}, {config.kv_dtype}), {cache / dense:.2f}x of dense bfloat16"),
             ("total", f"{self.total_bytes:,} bytes ({_gib(self.total_bytes)})"),
-            ("memory", f"{_gib(self.available_bytes)} free, {_HEADROOM:.0%} of it usable: {fits}"),
-            ("largest context", f"{self.largest_context:,} tokens x {sequences} sequence(s)"),
+            ("memory", self._describe_memory()),
         ]
+        if self.largest_context is not None:
+            rows.append(("largest context", f"{self.largest_context:,} tokens x {sequences} sequence(s)"))
         return "\n".join(f"{name + ':':<17} {value}" for name, value in rows)
 
+    def _describe_memory(self) -> str:
+        if self.available_bytes is None:
+            return "not known: the device is not here"
+        fits = "fits" if self.fits else "DOES NOT FIT"
+        return f"{_gib(self.available_bytes)} free, {_HEADROOM:.0%} of it usable: {fits}"
 
-def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int | None = None) -> MemoryPlan:
+
+def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int | None) -> MemoryPlan:
     """Returns the memory for ``sizes.max_num_seqs`` sequences of ``sizes.max_model_len`` tokens. Loads nothing.
 
     Args:
       config: model, sparsity and number types.
       sizes: sequences, context and calls.
-      available_bytes: memory to plan for; None takes the free memory of the device.
+      available_bytes: memory to plan for; None if it is not known, and then the plan does not say what fits.
     """
-    available = free_memory() if available_bytes is None else available_bytes
     weights = tree_bytes(abstract_params(config.model, config.dtype))
     retrieval, streaming = page_bytes(config)
 
@@ -129,9 +139,9 @@ def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int |
 
     page = config.attention.page_size
     low, high = 0, (2**31 - 1) // page  # lengths are int32; in pages
-    while low < high:
+    while available_bytes is not None and low < high:
         middle = (low + high + 1) // 2
-        fits = needed(middle * page) <= available * _HEADROOM
+        fits = needed(middle * page) <= available_bytes * _HEADROOM
         low, high = (middle, high) if fits else (low, middle - 1)
     pools = padded(config, PoolSizes.of(config, sizes))
     return MemoryPlan(
@@ -141,8 +151,8 @@ def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int |
         weight_bytes=weights,
         retrieval_bytes=pools.retrieval * retrieval,
         streaming_bytes=pools.streaming * streaming,
-        available_bytes=available,
-        largest_context=low * page,
+        available_bytes=available_bytes,
+        largest_context=None if available_bytes is None else low * page,
     )
 
 

@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from lserve_jax.config.attention import AttentionConfig, from_preset
@@ -19,6 +18,7 @@ from lserve_jax.config.heads import CONFIG_FILE, GATES_FILE, HeadClasses, classi
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.config.sizes import Sizes, check_sizes
+from lserve_jax.engine.device import Device, overlooked_gpu, this_device
 from lserve_jax.engine.memory import MemoryPlan, plan_memory
 from lserve_jax.runtime.implementations import describe, implementations
 from lserve_jax.weights import embedded
@@ -41,6 +41,7 @@ class Setup:
       checkpoint: the open checkpoint.
       config: model, attention, head classes and number types.
       plan: sizes and memory.
+      device: what it is for.
       has_pattern: whether a head pattern says which heads stream.
       has_recall: whether the recall of page selection is measured.
     """
@@ -48,6 +49,7 @@ class Setup:
     checkpoint: Checkpoint
     config: InferenceConfig
     plan: MemoryPlan
+    device: Device
     has_pattern: bool = False
     has_recall: bool = False
 
@@ -58,7 +60,12 @@ class Setup:
 
     @cached_property
     def implementations(self) -> tuple[Choice, ...]:
-        """Returns the implementations of the ops, and why others refused (see `lserve_jax.runtime.implementations`)."""
+        """Returns the implementations of the ops, and why others refused (see `lserve_jax.runtime.implementations`).
+
+        Empty for a device that is not here.
+        """
+        if not self.device.is_here:
+            return ()
         return implementations(self.config, self.sizes, self.plan.pools)
 
     @cached_property
@@ -85,6 +92,7 @@ def prepare(
     implementation: str | None = None,
     assume_streaming: bool = False,
     recall_interval: int | None = None,
+    device: Device | None = None,
     **options: Any,
 ) -> Setup:
     """Returns the settings of an engine, validated; reads metadata only.
@@ -104,6 +112,7 @@ def prepare(
       recall_interval: decode steps from one measurement of the recall of page selection to the next, which are then
         also the steps per call; None measures nothing and costs nothing. An interval that is not a multiple of
         ``selector_interval`` measures selections of every age.
+      device: the device to plan for; None takes jax's default device (`lserve_jax.engine.device.this_device`).
       **options: fields of `AttentionConfig` that replace the preset's and the pattern's; None keeps theirs, and
         ``token_budget="all"`` lifts a preset's budget.
 
@@ -113,6 +122,7 @@ def prepare(
     named = {"max_model_len": max_model_len, "prefill_chunk": prefill_chunk, "recall_interval": recall_interval}
     _check(implementation, max_num_seqs=max_num_seqs, steps_per_call=steps_per_call, **named)
     from_preset(attention, **options)  # reports invalid options before a checkpoint is opened
+    device = device or this_device()
     checkpoint = open_checkpoint(model)
     policy = from_preset(attention, of_model=model_settings(checkpoint, head_pattern), **options)
     heads = _head_classes(checkpoint, policy, head_pattern, assume_streaming)
@@ -121,12 +131,12 @@ def prepare(
         model=checkpoint.config, attention=policy, heads=heads, dtype=dtype, implementation=named_implementation
     )
     length = max_model_len or checkpoint.config.max_context
-    chunk = min(prefill_chunk or _PREFILL_CHUNK.get(jax.default_backend(), _GPU_PREFILL_CHUNK), length)
-    calls = {"prefill_chunk": chunk, "steps_per_call": recall_interval or steps_per_call}
+    chunk = min(prefill_chunk or _PREFILL_CHUNK.get(device.platform, _GPU_PREFILL_CHUNK), length)
+    calls = {"prefill_chunk": chunk, "steps_per_call": min(recall_interval or steps_per_call, length)}
     sizes = Sizes(max_model_len=length, max_num_seqs=max_num_seqs, **calls)
-    plan = plan_memory(config, sizes)
-    has_recall = recall_interval is not None
-    setup = Setup(checkpoint=checkpoint, config=config, plan=plan, has_pattern=heads is not None, has_recall=has_recall)
+    plan = plan_memory(config, sizes, available_bytes=device.free_bytes)
+    found = {"has_pattern": heads is not None, "has_recall": recall_interval is not None}
+    setup = Setup(checkpoint=checkpoint, config=config, plan=plan, device=device, **found)
     if config.implementation is not None:
         try:  # here, before anything is loaded
             _ = setup.implementations
@@ -153,7 +163,9 @@ def _warnings(setup: Setup) -> Iterator[str]:
             f"max_model_len={setup.sizes.max_model_len} is beyond the {model.max_context} tokens that this model was "
             "made for: expect nonsense past them"
         )
-    if jax.default_backend() == "gpu":
+    if (warning := overlooked_gpu(setup.device)) is not None:
+        yield warning
+    if setup.device.platform == "gpu":
         slow = [choice for choice in setup.implementations if choice.implementation == "xla" and choice.refusals]
         if slow:
             yield f"attention is slow on this GPU: {describe(slow, with_ops=True)}"

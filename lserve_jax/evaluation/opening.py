@@ -61,9 +61,9 @@ class PromptSettings:
     drift_tokens: int = field(default=1024, metadata={"help": "drift: tokens to generate"})
 
     def __post_init__(self) -> None:
-        for name in ("tail", "drift_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("tail", 1), ("drift_tokens", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
 
 
 def measurement_names(text: str) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import Field, dataclass, field, replace
 from typing import Any
 
 from lserve_jax.config.attention import ALL, PRESETS, AttentionConfig, default_pages, from_preset
+from lserve_jax.config.checks import LARGEST_INT
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.settings import read, settings
 
@@ -14,7 +15,7 @@ from lserve_jax.config.settings import read, settings
 _NEXT_VARIANT = re.compile(r"\s*,\s*(?=[a-zA-Z])")
 _NEXT_FIELD = re.compile(r"\+(?=\w+=)")
 _PATTERN = "head_pattern"
-_NO_LIMIT = 2**31
+_NO_LIMIT = LARGEST_INT
 _OF_BUDGET = ("page_size", "sub_page_size", "has_lookahead")
 """Fields that `default_pages` may set."""
 

@@ -22,9 +22,19 @@ DOWNLOAD_SECONDS = 900
 
 
 def default_cache_folder() -> Path:
-    """Returns the user's cache folder of this project: ``$XDG_CACHE_HOME/lserve_jax``, or ``~/.cache/lserve_jax``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lserve_jax"
+    """Returns the user's cache folder of this project: ``$XDG_CACHE_HOME/lserve_jax``, or ``~/.cache/lserve_jax``.
+
+    Raises:
+      InputError: if the user has no home folder, as in some containers.
+    """
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "lserve_jax"
+    try:
+        return Path.home() / ".cache" / "lserve_jax"
+    except RuntimeError:
+        raise InputError(
+            "this user has no home folder for a cache: set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
 
 
 def path(cache_folder: Path | None = None) -> Path:

@@ -81,7 +81,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     Raises:
       InputError: if nothing has that name, the configuration is missing or unsupported, or a file cannot be read.
     """
-    path = Path(model).expanduser()
+    path = _local_path(model)
     if model == embedded.MODEL_NAME:
         return _open_gguf(embedded.path(), model)
     if path.is_dir():
@@ -98,6 +98,22 @@ def open_checkpoint(model: str) -> Checkpoint:
         f"{model}: no such file or folder, nor a hub id (org/name); models known by name: {embedded.MODEL_NAME}, "
         f"and for memory plans only {', '.join(known_configs())}"
     )
+
+
+def _local_path(model: str) -> Path:
+    """Returns the path that ``model`` would be on this machine; raises `InputError` for what can be none."""
+    if not model:
+        raise InputError("the name of the model is empty: name a folder, a .gguf file, a hub id or a known model")
+    scheme, is_address, rest = model.partition("://")
+    if is_address:
+        site, _, hub_id = rest.partition("/")
+        if site in ("huggingface.co", "hf.co") and HUB_ID.match(hub_id):
+            raise InputError(f"{model}: an address, where a hub id is taken: {'/'.join(hub_id.split('/')[:2])}")
+        raise InputError(f"{model}: nothing is read from {scheme}:// addresses; download the model and pass its folder")
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:
+        raise InputError(f"{model}: there is no such home folder; pass the whole path") from None
 
 
 def _open_gguf(path: Path, name: str) -> Checkpoint:

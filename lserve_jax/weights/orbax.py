@@ -28,7 +28,11 @@ def is_orbax_folder(folder: Path) -> bool:
 
 
 def check_target(folder: Path) -> None:
-    """Raises `InputError` unless `save` may write ``folder``: it does not exist, or is an empty folder."""
+    """Raises `InputError` unless `save` can write ``folder``: it does not exist, or is an empty folder."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # bytes of a file name that are no UTF-8, which orbax cannot pass on
+        raise InputError(f"{folder}: the name must be valid Unicode") from None
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: exists and is not a folder")
     if folder.is_dir() and any(folder.iterdir()):

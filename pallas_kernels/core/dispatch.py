@@ -63,7 +63,8 @@ def dispatch[T](
     if implementation not in BACKENDS:
         raise ValueError(f"{implementation=} must be None or one of {', '.join(BACKENDS)}")
     if implementation not in table:
-        raise NotImplementedError(f"{op} has no {implementation!r} implementation; it has {', '.join(table)}")
+        offered = (name for name in table if name != "reference")  # which is a specification and no choice of users
+        raise NotImplementedError(f"{op} has no {implementation!r} implementation; it has {', '.join(offered)}")
     result = table[implementation](*args, **options)
     _record(Choice(op, implementation, ()))
     return result

@@ -159,3 +159,9 @@ def test_program_runs_as_a_module(tmp_path: Path):
     assert result.stdout == ""
     assert result.stderr.startswith("error: no-such-model: no such file or folder")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    line = error_line(["--model", str(TINY / "llama31"), "--out", str(tmp_path / "a\udcff")], capfd)
+    assert line.endswith(r"a\udcff: the name must be valid Unicode")
+    assert not [*tmp_path.iterdir()]

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lserve_jax import LLM, AttentionConfig, SamplingParams
+from lserve_jax import LLM, AttentionConfig, SamplingParams, prepare
+from lserve_jax.cli.common import use_compilation_cache
 from lserve_jax.generate import main
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,7 @@ SAMPLED = str(TINY / "llama31")  # its generation_config.json: do_sample, temper
 # One shape for all runs, so that each program is compiled once.
 SIZES = ("--max-model-len", "128", "--prefill-chunk", "64")
 PROMPT = "hello there"
+HUGE = str(10**30)
 
 
 @pytest.fixture(autouse=True)
@@ -280,6 +282,54 @@ def test_dry_run_prints_the_plan_and_touches_no_weights(run: Callable[..., Resul
     ]
 
 
+def test_a_plan_can_be_one_json_object(run: Callable[..., Result]):
+    result = run("--dry-run", "--json", "--kv-dtype", "int8")
+    (line,) = result.out.splitlines()
+    found = json.loads(line)
+    plan = prepare(MODEL, max_model_len=128, prefill_chunk=64, max_num_seqs=1, kv_dtype="int8").plan
+    expected = {
+        "max_model_len": 128,
+        "max_num_seqs": 1,
+        "prefill_chunk": 64,
+        "dtype": "float32",
+        "kv_dtype": "int8",
+        "retrieval_heads": 4,
+        "streaming_heads": 0,
+        "retrieval_pages": plan.pools.retrieval,
+        "streaming_pages": 0,
+        "weight_bytes": plan.weight_bytes,
+        "retrieval_bytes": plan.retrieval_bytes,
+        "streaming_bytes": 0,
+        "total_bytes": plan.total_bytes,
+        "fits": True,
+        "implementations": dict.fromkeys(("kv_write", "prefill_attention", "decode_attention"), "xla"),
+    }
+    assert found.items() >= expected.items()
+    assert found.keys() - expected.keys() == {"free_bytes", "largest_context", "refusals"}
+    assert found["largest_context"] > 128
+
+
+def test_a_recall_interval_that_no_answer_reaches_is_no_obstacle(run: Callable[..., Result]):
+    result = run("--prompt", PROMPT, "--max-tokens", "4", "--quiet", "--json", "--recall-interval", str(2**31 - 1))
+    assert json.loads(result.out)["attention_recall"] is None
+
+
+def test_more_tokens_than_the_context_has_room_for_are_warned_of(run: Callable[..., Result], llm: LLM):
+    count = len(chat_tokens(llm))
+    room = 128 - count
+    warning = (
+        f"--max-tokens {room + 1}: after a prompt of {count} tokens, the context of 128 (--max-model-len) has room for "
+        f"{room} more"
+    )
+    result = run("--prompt", PROMPT, "--max-tokens", str(room + 1), "--ignore-eos", "--json")
+    assert warning in result.err.splitlines()
+    assert json.loads(result.out)["completion_tokens"] == room
+    result = run("--prompt", PROMPT, "--max-tokens", str(room), "--ignore-eos", "--json")
+    assert "--max-tokens" not in result.err
+    assert json.loads(result.out)["completion_tokens"] == room
+    assert "--max-tokens" not in run("--prompt", PROMPT).err  # the default asks for no certain number
+
+
 def test_help_is_printed_in_full(run: Callable[..., Result]):
     result = run("--help")
     assert result.status == 0
@@ -442,6 +492,11 @@ def test_a_model_of_which_only_shapes_are_known_is_refused(run: Callable[..., Re
         (("--prompt", PROMPT, "--dense-layers", "1,2"), ("dense_layers=[2]", "layers 0 … 1")),
         (("--prompt", PROMPT, "--max-model-len", "0"), ("max_model_len=0 must be a whole number from 1",)),
         (("--prompt", PROMPT, "--prefill-chunk", "-1"), ("prefill_chunk=-1 must be a whole number from 1",)),
+        *(
+            (("--prompt", PROMPT, f"--{name.replace('_', '-')}", HUGE), (f"{name}={HUGE} must be at most 2147483647",))
+            for name in ("max_model_len", "prefill_chunk", "recall_interval", "token_budget", "sink", "local")
+        ),
+        (("--dry-run", "--max-model-len", HUGE), (f"max_model_len={HUGE} must be at most 2147483647",)),
         (("--prompt", PROMPT, "--temperature", "-0.1"), ("temperature", "got -0.1")),
         (("--prompt", PROMPT, "--temperature", "nan"), ("temperature", "got nan")),
         (("--prompt", PROMPT, "--top-p", "0", "--top-k", "-2"), ("top_p", "got 0.0", "top_k", "got -2")),
@@ -526,15 +581,88 @@ def test_memory_that_the_device_lacks_at_last_is_one_line_too(
     check_refusal(run("--prompt", PROMPT), "out of memory", "123 bytes", "--max-model-len")
 
 
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command that decides itself where compiled programs are kept; what comes after keeps them where it did."""
+    import jax
+
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def homeless(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user id without an entry in the system's list, as in some containers."""
+
+    def unknown(uid: int) -> Any:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+def check_uncached_answer(result: Result, *parts: str) -> None:
+    """The answer, and one warning with all of the parts."""
+    assert result.status == 0
+    assert result.out.strip()
+    (line,) = (line for line in result.err.splitlines() if line.startswith("compiled programs are not kept: "))
+    assert not [part for part in parts if part not in line], line
+
+
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"])
-def test_an_unwritable_cache_folder_is_refused_in_one_line(
-    variable: str, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_unwritable_cache_folder_is_a_warning_and_no_obstacle(
+    variable: str, own_cache: None, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     (tmp_path / "file").write_text("")
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv(variable, str(tmp_path / "file" / "cache"))
-    check_refusal(run("--prompt", PROMPT), str(tmp_path / "file" / "cache"), "cannot be written", variable)
+    result = run("--prompt", PROMPT, "--max-tokens", "4")
+    check_uncached_answer(result, str(tmp_path / "file" / "cache"), "cannot be written", variable)
     assert snapshot(tmp_path) == {"file": b""}
+
+
+def test_a_user_without_a_home_gets_an_answer_and_a_warning(homeless: None, run: Callable[..., Result]):
+    check_uncached_answer(run("--prompt", PROMPT, "--max-tokens", "4"), "no home folder", "XDG_CACHE_HOME")
+
+
+def test_a_user_without_a_home_is_told_where_the_embedded_model_could_be_kept(
+    homeless: None, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lserve_jax.weights.embedded.PACKAGE", "a_package_that_is_not_installed")
+    check_refusal(run("--prompt", PROMPT, model="smollm2-135m-instruct"), "no home folder", "XDG_CACHE_HOME")
+    check_refusal(run("--prompt", PROMPT, model="~/model"), "~/model", "no such home folder")
+
+
+def test_an_address_of_a_cache_is_left_to_jax(own_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    import jax
+
+    address = "memory://bucket/cache"  # jax makes a folder of no address by itself
+    jax.config.update("jax_compilation_cache_dir", address)  # as jax does when it is imported
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", address)
+    monkeypatch.chdir(tmp_path)
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == address
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ("gs://bucket/model", ("gs://bucket/model: nothing is read from gs://", "download")),
+        ("s3://bucket/model.gguf", ("s3://",)),
+        ("https://example.org/a/b", ("https://", "download")),
+        ("https://huggingface.co/org/name/tree/main", ("a hub id", "org/name")),
+        ("https://hf.co/org/name", ("a hub id", "org/name")),
+        ("", ("the name of the model is empty",)),
+        ("~no-such-user/model", ("no such home folder",)),
+    ],
+)
+def test_an_address_of_a_model_is_refused_with_what_is_taken(
+    model: str, parts: tuple[str, ...], run: Callable[..., Result]
+):
+    check_refusal(run("--prompt", PROMPT, model=model), *parts)
 
 
 def test_an_unwritable_cache_folder_for_the_embedded_model_is_refused_in_one_line(

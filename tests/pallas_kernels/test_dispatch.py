@@ -53,9 +53,7 @@ def test_a_name_runs_or_refuses_and_never_falls_back():
 
 
 def test_an_absent_implementation_is_refused_with_those_that_there_are():
-    with pytest.raises(
-        NotImplementedError, match=r"^op has no 'triton' implementation; it has (mosaic_gpu, )?xla, reference$"
-    ):
+    with pytest.raises(NotImplementedError, match=r"^op has no 'triton' implementation; it has xla$"):
         dispatch("op", {"xla": answers("xla"), "reference": answers("it")}, "triton")
 
 
@@ -169,7 +167,7 @@ def test_every_op_has_a_reference_and_names_known_to_dispatch(op: str):
     ("name", "error", "message"),
     [
         ("cuda", ValueError, "implementation='cuda' must be None or one of"),
-        ("triton", NotImplementedError, "has no 'triton' implementation; it has (mosaic_gpu, )?xla, reference"),
+        ("triton", NotImplementedError, "has no 'triton' implementation; it has (mosaic_gpu, )?xla$"),
     ],
 )
 @pytest.mark.parametrize("op", TABLES)

@@ -1,7 +1,7 @@
 """Flags: those that commands have had stay as they were, and every field of a dataclass of settings is one."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +9,9 @@ import pytest
 
 from lserve_jax import calibrate, convert, evaluate, generate
 from lserve_jax.calibration.training import TrainingConfig
-from lserve_jax.cli.common import OneLineParser, run_command
+from lserve_jax.cli.common import run_command
 from lserve_jax.cli.flags import SHARED, add_fields, add_shared, given
+from lserve_jax.cli.parser import OneLineParser
 from lserve_jax.config.attention import AttentionConfig, from_preset
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.sampling import SamplingParams
@@ -275,8 +276,11 @@ def test_a_shared_flag_has_aliases_and_changes():
         ("--token-budget 25%", "error: --token-budget '25%' must be a whole number or all (--help lists the flags)"),
         ("--static-sparsity half", "error: --static-sparsity 'half' must be a number (--help lists the flags)"),
         ("--dense-layers 0;1", "error: --dense-layers '0;1' must be layer numbers with commas between, such as 0,1"),
-        ("--group-reduction sum", "error: argument --group-reduction: invalid choice: 'sum'"),
-        ("--has-lookahead=yes", "error: argument --has-lookahead/--no-has-lookahead: ignored explicit argument 'yes'"),
+        ("--group-reduction sum", "error: --group-reduction 'sum' must be one of max, mean (--help lists the flags)"),
+        ("--attention sparse", "error: --attention 'sparse' must be one of lserve, dense, streaming, quest, qserve ("),
+        ("--max-model-len x", "error: --max-model-len 'x' must be a whole number (--help lists the flags)"),
+        ("--has-lookahead=yes", "error: --has-lookahead takes no value, got 'yes' (--help lists the flags)"),
+        ("--json=yes", "error: --json takes no value, got 'yes' (--help lists the flags)"),
     ],
 )
 def test_a_text_that_is_no_value_is_one_line_and_status_2(
@@ -289,12 +293,97 @@ def test_a_text_that_is_no_value_is_one_line_and_status_2(
     assert found.startswith(line)
 
 
+def refusal(command: str, arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr with which a command refuses arguments."""
+    with pytest.raises(SystemExit) as end:
+        COMMANDS[command].build_parser().parse_args(arguments)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def valued_flags(command: str) -> list[str]:
+    """The flags of a command that take a value."""
+    actions = COMMANDS[command].build_parser()._actions
+    return [action.option_strings[0] for action in actions if action.nargs is None and action.option_strings]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_value_that_begins_with_a_dash_is_refused_with_the_way_to_write_it(
+    command: str, capsys: pytest.CaptureFixture[str]
+):
+    flags = valued_flags(command)
+    assert {"--model", "--dtype"} <= {*flags}
+    for flag in flags:
+        line = refusal(command, [flag, "--x"], capsys)
+        assert "expected one argument; a value that begins with a dash is written " in line
+        assert f" {flag}=-x" in line
+        assert ("comes from --prompt-file" in line) == (flag == "--prompt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ("--max-tok 5", "unrecognized arguments: --max-tok 5; did you mean --max-tokens?"),
+        ("--token_budget=64", "unrecognized arguments: --token_budget=64; did you mean --token-budget?"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag (--help"),
+        ("--temprature 1", "did you mean --temperature?"),
+    ],
+)
+def test_a_flag_that_is_not_written_in_full_is_refused_with_those_that_may_be_meant(
+    arguments: str, hint: str, capsys: pytest.CaptureFixture[str]
+):
+    assert hint in refusal("generate", arguments.split(), capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("generate", "--head-pattern"),
+        ("generate", "--tokenizer"),
+        ("evaluate", "--head-pattern"),
+        ("calibrate", "--out"),
+        ("convert", "--out"),
+        ("evaluate", "--out"),
+    ],
+)
+def test_an_address_where_a_path_is_meant_is_refused(command: str, flag: str, capsys: pytest.CaptureFixture[str]):
+    line = refusal(command, [f"{flag}=gs://bucket/x"], capsys)
+    assert line.startswith(f"error: {flag} 'gs://bucket/x' must be a path on this machine, not an address")
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_what_is_no_path_is_refused(path: str, capsys: pytest.CaptureFixture[str]):
+    for command, flag in (("generate", "--prompt-file"), ("generate", "--head-pattern"), ("convert", "--out")):
+        assert f"error: {flag} {path!r} must be a path (" in refusal(command, [f"{flag}={path}"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GiB", 80 * 2**30), ("80gb", 80 * 10**9), ("1.5 TiB", 3 * 2**39), ("512MB", 512 * 10**6), ("4096", 4096)],
+)
+def test_a_memory_is_a_number_of_bytes_or_has_a_unit(text: str, size: int):
+    assert generate.build_parser().parse_args(["--memory", text]).memory == size
+
+
+@pytest.mark.parametrize("text", ["0", "80G", "-1", "nan", "", "GiB", "1e3GB", f"{10**30}GiB", "9" * 400])
+def test_a_memory_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]):
+    line = refusal("generate", [f"--memory={text}"], capsys)
+    assert line.startswith(f"error: --memory {text!r} must be a number of bytes, or one with GB or GiB, such as 80GiB")
+
+
+def test_the_help_says_how_to_stop_at_a_newline():
+    assert "--stop TEXT" in help_of("generate")
+    assert "a newline is written $'\\n'" in help_of("generate")
+
+
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [
         (InputError("two\nlines"), 2, "error: two lines\n"),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "error: a.txt: No such file or directory\n"),
-        (KeyboardInterrupt(), 130, "so far\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (KeyboardInterrupt("so far"), 130, "so far\n"),
     ],
 )
 def test_an_error_of_the_user_is_one_line_and_a_status(
@@ -303,7 +392,7 @@ def test_an_error_of_the_user_is_one_line_and_a_status(
     def command() -> None:
         raise error
 
-    assert run_command(command, when_stopped="so far") == status
+    assert run_command(command) == status
     assert capsys.readouterr().err == text
 
 

@@ -256,6 +256,7 @@ def test_published_files_are_a_task_with_the_samples_they_have(run: Callable[...
         (("--max-num-seqs", "0"), ("--max-num-seqs must be at least 1, got 0",)),
         (("--tail", "x"), ("--tail 'x' must be a whole number",)),
         (("--drift-tokens", "-1"), ("--drift-tokens must be at least 1, got -1",)),
+        (("--seed", "-1"), ("--seed must be at least 0, got -1",)),
         (("--samples", "many"), ("--samples", "'many'")),
         (("--variants", "dense,vllm"), ("variant 'vllm'", "must be one of lserve, dense")),
         (("--variants", "dense,lserve:window=3"), ("unknown field 'window'",)),
