@@ -1,6 +1,7 @@
 """`python -m lserve_jax.convert`: reads any model that can be opened and writes it as an orbax checkpoint."""
 
 import argparse
+import logging
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from lserve_jax.cli.flags import add_shared
 from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights import orbax
 from lserve_jax.weights.load import Checkpoint, open_checkpoint
+
+logger = logging.getLogger("lserve_jax")
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,6 +49,8 @@ def convert(model: str, out: Path, dtype: str = "auto") -> None:
     """
     orbax.check_target(out)
     checkpoint = open_checkpoint(model)
+    for warning in checkpoint.warnings:
+        logger.warning(warning)
     dtype = checkpoint.config.dtype if dtype == "auto" else dtype
     with ProgressBars(is_shown=True) as bars:
         params = checkpoint.load_params(dtype, None, partial(bars.report, "weights"))

@@ -15,7 +15,7 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from lserve_jax.config.errors import InputError
-from lserve_jax.weights.gguf import END_TOKENS
+from lserve_jax.weights.gguf_config import END_TOKENS
 
 # The special tokens by the names that Hugging Face files and chat templates use.
 SPECIAL_TOKEN_KEYS = {

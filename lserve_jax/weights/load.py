@@ -42,7 +42,7 @@ class Checkpoint:
     """A model whose metadata is read and whose weights are not.
 
     ``tokenizer_source`` is the folder with the tokenizer's files, a GGUF file's metadata, or None if only the shapes of
-    the model are known.
+    the model are known. ``warnings`` has one line for each doubt about what the files mean.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Checkpoint:
     generation_config: Mapping[str, Any]
     tokenizer_source: Path | Mapping[str, Any] | None
     loader: LoadParams
+    warnings: tuple[str, ...] = ()
 
     def load_params(self, dtype: Any, heads: HeadOrder | None = None, progress: Progress | None = None) -> Params:
         """Returns the parameter tree as jax arrays of ``dtype``, loaded one tensor at a time.
@@ -110,6 +111,7 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
         generation_config={},
         tokenizer_source=file.metadata,
         loader=partial(load_tensors, file),
+        warnings=file.warnings,
     )
 
 
