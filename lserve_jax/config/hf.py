@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.json_file import shown
 from lserve_jax.config.model import AUTO_DTYPES, ModelConfig, RopeConfig
 from lserve_jax.config.reader import Reader
 from lserve_jax.config.rope import LAYER_TYPES, read_rope, rope_range
@@ -154,7 +155,7 @@ def _model_type(config: Mapping[str, Any], source: str) -> str:
         raise InputError(f"{source}: names no architecture (key architectures or model_type); known: {known}")
     if isinstance(name, str) and (name in by_class or name in ARCHITECTURES):
         return by_class.get(name, name)
-    raise InputError(f"{source}: architecture {name!r} is not supported; known: {known}")
+    raise InputError(f"{source}: architecture {shown(name)} is not supported; known: {known}")
 
 
 def _even_share(reader: Reader, hidden_size: int, num_heads: int) -> int:
@@ -187,7 +188,7 @@ def _has_bias(rule: str, reader: Reader, key: str) -> bool:
 def _auto_dtype(reader: Reader) -> str:
     name = reader.text("dtype", reader.text("torch_dtype", "float32")).removeprefix("torch.")
     if name not in AUTO_DTYPES:
-        reader.problems.append(f"dtype {name!r} is not one of {', '.join(AUTO_DTYPES)}")
+        reader.problems.append(f"dtype {shown(name)} is not one of {', '.join(AUTO_DTYPES)}")
     return AUTO_DTYPES.get(name, "float32")
 
 
@@ -208,12 +209,12 @@ def _refuse_unsupported(reader: Reader) -> None:
         value = config.get(key)
         if value is not None and value not in neutral:
             only = f", only {' or '.join(map(repr, neutral))}" if neutral else ""
-            reader.problems.append(f"{key} {value!r} is not supported{only}")
+            reader.problems.append(f"{key} {shown(value)} is not supported{only}")
     for key in QUANTIZATION_KEYS:
         method = config.get(key)
         if method:
             name = method.get("quant_method", method) if isinstance(method, Mapping) else method
-            reader.problems.append(f"{key} ({name!r}) is not supported; use an unquantised or a GGUF checkpoint")
+            reader.problems.append(f"{key} ({shown(name)}) is not supported; use an unquantised or a GGUF checkpoint")
 
 
 def _check_layer_types(reader: Reader, window: int | None) -> None:
@@ -221,7 +222,7 @@ def _check_layer_types(reader: Reader, window: int | None) -> None:
     layer_types = reader.config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(name not in LAYER_TYPES for name in layer_types):
         reader.problems.append(
-            f"layer_types {layer_types!r} are not supported, only lists of {' and '.join(LAYER_TYPES)}"
+            f"layer_types {shown(layer_types)} are not supported, only lists of {' and '.join(LAYER_TYPES)}"
         )
     elif "sliding_attention" in layer_types and window is None:
         reader.problems.append(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.json_file import shown
 from lserve_jax.config.model import LARGEST_INT, is_positive_number
 
 
@@ -124,5 +125,5 @@ class Reader:
         return default
 
     def _wrong[T](self, key: str, expected: str, value: object, stand_in: T) -> T:
-        self.problems.append(f"{self.name(key)} must be {expected}, got {value!r}")
+        self.problems.append(f"{self.name(key)} must be {expected}, got {shown(value)}")
         return stand_in

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lserve_jax.config.json_file import shown
 from lserve_jax.config.model import DEFAULT_THETA, LARGEST_INT, ROPE_KINDS
 from lserve_jax.config.reader import Reader
 
@@ -30,15 +31,15 @@ def read_rope(reader: Reader, max_position: int) -> dict[str, Any]:
     kind = section.text("rope_type", "default")
     values: dict[str, Any] = {"kind": kind, "theta": section.number("rope_theta", DEFAULT_THETA)}
     unknown = sorted(key for key, value in section.config.items() if key not in KNOWN_KEYS and value is not None)
-    if section.number("partial_rotary_factor", 1.0) != 1.0:
-        unknown.append("partial_rotary_factor")
     if kind not in ROPE_KINDS:
-        reader.problems.append(f"RoPE kind {kind!r} is not supported; known kinds: {', '.join(ROPE_KINDS)}")
+        reader.problems.append(f"RoPE kind {shown(kind)} is not supported; known kinds: {', '.join(ROPE_KINDS)}")
         return {"theta": values["theta"]}
-    reader.problems += [f"{section.name(key)} {section.config[key]!r} is not supported" for key in unknown]
+    reader.problems += [f"{shown(section.name(key))} {shown(section.config[key])} is not supported" for key in unknown]
+    if (partial := section.number("partial_rotary_factor", 1.0)) != 1.0:
+        reader.problems.append(f"{section.name('partial_rotary_factor')} {partial} is not supported, only 1")
     if kind == "default" and section.optional_number("factor", 1.0) != 1.0:
         reader.problems.append(
-            f"{section.name('factor')} {section.config['factor']!r} needs a rope_type: {', '.join(ROPE_KINDS[1:])}"
+            f"{section.name('factor')} {shown(section.config['factor'])} needs a rope_type: {', '.join(ROPE_KINDS[1:])}"
         )
     if kind in ("llama3", "yarn"):
         # As in transformers, the key at the top level wins over the section's; without either, the whole range counts.
@@ -90,7 +91,7 @@ def _gather(reader: Reader) -> Reader:
                 values[parameter], names[parameter] = value, prefix + key
             elif value is not None and value != held:
                 reader.problems.append(
-                    f"{names[parameter]} {held!r} and {prefix}{key} {value!r} differ; remove the wrong one"
+                    f"{names[parameter]} {shown(held)} and {prefix}{key} {shown(value)} differ; remove the wrong one"
                 )
     first = "rope_scaling" if reader.config.get("rope_scaling") else "rope_parameters"
     return Reader(values, f"{first}.", parent=reader, names=names)
@@ -113,7 +114,7 @@ def _per_layer_type(reader: Reader, name: str, section: Mapping[str, Any]) -> It
     nested = {f"{name}.{key}": section[key] for key in LAYER_TYPES if section.get(key) is not None}
     found = list(nested.values())
     if not all(isinstance(value, Mapping) and value == found[0] for value in found):
-        text = ", ".join(f"{key} {value!r}" for key, value in nested.items())
+        text = ", ".join(f"{key} {shown(value)}" for key, value in nested.items())
         reader.problems.append(f"a RoPE for each layer type is not supported, only one for all layers; got {text}")
         return
     for key, value in list(nested.items())[:1]:

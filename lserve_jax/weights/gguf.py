@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.json_file import shown
 from lserve_jax.weights.gguf_config import ROPE_FACTORS, hf_config, unknown_keys
 from lserve_jax.weights.gguf_header import Stored, read_header
 from lserve_jax.weights.rules import Naming, Tensor
@@ -56,7 +57,7 @@ class GGUFFile:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Returns one line about metadata of which it is not known what it changes, if there is any."""
-        unknown = [f"{key} = {self.metadata[key]!r:.60}" for key in unknown_keys(self.metadata)]
+        unknown = [f"{shown(key)} = {shown(self.metadata[key])}" for key in unknown_keys(self.metadata)]
         if not unknown:
             return ()
         return (

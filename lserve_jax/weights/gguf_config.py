@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.json_file import shown
 from lserve_jax.config.model import LARGEST_INT, RopeConfig
 from lserve_jax.models.rope import rope_frequencies
 from lserve_jax.weights.gguf_header import Header
@@ -163,9 +164,9 @@ def _checked(architecture: str, own: dict[str, Any]) -> dict[str, Any]:
         if isinstance(own[key], list):
             problems.append(f"{prefix}{key} differs between layers, which is not supported")
         elif not isinstance(own[key], int) or own[key] < 1:
-            problems.append(f"{prefix}{key} must be a positive integer, got {own[key]!r}")
+            problems.append(f"{prefix}{key} must be a positive integer, got {shown(own[key])}")
     problems += [
-        f"{prefix}{key} = {own[key]!r} is not supported"
+        f"{prefix}{key} = {shown(own[key])} is not supported"
         for key, neutral in NEUTRAL_VALUES.items()
         if key in own and own[key] not in neutral
     ]
@@ -179,13 +180,13 @@ def _checked(architecture: str, own: dict[str, Any]) -> dict[str, Any]:
 def _head_size_problems(prefix: str, own: Mapping[str, Any]) -> list[str]:
     head_dim = own.get("attention.key_length") or own["embedding_length"] // own["attention.head_count"]
     problems = [
-        f"{prefix}{key} must equal the head size {head_dim}, got {own[key]}"
+        f"{prefix}{key} must equal the head size {head_dim}, got {shown(own[key])}"
         for key in ("attention.value_length", "rope.dimension_count")
         if own.get(key, head_dim) != head_dim
     ]
     scale = own.get("attention.scale", 0)
     if scale and not np.isclose(scale, head_dim**-0.5, rtol=1e-4):
-        problems.append(f"{prefix}attention.scale = {scale!r} is not supported, only head size**-0.5")
+        problems.append(f"{prefix}attention.scale = {shown(scale)} is not supported, only head size**-0.5")
     return problems
 
 
@@ -193,7 +194,7 @@ def _window(architecture: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keys that bound attention by a window, empty without one."""
     window = own.get(WINDOW, 0)
     if not isinstance(window, int) or not 0 <= window <= LARGEST_INT:
-        raise InputError(f"{architecture}.{WINDOW} must be an integer from 0, got {window!r}")
+        raise InputError(f"{architecture}.{WINDOW} must be an integer from 0, got {shown(window)}")
     if not window:
         return {}
     if architecture == "llama":  # Hugging Face's Llama has no window; with one, the model is Mistral's

@@ -79,7 +79,7 @@ def _parse(path: Path, data: np.ndarray) -> Header:
     for _ in range(num_metadata):
         key = cursor.string()
         if key in metadata:
-            raise _DamageError(f"metadata {key} stands there twice")
+            raise _DamageError(f"metadata {key!r} stands there twice")
         metadata[key] = cursor.value(cursor.number("I"))
     described = [cursor.tensor() for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
@@ -89,7 +89,7 @@ def _parse(path: Path, data: np.ndarray) -> Header:
     tensors: dict[str, Stored] = {}
     for name, shape, number, offset in described:
         if name in tensors:
-            raise _DamageError(f"tensor {name} stands there twice")
+            raise _DamageError(f"tensor {name!r} stands there twice")
         tensors[name] = _stored(data, name, shape, number, begin + offset)
     return Header(metadata, tensors)
 
@@ -103,11 +103,11 @@ def _stored(data: np.ndarray, name: str, shape: tuple[int, ...], number: int, be
         return Stored(np.empty(0, np.uint8), str(number), shape)
     *rows, columns = shape
     if columns % block:
-        raise _DamageError(f"tensor {name} has rows of {columns} elements, no multiple of the {block} of a block")
+        raise _DamageError(f"tensor {name!r} has rows of {columns} elements, no multiple of the {block} of a block")
     row = columns // block * size
     end = begin + math.prod(rows) * row
     if end > data.size:
-        raise _DamageError(f"tensor {name} ends at byte {end} of {data.size}")
+        raise _DamageError(f"tensor {name!r} ends at byte {end} of {data.size}")
     held = data[begin:end].view(np.ndarray).reshape(*rows, row)
     return Stored(held.view(NUMBERS.get(kind.name, np.uint8)), kind.name, shape)
 

@@ -273,7 +273,11 @@ def test_the_base_is_found_wherever_it_stands(changes: dict[str, Any], theta: fl
             {"rope_scaling": YARN, "rope_parameters": {"rope_theta": "1e6"}},
             r"rope_parameters\.rope_theta must be a pos",
         ),
-        ({"rope_scaling": YARN | {"mrope_section": [1, 1]}}, r"rope_scaling\.mrope_section \[1, 1\] is not supported"),
+        (
+            {"rope_scaling": YARN | {"mrope_section": [1, 1]}},
+            r"'rope_scaling\.mrope_section' \[1, 1\] is not supported",
+        ),
+        ({"rope_scaling": YARN | {"a\nb": 1}}, r"'rope_scaling\.a\\nb' 1 is not supported"),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}, "partial_rotary_factor": 1.0},
             r"rope_parameters\.partial_rotary_factor 0\.5 and partial_rotary_factor 1\.0 differ",
@@ -318,6 +322,12 @@ def test_zeros_of_yarn_count_as_absent_where_they_do_in_transformers():
         rope_of(YARN | {"attention_factor": 0})
     with pytest.raises(InputError, match=r"rope_scaling\.mscale must be a positive number, got False"):
         rope_of(YARN | {"mscale": False})
+
+
+def test_values_without_end_are_cut_in_messages():
+    with pytest.raises(InputError) as caught:
+        read(tiny_config() | {"head_dim": [1] * 1000, "rope_scaling": ["x"] * 1000, "hidden_act": "x" * 1000})
+    assert len(str(caught.value)) < 500
 
 
 def test_windows_from_the_first_layer_on():

@@ -287,7 +287,7 @@ def test_metadata_that_nobody_knows_is_warned_of_once(path: Path, caplog: pytest
     write_gguf(path, CONFIG, random_tensors(CONFIG), metadata={"llama.foo": [1, 2], "llama.attention.bar": "x"})
     checkpoint = open_checkpoint(str(path))
     line = "unknown metadata may change what the model computes and is ignored: "
-    assert checkpoint.warnings == (f"{path}: {line}llama.attention.bar = 'x', llama.foo = [1, 2]",)
+    assert checkpoint.warnings == (f"{path}: {line}'llama.attention.bar' = 'x', 'llama.foo' = [1, 2]",)
     with caplog.at_level(logging.WARNING, "lserve_jax"):
         prepare(str(path), attention="dense").warn()
     assert [record.message for record in caplog.records] == list(checkpoint.warnings)
@@ -461,8 +461,8 @@ def test_headers_that_are_not_those_of_a_gguf_file_are_refused_in_one_line(path:
     )
     assert "written in the other byte order" in error_of(edited(write(), begin, b"GGUF" + struct.pack(">I", 3)))
     assert "does not begin with GGUF" in error_of(edited(write(), begin, b"GGML" + struct.pack("<I", 3)))
-    assert "metadata llama.zz stands there twice" in error_of(edited(write(), b"llama.zy", b"llama.zz"))
-    assert "tensor blk.0.attn_k.weight stands there twice" in error_of(
+    assert "metadata 'llama.zz' stands there twice" in error_of(edited(write(), b"llama.zy", b"llama.zz"))
+    assert "tensor 'blk.0.attn_k.weight' stands there twice" in error_of(
         edited(write(), b"blk.0.attn_q.weight", b"blk.0.attn_k.weight")
     )
     assert "truncated or not a GGUF file" in error_of(edited(write(), b"llama.zy", b"llama.\xff\xfe"))
