@@ -1,4 +1,4 @@
-"""Finds NaN and infinity in weights by their bits, which takes a tenth of the time of `numpy.isfinite`."""
+"""Finds NaN and infinity in weights by their bits: for bfloat16 in a tenth of the time of `numpy.isfinite`."""
 
 import numpy as np
 

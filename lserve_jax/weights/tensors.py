@@ -111,10 +111,10 @@ def load_tensors(
             if progress:
                 progress(done, total)
     if damaged:
+        named = ", ".join([*damaged[:MOST_NAMED], *["…"] * (len(damaged) > MOST_NAMED)])
         raise InputError(
-            f"{source.location}: {len(damaged)} of {len(tensors)} tensors are not finite as {dtype.name}: "
-            f"{', '.join(damaged[:MOST_NAMED])}{', …' * (len(damaged) > MOST_NAMED)}; every answer would be nonsense: "
-            "fetch or export the checkpoint again"
+            f"{source.location}: {len(damaged)} of {len(tensors)} tensors are not finite as {dtype.name}: {named}; "
+            "every answer would be nonsense: fetch or export the checkpoint again"
         )
     return params
 
