@@ -19,6 +19,7 @@ import pallas_kernels
 from lserve_jax import (
     LLM,
     InferenceConfig,
+    RequestOutput,
     SamplingParams,
     decode_step,
     from_preset,
@@ -98,9 +99,9 @@ def answer() -> None:
     """The embedded model, a GGUF file, is fetched, loaded and asked: gguf and tokenizers do what is needed of them."""
     llm = LLM(max_model_len=512, max_num_seqs=1)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    text = llm.chat(question, SamplingParams(max_tokens=24)).text
-    assert "Paris" in text, text
-    print(f"the embedded model says: {text}")
+    output = llm.chat(question, SamplingParams(max_tokens=24))
+    assert isinstance(output, RequestOutput) and "Paris" in output.text, output
+    print(f"the embedded model says: {output.text}")
 
 
 if __name__ == "__main__":
