@@ -1,6 +1,7 @@
 """`python -m lserve_jax.convert`: reads any model that can be opened and writes it as an orbax checkpoint."""
 
 import argparse
+import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from lserve_jax.text.folder import TEMPLATE_FOLDER
 from lserve_jax.text.tokenizer import Tokenizer, TokenizerSource, open_tokenizer, tokenizer_source
 from lserve_jax.weights import orbax
 from lserve_jax.weights.load import open_checkpoint
+
+logger = logging.getLogger("lserve_jax")
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,6 +66,8 @@ def convert(model: str, out: Path, dtype: str = "auto", tokenizer: str | None = 
     source = tokenizer_source(checkpoint.tokenizer_source, tokenizer)
     if tokenizer is not None or not isinstance(source, Path):
         open_tokenizer(source, tokenizer)  # finds its errors before the weights are read
+    for warning in checkpoint.warnings:
+        logger.warning(warning)
     dtype = checkpoint.config.dtype if dtype == "auto" else dtype
     with ProgressBars(is_shown=True) as bars:
         params = checkpoint.load_params(dtype, None, partial(bars.report, "weights"))

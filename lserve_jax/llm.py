@@ -16,7 +16,8 @@ from lserve_jax.engine.generation import Costs, Generation, Session
 from lserve_jax.engine.inputs import each_prompt, naming_the_prompt, require_ids
 from lserve_jax.engine.outputs import RequestOutput, ScoreOutput, TextChunk
 from lserve_jax.engine.request import Request
-from lserve_jax.engine.setup import DEFAULT_MODEL, Setup, default_sampling_params, prepare
+from lserve_jax.engine.setup import DEFAULT_MODEL, Setup, default_sampling_params, logger, prepare
+from lserve_jax.runtime.key_offsets import key_offset_warning
 from lserve_jax.text.chat import ChatOptions, Message
 from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
 from pallas_kernels import Choice
@@ -113,6 +114,8 @@ class LLM:
 
         self.engine.load(setup.checkpoint.load_params(self.config.dtype, self.config.heads, on_weights))
         setup.warn()
+        if (warning := key_offset_warning(self.engine.params, self.config)) is not None:
+            logger.warning(warning)
         self._report = report
         self.session = Session(self.engine)
         self._ids = itertools.count()

@@ -1,4 +1,4 @@
-"""Runs by itself, in an environment with neither pytest nor the constraints: the installed packages import and compute.
+"""Runs by itself, in an environment with neither pytest nor the constraints: the installed packages import and answer.
 
 `python smoke.py` imports the installed wheel and refuses the checkout. Exit status 0 or a traceback.
 """
@@ -16,10 +16,21 @@ import numpy as np
 
 import lserve_jax
 import pallas_kernels
-from lserve_jax import InferenceConfig, decode_step, from_preset, init_cache, prefill_step, read_hf
+from lserve_jax import (
+    LLM,
+    InferenceConfig,
+    RequestOutput,
+    SamplingParams,
+    decode_step,
+    from_preset,
+    init_cache,
+    prefill_step,
+    read_hf,
+)
 from lserve_jax.weights import abstract_params
 from pallas_kernels import PageTables
 
+PRINTED = ("lserve_jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "gguf", "tokenizers", "numpy")
 TINY = {
     "model_type": "llama",
     "vocab_size": 64,
@@ -51,11 +62,10 @@ def main() -> None:
         count = import_everything(package)
         assert count > 0, f"{package.__name__} is empty"
         print(f"{package.__name__}: {count} modules imported")
-    versions = {
-        name: importlib.metadata.version(name) for name in ("lserve_jax", "jax", "jaxlib", "flax", "orbax-checkpoint")
-    }
+    versions = {name: importlib.metadata.version(name) for name in PRINTED}
     print(", ".join(f"{name} {version}" for name, version in versions.items()), f"on Python {sys.version.split()[0]}")
     generate()
+    answer()
     print("smoke test passed")
 
 
@@ -83,6 +93,15 @@ def generate() -> None:
         results.append(tokens)
     assert results[0] == results[1], results
     print(f"a random model continues with {results[0]}")
+
+
+def answer() -> None:
+    """The embedded model, a GGUF file, is fetched, loaded and asked: gguf and tokenizers do what is needed of them."""
+    llm = LLM(max_model_len=512, max_num_seqs=1)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    output = llm.chat(question, SamplingParams(max_tokens=24))
+    assert isinstance(output, RequestOutput) and "Paris" in output.text, output
+    print(f"the embedded model says: {output.text}")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 WITHOUT_JAX = (
     "lserve_jax.config.model",
     "lserve_jax.config.hf",
+    "lserve_jax.config.json_file",
+    "lserve_jax.config.reader",
+    "lserve_jax.config.rope",
     "lserve_jax.config.attention",
     "lserve_jax.config.heads",
     "lserve_jax.config.pages",

@@ -154,6 +154,7 @@ def _check(implementation: str | None, **sizes: int | None) -> None:
 
 def _warnings(setup: Setup) -> Iterator[str]:
     name, config, model = setup.checkpoint.name, setup.config, setup.checkpoint.config
+    yield from setup.checkpoint.warnings
     if config.attention.static_sparsity > 0 and not setup.has_pattern:
         yield f"no head pattern for {name}: all KV heads are retrieval heads (a pattern is given with head_pattern)"
     if ignored := not_honoured(setup.checkpoint.generation_config):

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from lserve_jax.config.errors import InputError
 from lserve_jax.text.parts import DEFAULT_TEMPLATE, TokenizerParts
-from lserve_jax.weights.gguf import END_TOKENS
+from lserve_jax.weights.gguf_config import END_TOKENS
 
 logger = logging.getLogger("lserve_jax")
 

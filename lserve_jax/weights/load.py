@@ -1,6 +1,5 @@
 """Opens a model by name, file or folder: reads its configuration at once, its weights on request."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.hf import read_hf
+from lserve_jax.config.json_file import read_json
 from lserve_jax.config.model import ModelConfig
 from lserve_jax.models.known import known_configs
 from lserve_jax.models.llama import Params
@@ -42,7 +42,7 @@ class Checkpoint:
     """A model whose metadata is read and whose weights are not.
 
     ``tokenizer_source`` is the folder with the tokenizer's files, a GGUF file's metadata, or None if only the shapes of
-    the model are known.
+    the model are known. ``warnings`` has one line for each doubt about what the files mean.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Checkpoint:
     generation_config: Mapping[str, Any]
     tokenizer_source: Path | Mapping[str, Any] | None
     loader: LoadParams
+    warnings: tuple[str, ...] = ()
 
     def load_params(self, dtype: Any, heads: HeadOrder | None = None, progress: Progress | None = None) -> Params:
         """Returns the parameter tree as jax arrays of ``dtype``, loaded one tensor at a time.
@@ -81,6 +82,13 @@ def open_checkpoint(model: str) -> Checkpoint:
     Raises:
       InputError: if nothing has that name, the configuration is missing or unsupported, or a file cannot be read.
     """
+    try:
+        return _open(model)
+    except OSError as error:
+        raise InputError(f"{error.filename or model}: cannot be read ({error.strerror or error})") from None
+
+
+def _open(model: str) -> Checkpoint:
     path = _local_path(model)
     if model == embedded.MODEL_NAME:
         return _open_gguf(embedded.path(), model)
@@ -126,18 +134,19 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
         generation_config={},
         tokenizer_source=file.metadata,
         loader=partial(load_tensors, file),
+        warnings=file.warnings,
     )
 
 
 def _open_folder(folder: Path, name: str) -> Checkpoint:
     config_path = folder / "config.json"
-    if not config_path.is_file():
+    if not config_path.exists():
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"; to use {ggufs[0]}, pass that file" if ggufs else ""
         raise InputError(f"{config_path}: missing, so this is no model folder{hint}")
-    hf_config = _read_json(config_path)
+    hf_config = read_json(config_path)
     generation_path = folder / "generation_config.json"
-    generation_config = _read_json(generation_path) if generation_path.is_file() else {}
+    generation_config = read_json(generation_path) if generation_path.exists() else {}
     source = orbax.OrbaxFolder(folder) if orbax.is_orbax_folder(folder) else SafetensorsFolder(folder)
     return Checkpoint(
         name=name,
@@ -164,16 +173,6 @@ def _open_known(name: str) -> Checkpoint:
         tokenizer_source=None,
         loader=refuse,
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _download(hub_id: str) -> Path:

@@ -1,6 +1,5 @@
 """Hugging Face checkpoints in safetensors: one file, or shards with an index; memory-mapped, read tensor by tensor."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.json_file import read_json, shown
 from lserve_jax.weights.rules import Naming, Tensor
 from lserve_jax.weights.tensors import Inventory, ReadTensor
 
@@ -94,15 +94,12 @@ class SafetensorsFolder:
     def _weight_map(self) -> dict[str, str]:
         """Returns the file of each tensor, from the index."""
         path = self.folder / INDEX_FILE
-        try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{path}: not an index of safetensors shards ({error!r})") from None
+        weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise InputError(f"{path}: weight_map must be a mapping, got {weight_map!r:.60}")
+            raise InputError(f"{path}: weight_map must be a mapping, got {shown(weight_map)}")
         bad = [file for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file]
         if bad:
-            raise InputError(f"{path}: shards must be plain file names in the same folder, got {bad[0]!r}")
+            raise InputError(f"{path}: shards must be plain file names in the same folder, got {shown(bad[0])}")
         return weight_map
 
     def _unnamed_shards(self, weight_map: dict[str, str]) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.model import ModelConfig
 from lserve_jax.models.llama import Params
+from lserve_jax.weights.finite import describe, is_finite
 from lserve_jax.weights.rules import (
     HARMLESS,
     HARMLESS_TIED,
@@ -24,6 +25,8 @@ from lserve_jax.weights.rules import (
     expected_tensors,
     head_index,
 )
+
+MOST_NAMED = 3  # of the tensors that are not finite, in an error
 
 type Progress = Callable[[int, int], None]
 type ReadTensor = Callable[[Tensor, np.dtype], np.ndarray]
@@ -84,7 +87,7 @@ def load_tensors(
       progress: called with the bytes done and the total, first with 0 and then after every tensor.
 
     Raises:
-      InputError: if tensors are missing, unexpected or misshapen, or files unreadable; all of them in one line.
+      InputError: if tensors are missing, unexpected, misshapen or not finite, or files unreadable; one line for all.
     """
     check_heads(heads, config)
     tensors = expected_tensors(config, source.naming)
@@ -94,12 +97,25 @@ def load_tensors(
     done = 0
     if progress:
         progress(done, total)
-    with source.open() as read:
+    damaged: list[str] = []
+    # numpy would warn of numbers beyond the range of ``dtype``: they are infinite then, and named at the end.
+    with source.open() as read, np.errstate(over="ignore", invalid="ignore"):
         for tensor in tensors:
-            set_leaf(params, tensor.path, _load_tensor(read, tensor, dtype, head_index(tensor, config, heads)))
+            array = _load_tensor(read, tensor, dtype, head_index(tensor, config, heads))
+            if not is_finite(array):
+                damaged.append(f"{tensor.names[source.naming]} ({describe(array)})")
+            # jax may keep this array: nothing writes to it.
+            set_leaf(params, tensor.path, jax.device_put(array))
+            del array
             done += math.prod(tensor.shape) * dtype.itemsize
             if progress:
                 progress(done, total)
+    if damaged:
+        named = ", ".join([*damaged[:MOST_NAMED], *["…"] * (len(damaged) > MOST_NAMED)])
+        raise InputError(
+            f"{source.location}: {len(damaged)} of {len(tensors)} tensors are not finite as {dtype.name}: {named}; "
+            "every answer would be nonsense: fetch or export the checkpoint again"
+        )
     return params
 
 
@@ -121,12 +137,13 @@ def abstract_params(config: ModelConfig, dtype: jax.typing.DTypeLike) -> Params:
     return parameter_tree(config, lambda tensor: jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(dtype)))
 
 
-def _load_tensor(read: ReadTensor, tensor: Tensor, dtype: np.dtype, index: tuple[int, np.ndarray] | None) -> jax.Array:
+def _load_tensor(read: ReadTensor, tensor: Tensor, dtype: np.dtype, index: tuple[int, np.ndarray] | None) -> np.ndarray:
+    """Returns the tensor in our layout, in memory of its own: ``read`` may return mapped memory."""
     held = read(tensor, dtype).reshape(tensor.shape)
     if index is not None:
         axis, order = index
         held = np.take(held, order, axis)
-    return jax.device_put(np.array(held, dtype))  # a copy: jax may keep it, and ``read`` may return mapped memory
+    return np.array(held, dtype)
 
 
 def set_leaf(params: Params, path: tuple[str, ...], value: Any) -> None:

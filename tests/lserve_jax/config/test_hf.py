@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lserve_jax.config.hf import ARCHITECTURES, read_hf
+from lserve_jax.config.errors import InputError
+from lserve_jax.config.hf import ARCHITECTURES, NEUTRAL_VALUES, read_hf
 from lserve_jax.config.model import ModelConfig, RopeConfig
 from lserve_jax.models.known import known_configs
 from lserve_jax.weights.rules import expected_tensors
@@ -14,11 +15,13 @@ from tests.lserve_jax.checkpoints import tiny_config
 ROPE_KEYS = [
     *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor"),
     *("high_freq_factor", "beta_fast", "attention_factor", "mscale", "truncate", "partial_rotary_factor"),
+    *("full_attention", "sliding_attention"),
 ]
 CONFIG_KEYS = [
     *tiny_config(),
     *("rope_scaling", "rope_parameters", "dtype", "layer_types", "use_sliding_window", "max_window_layers"),
-    *("attention_bias", "mlp_bias", "hidden_act", "quantization_config", "original_max_position_embeddings"),
+    *("attention_bias", "mlp_bias", "quantization_config", "original_max_position_embeddings"),
+    *NEUTRAL_VALUES,
 ]
 
 
@@ -188,6 +191,150 @@ def test_yarn_raises_the_context_to_what_it_stretches_to():
     assert read(tiny_config(rope_scaling=section)).max_context == 1024
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(
+    ("changes", "theta"),
+    [
+        ({}, 10000.0),
+        ({"rope_theta": 1e6}, 1e6),
+        ({"rope_scaling": YARN, "rope_theta": 1e6}, 1e6),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6),
+        ({"rope_scaling": YARN, "rope_parameters": {"type": "default", "rope_theta": 1e6}}, 1e6),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e6}}, 1e6),
+        ({"rope_scaling": YARN | {"rope_theta": 1e6}, "rope_parameters": {"rope_type": "default"}}, 1e6),
+        ({"rope_scaling": YARN, "rope_parameters": YARN | {"rope_theta": 1e6}, "rope_theta": 1e6}, 1e6),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1000000}, 1e6),
+        ({"rope_parameters": {"rope_theta": None}, "rope_theta": 1e6}, 1e6),
+        ({"rope_parameters": {"rope_theta": 1e6}} | {"rope_scaling": None}, 1e6),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {}}, 1e6),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, 1e6),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": None}}, 1e6),
+        ({"rope_parameters": {f"{kind}_attention": {"rope_theta": 1e6} for kind in ("full", "sliding")}}, 1e6),
+    ],
+)
+def test_the_base_is_found_wherever_it_stands(changes: dict[str, Any], theta: float):
+    rope = read({**tiny_config(rope_theta=None), **changes}).rope
+    assert rope.theta == theta
+    assert rope.kind == ("yarn" if changes.get("rope_scaling") else "default")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4},
+            r"rope_parameters\.rope_theta 1000000\.0 and rope_theta 10000\.0 differ; remove the wrong one",
+        ),
+        (
+            {"rope_scaling": YARN | {"rope_theta": 5e5}, "rope_theta": 1e4},
+            "rope_scaling.rope_theta 500000.0 and rope_t",
+        ),
+        (
+            {"rope_scaling": YARN | {"rope_theta": 5e5}, "rope_parameters": {"rope_theta": 1e6}},
+            r"rope_scaling\.rope_theta 500000\.0 and rope_parameters\.rope_theta 1000000\.0 differ",
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 2.0}},
+            r"rope_scaling\.factor 4\.0 and rope_parameters\.factor 2\.0 differ",
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+            r"rope_scaling\.rope_type 'yarn' and rope_parameters\.rope_type 'linear' differ",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default"}, "rope_parameters": YARN},
+            r"rope_scaling\.rope_type 'default' and rope_parameters\.rope_type 'yarn' differ",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 4.0}},
+            r"rope_scaling\.type 'linear' and rope_scaling\.rope_type 'yarn' differ",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "type": "default", "factor": 4.0}},
+            r"rope_parameters\.rope_type 'yarn' and rope_parameters\.type 'default' differ",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
+            "a RoPE for each layer type is not supported, only one for all layers; got rope_parameters.full_attention",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}, "rope_theta": 1e4},
+            r"rope_parameters\.full_attention\.rope_theta 1000000\.0 and rope_theta 10000\.0 differ",
+        ),
+        ({"rope_parameters": {"full_attention": 1e6}}, "a RoPE for each layer type is not supported"),
+        ({"rope_scaling": {"factor": 4.0}}, r"rope_scaling\.factor 4\.0 needs a rope_type: linear, llama3, yarn"),
+        (
+            {"rope_parameters": {"rope_type": "default", "factor": 4.0}},
+            r"rope_parameters\.factor 4\.0 needs a rope_type",
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": {"rope_theta": "1e6"}},
+            r"rope_parameters\.rope_theta must be a pos",
+        ),
+        (
+            {"rope_scaling": YARN | {"mrope_section": [1, 1]}},
+            r"'rope_scaling\.mrope_section' \[1, 1\] is not supported",
+        ),
+        ({"rope_scaling": YARN | {"a\nb": 1}}, r"'rope_scaling\.a\\nb' 1 is not supported"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}, "partial_rotary_factor": 1.0},
+            r"rope_parameters\.partial_rotary_factor 0\.5 and partial_rotary_factor 1\.0 differ",
+        ),
+    ],
+)
+def test_places_that_disagree_about_rope_are_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(InputError, match=r"^folder/config\.json: .*" + message):
+        read(tiny_config(rope_theta=None) | changes)
+
+
+def test_whole_floats_are_integers():
+    exact = tiny_config(rope_scaling=YARN, eos_token_id=[2, 3])
+    floats = {key: float(value) if type(value) is int else value for key, value in exact.items()}
+    floats |= {"rope_scaling": YARN | {"original_max_position_embeddings": 256.0}, "eos_token_id": [2.0, 3.0]}
+    config = read(floats)
+    assert config == read(exact)
+    assert all(type(size) is int for size in (config.num_heads, config.head_dim, config.bos_token_id))
+    assert read(tiny_config(), eos_token_id=7.0).eos_token_ids == (7,)
+    windowed = tiny_config("qwen2", sliding_window=64.0, use_sliding_window=True, max_window_layers=2.0)
+    assert read(windowed).max_context == 64
+
+
+@pytest.mark.parametrize("value", [32.5, "32", float("inf"), float("nan"), -32.0, 0.0, 2.0**31, True, [32]])
+def test_what_is_no_whole_number_is_no_size(value: object):
+    with pytest.raises(InputError, match="hidden_size must be a positive integer, got ") as caught:
+        read(tiny_config() | {"hidden_size": value})
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [2.5, "2", -1.0, float("inf"), [2, None]])
+def test_what_is_no_whole_number_is_no_token(value: object):
+    with pytest.raises(InputError, match="eos_token_id must be a token id or a list of them"):
+        read(tiny_config() | {"eos_token_id": value})
+
+
+def test_zeros_of_yarn_count_as_absent_where_they_do_in_transformers():
+    zeros = {"mscale": 0, "mscale_all_dim": 0.0, "beta_fast": 0, "beta_slow": 0}
+    assert rope_of(YARN | zeros) == rope_of(YARN)
+    assert rope_of(YARN | {"mscale": 0.7, "mscale_all_dim": 0}).mscale_all_dim is None
+    with pytest.raises(InputError, match=r"rope_scaling\.attention_factor must be a positive number, got 0"):
+        rope_of(YARN | {"attention_factor": 0})
+    with pytest.raises(InputError, match=r"rope_scaling\.mscale must be a positive number, got False"):
+        rope_of(YARN | {"mscale": False})
+
+
+def test_values_without_end_are_cut_in_messages():
+    with pytest.raises(InputError) as caught:
+        read(tiny_config() | {"head_dim": [1] * 1000, "rope_scaling": ["x"] * 1000, "hidden_act": "x" * 1000})
+    assert len(str(caught.value)) < 500
+
+
+def test_windows_from_the_first_layer_on():
+    changes = {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0}
+    assert read(tiny_config("qwen2", **changes)).max_context == 64
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "mrope"])
 def test_unknown_rope_kind_is_named_with_the_known_ones(kind: str):
     with pytest.raises(
@@ -253,13 +400,28 @@ def test_missing_keys_wrong_types_and_unknown_features_are_reported_together():
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
         ({"eos_token_id": "</s>"}, "eos_token_id must be a token id or a list"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not one of bfloat16, float16, float32"),
-        ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new' is not supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config \('gptq'\) is not supported"),
+        ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new' is not supported, only 'silu'"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            r"quantization_config \('gptq'\) is not supported; use an unquantised or a GGUF checkpoint",
+        ),
+        (
+            {"compression_config": {"quant_method": "compressed-tensors"}},
+            r"compression_config \('compressed-tensors'\)",
+        ),
+        ({"quantization": {"bits": 4}}, r"quantization \(\{'bits': 4\}\) is not supported; use an unquantised"),
+        ({"hidden_activation": "gelu_tanh"}, "hidden_activation 'gelu_tanh' is not supported, only 'silu'"),
+        ({"logits_scaling": 8.0}, "logits_scaling 8.0 is not supported, only 1"),
+        ({"attention_multiplier": 0.01}, "attention_multiplier 0.01 is not supported"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported, only 0"),
+        ({"num_local_experts": 8}, "num_local_experts 8 is not supported, only 0"),
+        ({"is_causal": False}, "is_causal False is not supported, only True"),
+        ({"rope_traditional": True}, "rope_traditional True is not supported, only False"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention, but no sliding window applies"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -2}}, r"rope_scaling\.factor must be a positive number"),
         ({"rope_scaling": 4.0}, "rope_scaling must be a mapping"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "RoPE for each layer type"),
         (
             {"layer_types": ["full_attention", "chunked_attention"]},
             r"layer_types \['full_attention', 'chunked_attention'\]",

@@ -8,7 +8,7 @@ import pytest
 from lserve_jax.config.errors import InputError
 from lserve_jax.text.gguf import PRE_TOKENIZERS
 from lserve_jax.text.tokenizer import Tokenizer, open_tokenizer
-from lserve_jax.weights.gguf import Metadata
+from lserve_jax.weights.gguf_header import Metadata
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "sentencepiece_ids.json").read_text())
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5

@@ -1,4 +1,6 @@
+import logging
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -6,10 +8,13 @@ import gguf
 import numpy as np
 import pytest
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.hf import read_hf
 from lserve_jax.config.model import RopeConfig
+from lserve_jax.engine.setup import prepare
 from lserve_jax.weights import open_checkpoint
 from lserve_jax.weights.gguf import GGUFFile
+from lserve_jax.weights.gguf_config import NEUTRAL_VALUES
 from tests.lserve_jax.checkpoints import (
     assert_same_tree,
     manual_params,
@@ -211,6 +216,90 @@ def test_rope_factors_of_one_change_nothing_and_unknown_ones_are_refused(path: P
         open_checkpoint(str(path))
 
 
+@pytest.mark.parametrize(
+    ("metadata", "rope"),
+    [
+        ({"factor": 4.0}, RopeConfig(kind="linear", factor=4.0)),
+        ({"factor": 4.0, "type": "none"}, RopeConfig()),
+        ({"factor": 1.0}, RopeConfig()),
+        ({"factor": 0.0}, RopeConfig()),
+        ({"type": "linear"}, RopeConfig()),
+        ({"type": "none", "finetuned": True, "attn_factor": 1.0, "yarn_ext_factor": -1.0}, RopeConfig()),
+    ],
+)
+def test_a_factor_means_what_llama_cpp_takes_it_for(metadata: dict[str, Any], rope: RopeConfig, path: Path):
+    assert rope_of(path, **metadata) == rope
+
+
+def test_the_old_name_of_the_linear_factor_is_read_where_the_new_one_is_absent(path: Path):
+    write_gguf(path, CONFIG, random_tensors(CONFIG), metadata={"llama.rope.scale_linear": 4.0})
+    assert open_checkpoint(str(path)).config.rope == RopeConfig(kind="linear", factor=4.0)
+    both = {"llama.rope.scale_linear": 4.0, "llama.rope.scaling.factor": 2.0}
+    write_gguf(path, CONFIG, random_tensors(CONFIG), metadata=both)
+    assert open_checkpoint(str(path)).config.rope == RopeConfig(kind="linear", factor=2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "context", "family"),
+    [
+        ("llama", 64, 64, "mistral"),
+        ("qwen2", 64, 64, "qwen2"),
+        ("qwen3", 64, 64, "qwen3"),
+        ("llama", 0, 256, "llama"),
+        ("qwen2", 512, 256, "qwen2"),
+    ],
+)
+def test_the_context_ends_at_the_sliding_window(name: str, window: int, context: int, family: str, path: Path):
+    config, tensors = CONFIGS[name], random_tensors(CONFIGS[name])
+    metadata = {f"{name}.attention.sliding_window": window, f"{name}.attention.sliding_window_pattern": [True, False]}
+    write_gguf(path, config, tensors, architecture=name, metadata=metadata)
+    checkpoint = open_checkpoint(str(path))
+    assert (checkpoint.config.max_context, checkpoint.config.architecture) == (context, family)
+    assert checkpoint.warnings == ()
+    assert_same_tree(checkpoint.load_params("float32"), manual_params(config, tensors))
+
+
+@pytest.mark.parametrize("key", NEUTRAL_VALUES)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_metadata_that_changes_the_function_is_refused_and_its_neutral_value_is_not(key: str, name: str, path: Path):
+    config, tensors = CONFIGS[name], random_tensors(CONFIGS[name])
+    for neutral in NEUTRAL_VALUES[key]:
+        value = float(neutral) if "factor" in key else neutral
+        write_gguf(path, config, tensors, architecture=name, metadata={f"{name}.{key}": value})
+        assert open_checkpoint(str(path)).config == read_hf(config, source=name)
+    other = {bool: lambda value: not value, str: lambda value: "gelu"}.get(type(neutral), lambda value: 7)(neutral)
+    write_gguf(path, config, tensors, architecture=name, metadata={f"{name}.{key}": other})
+    with pytest.raises(InputError, match=rf"model\.gguf: {name}\.{key} = {other!r} is not supported$"):
+        open_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(("scale", "is_read"), [(0.0, True), (0.5, True), (0.4, False), (1.0, False)])
+def test_the_scale_of_attention_must_be_that_of_the_head_size(scale: float, is_read: bool, path: Path):
+    write_gguf(path, CONFIG, random_tensors(CONFIG), metadata={"llama.attention.scale": scale})
+    if is_read:  # the head size is 4
+        assert open_checkpoint(str(path)).config == read_hf(CONFIG, source="hf")
+    else:
+        with pytest.raises(InputError, match=rf"llama\.attention\.scale = {scale} is not supported, only head size"):
+            open_checkpoint(str(path))
+
+
+def test_metadata_that_nobody_knows_is_warned_of_once(path: Path, caplog: pytest.LogCaptureFixture):
+    write_gguf(path, CONFIG, random_tensors(CONFIG), metadata={"llama.foo": [1, 2], "llama.attention.bar": "x"})
+    checkpoint = open_checkpoint(str(path))
+    line = "unknown metadata may change what the model computes and is ignored: "
+    assert checkpoint.warnings == (f"{path}: {line}'llama.attention.bar' = 'x', 'llama.foo' = [1, 2]",)
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        prepare(str(path), attention="dense").warn()
+    assert [record.message for record in caplog.records] == list(checkpoint.warnings)
+
+
+def test_what_files_say_of_their_origin_is_no_doubt(path: Path, embedded_gguf: Path):
+    metadata = {"general.finetune": "x", "quantize.imatrix.file": "y", "llama.pooling_type": 0, "other.foo": 1}
+    write_gguf(path, CONFIG, random_tensors(CONFIG), metadata=metadata)
+    assert open_checkpoint(str(path)).warnings == ()
+    assert open_checkpoint(str(embedded_gguf)).warnings == ()
+
+
 def test_unknown_architecture_is_named_with_the_known_ones(path: Path):
     write_gguf(path, CONFIG, random_tensors(CONFIG), architecture="gemma2")
     with pytest.raises(
@@ -320,3 +409,81 @@ def test_arrays_of_metadata_are_what_the_library_reads(path: Path):
     found, expected = GGUFFile(path).metadata, gguf.GGUFReader(path).fields
     for name, value in metadata.items():
         assert found[name] == expected[name].contents() == value
+
+
+def test_files_are_read_without_the_reader_of_the_library(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its reader is slow for vocabularies, and all that could be replaced is private and changes with versions."""
+    tensors = random_tensors(CONFIG)
+    write_gguf(path, CONFIG, tensors, kind="F16")
+    monkeypatch.delattr(gguf, "GGUFReader")
+    monkeypatch.delattr(gguf, "ReaderField")
+    params = open_checkpoint(str(path)).load_params("float32")
+    assert_same_tree(params, manual_params(CONFIG, dequantised(tensors, "F16")))
+
+
+def test_values_of_every_type_are_what_the_library_reads(path: Path):
+    writer = gguf.GGUFWriter(path, "llama")
+    values = {"uint8": 200, "int8": -5, "uint16": 65000, "int16": -300, "uint32": 2**31, "int32": -(2**30)}
+    values |= {"uint64": 2**40, "int64": -(2**40), "float32": 0.1, "float64": 0.1, "bool": True, "string": "é\0x"}
+    for kind, value in values.items():
+        getattr(writer, f"add_{kind}")(f"x.{kind}", value)
+    writer.add_array("x.nested", [[1, 2], [3]])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    metadata = GGUFFile(path).metadata
+    for kind, value in values.items():
+        assert metadata[f"x.{kind}"] == value
+        assert type(metadata[f"x.{kind}"]) is type(value)
+    assert metadata["x.nested"] == [[1, 2], [3]]
+
+
+def edited(path: Path, old: bytes, new: bytes) -> Path:
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    return path
+
+
+def test_headers_that_are_not_those_of_a_gguf_file_are_refused_in_one_line(path: Path):
+    def write() -> Path:
+        return write_gguf(path, CONFIG, random_tensors(CONFIG), metadata={"llama.zz": 1, "llama.zy": 1})
+
+    def error_of(file: Path) -> str:
+        with pytest.raises(InputError, match=r"\A.*model\.gguf: .+\Z") as caught:
+            open_checkpoint(str(file))
+        return str(caught.value).split("gguf: ", 1)[1]
+
+    begin = b"GGUF" + struct.pack("<I", 3)
+    assert "version 1 of GGUF, only 2 and 3 are read" in error_of(
+        edited(write(), begin, b"GGUF" + struct.pack("<I", 1))
+    )
+    assert "written in the other byte order" in error_of(edited(write(), begin, b"GGUF" + struct.pack(">I", 3)))
+    assert "does not begin with GGUF" in error_of(edited(write(), begin, b"GGML" + struct.pack("<I", 3)))
+    assert "metadata 'llama.zz' stands there twice" in error_of(edited(write(), b"llama.zy", b"llama.zz"))
+    assert "tensor 'blk.0.attn_k.weight' stands there twice" in error_of(
+        edited(write(), b"blk.0.attn_q.weight", b"blk.0.attn_k.weight")
+    )
+    assert "truncated or not a GGUF file" in error_of(edited(write(), b"llama.zy", b"llama.\xff\xfe"))
+    path.write_bytes(b"")
+    assert "truncated or not a GGUF file" in error_of(path)
+
+
+def test_a_type_of_tensors_that_the_library_does_not_know_is_named(path: Path):
+    write_gguf(path, CONFIG, random_tensors(CONFIG))
+    place = b"output_norm.weight" + struct.pack("<IQI", 1, 32, 0)
+    edited(path, place, place[:-4] + struct.pack("<I", 999))
+    with pytest.raises(InputError, match=r"tensor output_norm\.weight has type 999, which is not read$"):
+        open_checkpoint(str(path)).load_params("float32")
+
+
+def test_a_file_that_may_not_be_read_is_named(path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_gguf(path, CONFIG, random_tensors(CONFIG))
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(np, "memmap", refuse)  # tests may run as root, who may read everything
+    with pytest.raises(InputError, match=r"model\.gguf: cannot be read \(Permission denied\)$"):
+        open_checkpoint(str(path))

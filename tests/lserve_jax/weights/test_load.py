@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.models.known import known_configs
 from lserve_jax.weights import embedded, open_checkpoint
 from tests.lserve_jax.checkpoints import random_tensors, tiny_config, write_folder, write_gguf
@@ -62,6 +63,18 @@ def test_name_of_nothing_is_refused_with_the_names_that_are_known(model: str, tm
         open_checkpoint(model)
 
 
+def test_what_the_system_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(InputError, match=r"\Ax+: cannot be read \(File name too long\)\Z"):
+        open_checkpoint("x" * 5000)
+
+    def refuse(self: Path, **options: Any) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)  # tests may run as root, who may look everywhere
+    with pytest.raises(InputError, match=rf"\A{tmp_path}: cannot be read \(Permission denied\)\Z"):
+        open_checkpoint(str(tmp_path))
+
+
 def test_file_that_is_no_model_is_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"a model is a folder or a \.gguf file"):
@@ -83,6 +96,20 @@ def test_broken_json_is_named(name: str, text: str, tmp_path: Path):
     (tmp_path / f"{name}.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=rf"{name}\.json: (not valid JSON|must hold a JSON object, got list)"):
         open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_every_json_file_of_a_folder_may_have_a_byte_order_mark_and_must_be_a_file(name: str, tmp_path: Path):
+    write_folder(tmp_path, CONFIG, random_tensors(CONFIG), shards=2, generation_config={"eos_token_id": 9})
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert checkpoint.config.eos_token_ids == (9,)
+    assert checkpoint.load_params("float32")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=rf"\A.*{name}: is not a file\Z"):
+        open_checkpoint(str(tmp_path)).load_params("float32")
 
 
 def test_unknown_architecture_is_refused_with_the_file_named(tmp_path: Path):

@@ -1,0 +1,55 @@
+"""Reads the JSON files of checkpoints; whatever is wrong with one is said in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lserve_jax.config.errors import InputError
+
+LARGEST_FILE = 1 << 28  # bytes; the largest indices of published checkpoints have some million
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a file, which may begin with a byte order mark.
+
+    Raises:
+      InputError: if it cannot be read, is too large, is not UTF-8 or JSON, holds no object, or a key of an object has
+        two different values: programs differ in which of them they take.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a file")
+    try:
+        size = path.stat().st_size
+        text = path.read_bytes() if size <= LARGEST_FILE else b""
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if size > LARGEST_FILE:
+        raise InputError(f"{path}: has {size} bytes, more than {LARGEST_FILE}, and is no such file")
+    try:
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
+    except _TwiceError as error:
+        raise InputError(f"{path}: key {error} has two different values; remove one") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def shown(value: object, length: int = 80) -> str:
+    """Returns a value for a message: its Python notation, cut after ``length`` characters."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+class _TwiceError(Exception):
+    """A key stands twice in one object; the text names it."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        for key, item in pairs:
+            if item != value[key]:
+                raise _TwiceError(shown(key))
+    return value
