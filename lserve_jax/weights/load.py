@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from lserve_jax.config.model import ModelConfig
 from lserve_jax.models.known import known_configs
 from lserve_jax.models.llama import Params
 from lserve_jax.weights import embedded, orbax
+from lserve_jax.weights.digest import content_digest
 from lserve_jax.weights.gguf import GGUFFile
 from lserve_jax.weights.rules import HeadOrder
 from lserve_jax.weights.safetensors import SafetensorsFolder
@@ -42,7 +43,8 @@ class Checkpoint:
     """A model whose metadata is read and whose weights are not.
 
     ``tokenizer_source`` is the folder with the tokenizer's files, a GGUF file's metadata, or None if only the shapes of
-    the model are known.
+    the model are known. ``files`` returns the files of configuration and weights, in an order that does not depend on
+    where they are.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Checkpoint:
     generation_config: Mapping[str, Any]
     tokenizer_source: Path | Mapping[str, Any] | None
     loader: LoadParams
+    files: Callable[[], Sequence[Path]]
 
     def load_params(self, dtype: Any, heads: HeadOrder | None = None, progress: Progress | None = None) -> Params:
         """Returns the parameter tree as jax arrays of ``dtype``, loaded one tensor at a time.
@@ -65,6 +68,22 @@ class Checkpoint:
           InputError: if tensors are missing, unexpected or misshapen, or files unreadable; all of them in one line.
         """
         return self.loader(self.config, jnp.dtype(dtype), heads, progress)
+
+    @cached_property
+    def digest(self) -> str:
+        """Returns 16 hexadecimal digits that stand for configuration and weights (see `content_digest`).
+
+        They stay the same if the model is copied, moved, touched or named in another way.
+
+        Raises:
+          InputError: if a file is missing or cannot be read.
+        """
+        return content_digest(self.files())
+
+    @property
+    def folder(self) -> Path | None:
+        """Returns the folder of this model alone; None for a GGUF file, beside which others may lie."""
+        return self.tokenizer_source if isinstance(self.tokenizer_source, Path) else None
 
     def abstract_params(self, dtype: Any) -> Params:
         """Returns the tree of `load_params` as `jax.ShapeDtypeStruct`, which suffices to compile programs."""
@@ -110,6 +129,7 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
         generation_config={},
         tokenizer_source=file.metadata,
         loader=partial(load_tensors, file),
+        files=lambda: [path],
     )
 
 
@@ -130,6 +150,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
         generation_config=generation_config,
         tokenizer_source=folder,
         loader=partial(load_tensors, source),
+        files=lambda: [*filter(Path.is_file, (config_path, generation_path)), *source.files()],
     )
 
 
@@ -147,6 +168,7 @@ def _open_known(name: str) -> Checkpoint:
         generation_config={},
         tokenizer_source=None,
         loader=refuse,
+        files=lambda: [],
     )
 
 

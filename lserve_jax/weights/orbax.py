@@ -90,6 +90,10 @@ class OrbaxFolder:
         """Returns the path of the file that lists the parameters."""
         return str(self.folder / LIST_FILE)
 
+    def files(self) -> list[Path]:
+        """Returns the files that hold the parameters."""
+        return [self.folder / LIST_FILE, *sorted(path for path in self._params.rglob("*") if path.is_file())]
+
     def inventory(self) -> Inventory:
         """Returns the shape of every parameter, from the list that `save` wrote.
 
