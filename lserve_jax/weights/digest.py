@@ -1,6 +1,7 @@
 """A short digest of what files hold, which does not depend on their names, places and times."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +40,8 @@ def _add(found: "hashlib._Hash", file: BinaryIO, size: int) -> None:
     for start in range(0, min(size, _WHOLE), _STRIDE):
         file.seek(start)
         found.update(_read(file, _STRIDE))
+    if size > _WHOLE and hasattr(os, "posix_fadvise"):  # else Linux reads ahead, 300 times what is asked for
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     for start in range(_WHOLE, size, _STRIDE):
         file.seek(start)
         found.update(_read(file, _SAMPLE))
