@@ -37,11 +37,11 @@ def content_digest(files: Iterable[Path]) -> str:
 
 def _add(found: "hashlib._Hash", file: BinaryIO, size: int) -> None:
     found.update(size.to_bytes(8))
+    if hasattr(os, "posix_fadvise"):  # or else Linux reads megabytes ahead of each sample
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     for start in range(0, min(size, _WHOLE), _STRIDE):
         file.seek(start)
         found.update(_read(file, _STRIDE))
-    if size > _WHOLE and hasattr(os, "posix_fadvise"):  # else Linux reads ahead, 300 times what is asked for
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     for start in range(_WHOLE, size, _STRIDE):
         file.seek(start)
         found.update(_read(file, _SAMPLE))
