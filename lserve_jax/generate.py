@@ -73,7 +73,8 @@ def _generate(args: argparse.Namespace) -> None:
     setup = _prepare(args, len(texts))
     if args.dry_run:
         setup.warn()
-        print(f"{setup.plan.describe()}\n{'kernels:':<17} {describe(setup.implementations)}")
+        print(setup.plan.describe())
+        print(f"{'head pattern:':<17} {setup.pattern_origin}\n{'kernels:':<17} {describe(setup.implementations)}")
         return
     # Find every error of the user before loading weights.
     tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
@@ -105,7 +106,7 @@ def _prepare(args: argparse.Namespace, num_prompts: int) -> Setup:
         max_num_seqs=min(max(num_prompts, 1), _MAX_NUM_SEQS),
         prefill_chunk=args.prefill_chunk,
         implementation=args.implementation,
-        assume_streaming=args.dry_run and args.static_sparsity is not None,
+        assume_streaming=args.dry_run,
         **given(args, AttentionConfig),
     )
 

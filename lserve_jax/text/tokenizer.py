@@ -331,6 +331,13 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def tokenizer_source(source: TokenizerSource, named: str | None = None) -> TokenizerSource:
+    """Returns where `open_tokenizer` reads: a folder or the metadata of a GGUF file; None for nowhere."""
+    if named is None:
+        return source
+    return open_checkpoint(named).tokenizer_source if Path(named).suffix == ".gguf" else Path(named)
+
+
 def open_tokenizer(source: TokenizerSource, named: str | None = None) -> Tokenizer | None:
     """Returns the tokenizer that ``named`` names, or else the checkpoint's; None if it has none.
 
@@ -338,8 +345,7 @@ def open_tokenizer(source: TokenizerSource, named: str | None = None) -> Tokeniz
       source: where the checkpoint's tokenizer is: a folder, the metadata of its GGUF file, or None.
       named: folder or GGUF file to take the tokenizer from instead.
     """
-    if named is not None:
-        source = open_checkpoint(named).tokenizer_source if Path(named).suffix == ".gguf" else Path(named)
+    source = tokenizer_source(source, named)
     if source is None:
         return None
     if isinstance(source, Mapping):

@@ -168,7 +168,7 @@ def _open_known(name: str) -> Checkpoint:
         generation_config={},
         tokenizer_source=None,
         loader=refuse,
-        files=lambda: [],
+        files=list,
     )
 
 
