@@ -1,4 +1,7 @@
-"""`python -m lserve_jax.convert`: reads any model that can be opened and writes it as an orbax checkpoint."""
+"""`python -m lserve_jax.convert`: reads any model that can be opened and writes it as an orbax checkpoint.
+
+The tokenizer goes along, and the model's head pattern.
+"""
 
 import argparse
 import shutil
@@ -10,6 +13,8 @@ from typing import Any
 
 from lserve_jax.cli.common import OneLineParser, ProgressBars, run_command
 from lserve_jax.cli.flags import add_shared
+from lserve_jax.config.heads import HeadPattern
+from lserve_jax.engine.patterns import OWN_FOLDER, find_pattern
 from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights import orbax
 from lserve_jax.weights.load import Checkpoint, open_checkpoint
@@ -41,11 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def convert(model: str, out: Path, dtype: str = "auto") -> None:
     """Writes ``model`` into the folder ``out``, its parameters in ``dtype`` ("auto" is the checkpoint's type).
 
+    The model's head pattern goes along, so that the new folder may have any name. A pattern that only its architecture
+    suggests does not: it remains a guess, about which `lserve_jax.prepare` warns.
+
     Raises:
       InputError: if the model cannot be loaded or the folder is not empty; nothing is left behind.
     """
     orbax.check_target(out)
     checkpoint = open_checkpoint(model)
+    pattern = find_pattern(checkpoint)
+    if pattern is not None:
+        _ = pattern.gates  # finds what is wrong with it before the weights are read
     dtype = checkpoint.config.dtype if dtype == "auto" else dtype
     with ProgressBars(is_shown=True) as bars:
         params = checkpoint.load_params(dtype, None, partial(bars.report, "weights"))
@@ -57,8 +68,16 @@ def convert(model: str, out: Path, dtype: str = "auto") -> None:
         params,
         hf_config=hf_config,
         generation_config=checkpoint.generation_config,
-        write_tokenizer=partial(_write_tokenizer, checkpoint),
+        write_others=partial(_write_others, checkpoint, pattern),
     )
+
+
+def _write_others(checkpoint: Checkpoint, pattern: HeadPattern | None, folder: Path) -> None:
+    _write_tokenizer(checkpoint, folder)
+    if pattern is not None and not pattern.is_guess:
+        (folder / OWN_FOLDER).mkdir()
+        for file in pattern.files:
+            (folder / OWN_FOLDER / file.name).write_bytes(file.read_bytes())
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
