@@ -67,6 +67,9 @@ def test_a_budget_may_be_a_share_of_the_length(text: str, length: int, budget: i
         ("lserve:token_budget=most", "token_budget=most must be a whole number, or a share of the prompt"),
         ("lserve:is_sink_forced=maybe", "is_sink_forced=maybe must be true or false"),
         ("lserve:dense_layers=a", "dense_layers=a must be layer numbers with commas between, such as 0,1"),
+        ("lserve:dense_layers=0,,1", "dense_layers=0,,1 must be layer numbers with commas between, such as 0,1"),
+        ("lserve:dense_layers=0,", "variant 'lserve:dense_layers=0,': dense_layers=0, must be layer numbers"),
+        ("lserve:dense_layers=,", "dense_layers=, must be layer numbers"),
         ("dense,lserve,dense", "variant 'dense' is named twice"),
     ],
 )
