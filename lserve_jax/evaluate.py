@@ -131,7 +131,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     prompts = PromptSettings(**given(args, PromptSettings))
     lengths, names = _lengths(args.lengths), measurement_names(args.tasks)
     named = _variants(args)
-    checkpoint = open_checkpoint(args.model)
+    checkpoint = open_checkpoint(args.model).kept()
     _prepare(args, checkpoint, attention="dense")
     axes, variants = _suited(args, checkpoint, named)
     for variant in variants:

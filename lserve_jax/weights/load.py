@@ -3,10 +3,10 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,23 +19,14 @@ from lserve_jax.models.llama import Params
 from lserve_jax.weights import embedded, orbax
 from lserve_jax.weights.digest import content_digest
 from lserve_jax.weights.gguf import GGUFFile
+from lserve_jax.weights.kept import KeptParams
 from lserve_jax.weights.rules import HeadOrder
 from lserve_jax.weights.safetensors import SafetensorsFolder
-from lserve_jax.weights.tensors import Progress, abstract_params, load_tensors
+from lserve_jax.weights.tensors import LoadParams, Progress, abstract_params, load_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The files to download from a hub repository: no pickles, no code, no copies of the weights in other formats.
 HUB_PATTERNS = ("*.json", "*.jinja", "model*.safetensors", "tokenizer.model")
-
-
-class LoadParams(Protocol):
-    """Reads the weights of one checkpoint; see `load_tensors`."""
-
-    def __call__(
-        self, config: ModelConfig, dtype: np.dtype, heads: HeadOrder | None, progress: Progress | None
-    ) -> Params:
-        """Returns the parameter tree."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +75,10 @@ class Checkpoint:
     def folder(self) -> Path | None:
         """Returns the folder of this model alone; None for a GGUF file, beside which others may lie."""
         return self.tokenizer_source if isinstance(self.tokenizer_source, Path) else None
+
+    def kept(self) -> "Checkpoint":
+        """Returns the same checkpoint, which reads its weights once and keeps them for all further loads."""
+        return replace(self, loader=KeptParams(self.loader))
 
     def abstract_params(self, dtype: Any) -> Params:
         """Returns the tree of `load_params` as `jax.ShapeDtypeStruct`, which suffices to compile programs."""

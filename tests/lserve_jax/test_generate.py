@@ -194,7 +194,19 @@ def test_attention_flags_override_the_preset(run: Callable[..., Result], tmp_pat
     flags: dict[str, Any] = {"token_budget": 96, "page_size": 8, "sub_page_size": 4, "selector_interval": 2, "sink": 9}
     flags |= {"local": 24, "prefill_local": 30, "static_sparsity": 0.25, "dense_layers": "1", "kv_dtype": "int4"}
     arguments = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    result = run("--prompt", PROMPT, "--max-tokens", "3", "--json", "--quiet", "--attention", "quest", *arguments, "--head-pattern", str(tmp_path))
+    result = run(
+        "--prompt",
+        PROMPT,
+        "--max-tokens",
+        "3",
+        "--json",
+        "--quiet",
+        "--attention",
+        "quest",
+        *arguments,
+        "--head-pattern",
+        str(tmp_path),
+    )
     policy = json.loads(result.out)["attention"]
     assert policy.items() >= (flags | {"preset": "quest", "dense_layers": [1]}).items()
 

@@ -18,6 +18,8 @@ from lserve_jax.evaluate import main
 from lserve_jax.evaluation import ablations
 from lserve_jax.evaluation.store import Store
 from lserve_jax.evaluation.variants import parse_variant
+from lserve_jax.weights.safetensors import SafetensorsFolder
+from lserve_jax.weights.tensors import Inventory
 from tests.lserve_jax import checkpoints
 
 pytestmark = pytest.mark.slow
@@ -146,6 +148,26 @@ def test_a_run_shows_progress_on_stderr_and_only_tables_on_stdout(run: Callable[
     assert len(result.out.splitlines()) == 2
     for part in ("prompts: 100%", "weights: 100%", "compile", "dense (1/1): 100%"):
         assert part in result.err
+
+
+def test_a_model_is_opened_and_read_once_for_all_variants(
+    run: Callable[..., Result], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[Any] = []
+
+    class Counted(SafetensorsFolder):
+        def inventory(self) -> Inventory:
+            read.append(self)
+            return super().inventory()
+
+    monkeypatch.setattr("lserve_jax.weights.load.SafetensorsFolder", Counted)
+    own = (*TASKS[:-1], "1", *SIZES, "--quiet")  # the reference's heads, then others, then the reference's again
+    assert run(*own, "--variants", f"dense,{SPARSE},quest:dense_layers=0+token_budget=96").status == 0
+    assert len(read) == 1
+    label = f'"variant": "{SPARSE}"'
+    mine, theirs = ([line for line in lines(folder) if label in line] for folder in (tmp_path / "out", whole))
+    assert set(mine) <= set(theirs)
+    assert len(mine) == 3
 
 
 def test_a_variant_whose_budget_is_lifted_reads_all_pages(run: Callable[..., Result], tmp_path: Path):
