@@ -59,7 +59,7 @@ SHARED: dict[str, dict[str, Any]] = {
     },
     "--head-pattern": {
         "metavar": "DIR",
-        "help": "head gates in DuoAttention's format (default: the model's own, or those that ship for its architecture)",
+        "help": "head gates in DuoAttention's format (default: the model's own, or those that ship)",
     },
     "--quiet": {"action": "store_true", "help": "print nothing but errors on stderr"},
 }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lserve_jax import HeadClasses, Setup, open_checkpoint, prepare
+from lserve_jax.config.heads import HeadPattern
 from lserve_jax.convert import convert
 from lserve_jax.engine.patterns import architecture, find_pattern
 from tests.lserve_jax.checkpoints import random_tensors, tiny_config, write_folder
@@ -49,7 +50,7 @@ def named(folder: Path, config: dict[str, Any]) -> str:
 
 
 def plan(model: str, **settings: Any) -> Setup:
-    return prepare(model, **{"max_model_len": 1024, "max_num_seqs": 1, "prefill_chunk": 64} | settings)
+    return prepare(model, max_model_len=1024, max_num_seqs=1, prefill_chunk=64, **settings)
 
 
 def shipped() -> HeadClasses | None:
@@ -168,6 +169,15 @@ def test_a_pattern_that_does_not_fit_ends_a_conversion_before_anything_is_writte
 def test_a_model_without_a_pattern_is_converted_without_one(model: Path, tmp_path: Path):
     convert(str(model), tmp_path / "copy")
     assert not (tmp_path / "copy" / "head_pattern").exists()
+
+
+def test_a_guess_does_not_go_along_as_if_it_were_known(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = gates(tmp_path / "shipped", 1)
+    for is_guess in (True, False):
+        pattern = HeadPattern(folder=folder, shape=(3, 3), origin="shipped", is_guess=is_guess)
+        monkeypatch.setattr("lserve_jax.convert.find_pattern", lambda checkpoint, found=pattern: found)
+        convert(str(model), tmp_path / f"{is_guess}")
+        assert (tmp_path / f"{is_guess}" / "head_pattern").exists() is not is_guess
 
 
 # --- no pattern ------------------------------------------------------------------------------------------------------
