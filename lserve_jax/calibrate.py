@@ -41,6 +41,7 @@ from lserve_jax.cli.parser import OneLineParser
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import QUOTAS
+from lserve_jax.engine.patterns import architecture
 from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.models.llama import Params
 from lserve_jax.text.tokenizer import Tokenizer
@@ -228,6 +229,8 @@ def _settings(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         attention["dense_layers"] = list(setup.config.attention.dense_layers)
     return {
         "model_name": setup.checkpoint.name,
+        "checkpoint": setup.checkpoint.digest,
+        "architecture": architecture(setup.checkpoint.config),
         "sink_size": args.sink,
         "recent_size": args.local,
         "attention": attention,

@@ -1,4 +1,7 @@
-"""`python -m lserve_jax.convert`: reads any model that can be opened and writes it as an orbax checkpoint."""
+"""`python -m lserve_jax.convert`: reads any model that can be opened and writes it as an orbax checkpoint.
+
+The tokenizer goes along, and the model's head pattern.
+"""
 
 import argparse
 import logging
@@ -11,21 +14,15 @@ from pathlib import Path
 from lserve_jax.cli.common import ProgressBars, run_command
 from lserve_jax.cli.flags import add_shared, local_path
 from lserve_jax.cli.parser import OneLineParser
+from lserve_jax.config.heads import HeadPattern
 from lserve_jax.engine.device import this_device
-from lserve_jax.text.folder import TEMPLATE_FOLDER
+from lserve_jax.engine.patterns import OWN_FOLDER, find_pattern
+from lserve_jax.text.folder import tokenizer_files
 from lserve_jax.text.tokenizer import Tokenizer, TokenizerSource, open_tokenizer, tokenizer_source
 from lserve_jax.weights import orbax
 from lserve_jax.weights.load import open_checkpoint
 
 logger = logging.getLogger("lserve_jax")
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,6 +48,9 @@ def _convert(args: argparse.Namespace) -> None:
 def convert(model: str, out: Path, dtype: str = "auto", tokenizer: str | None = None) -> None:
     """Writes a model into a new folder.
 
+    The model's head pattern goes along, so that the new folder may have any name. A pattern that only its architecture
+    suggests does not: it remains a guess, about which `lserve_jax.prepare` warns.
+
     Args:
       model: what to read, see `open_checkpoint`.
       out: the folder to write.
@@ -68,6 +68,9 @@ def convert(model: str, out: Path, dtype: str = "auto", tokenizer: str | None = 
         open_tokenizer(source, tokenizer)  # finds its errors before the weights are read
     for warning in checkpoint.warnings:
         logger.warning(warning)
+    pattern = find_pattern(checkpoint)
+    if pattern is not None:
+        _ = pattern.gates  # finds what is wrong with it before the weights are read
     dtype = checkpoint.config.dtype if dtype == "auto" else dtype
     with ProgressBars(is_shown=True) as bars:
         params = checkpoint.load_params(dtype, None, partial(bars.report, "weights"))
@@ -79,17 +82,24 @@ def convert(model: str, out: Path, dtype: str = "auto", tokenizer: str | None = 
         params,
         hf_config=hf_config,
         generation_config=checkpoint.generation_config,
-        write_tokenizer=partial(_write_tokenizer, source),
+        write_others=partial(_write_others, source, pattern),
     )
+
+
+def _write_others(source: TokenizerSource, pattern: HeadPattern | None, folder: Path) -> None:
+    _write_tokenizer(source, folder)
+    if pattern is not None and not pattern.is_guess:
+        (folder / OWN_FOLDER).mkdir()
+        for file in pattern.files:
+            (folder / OWN_FOLDER / file.name).write_bytes(file.read_bytes())
 
 
 def _write_tokenizer(source: TokenizerSource, folder: Path) -> None:
     if isinstance(source, Path):
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        if (source / TEMPLATE_FOLDER).is_dir():
-            shutil.copytree(source / TEMPLATE_FOLDER, folder / TEMPLATE_FOLDER)
+        for file in tokenizer_files(source):
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
     elif source is not None:
         Tokenizer.from_gguf(source).save(folder)
 

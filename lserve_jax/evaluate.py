@@ -26,17 +26,19 @@ from lserve_jax.cli.parser import OneLineParser
 from lserve_jax.cli.streams import to_json_line
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
-from lserve_jax.engine.setup import Setup, model_settings, prepare
+from lserve_jax.engine.patterns import find_pattern
+from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.evaluation import ablations, plots
 from lserve_jax.evaluation.opening import LONGBENCH, NAMES, PromptSettings, measurement_names, open_measurements
+from lserve_jax.evaluation.origin import Origin, origin_of
 from lserve_jax.evaluation.runner import Plan, make_items, make_loads, missing, run
 from lserve_jax.evaluation.store import Store, write_whole
 from lserve_jax.evaluation.summary import summarise
 from lserve_jax.evaluation.table import format_tables
 from lserve_jax.evaluation.variants import Variant, parse_variant, parse_variants
 from lserve_jax.llm import LLM
-from lserve_jax.text.tokenizer import Tokenizer
-from lserve_jax.weights.load import Checkpoint
+from lserve_jax.text.tokenizer import Tokenizer, tokenizer_source
+from lserve_jax.weights.load import Checkpoint, open_checkpoint
 
 logger = logging.getLogger("lserve_jax")
 
@@ -45,10 +47,25 @@ FORMAT = 1
 
 _VARIANTS = "dense,lserve:token_budget=25%+kv_dtype=int8"
 SETTINGS = (
-    *("model", "tokenizer", "dtype", "implementation", "seed", "raw", "word_lengths", "head_pattern", "haystack"),
+    *(
+        "format",
+        "reference",
+        "model",
+        "tokenizer",
+        "dtype",
+        "implementation",
+        "seed",
+        "raw",
+        "word_lengths",
+        "head_pattern",
+        "haystack",
+    ),
     *("longbench", "qa", "corpus", "tail", "drift_tokens", "recall_interval"),
 )
-"""Settings that are the same for all results in a folder; a later call may add variants, tasks, lengths and samples."""
+"""Settings that are the same for all results in a folder; a later call may add variants, tasks, lengths and samples.
+
+Where results keep the digest of what a setting names (`lserve_jax.evaluation.origin`), the digests must be the same.
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,33 +140,46 @@ def _evaluate(args: argparse.Namespace) -> None:
     prompts = PromptSettings(**given(args, PromptSettings))
     lengths, names = _lengths(args.lengths), measurement_names(args.tasks)
     named = _variants(args)
-    opened = _prepare(args, "dense")
-    axes, variants = _suited(args, opened.checkpoint, named)
+    checkpoint = open_checkpoint(args.model).kept()
+    _prepare(args, checkpoint, attention="dense")
+    axes, variants = _suited(args, checkpoint, named)
     for variant in variants:
         for length in lengths:
             variant.config(length)
     reference = variants[0].label
-    values = vars(args) | asdict(prompts)
-    store = Store(args.out, {"format": FORMAT, "reference": reference, **{name: values[name] for name in SETTINGS}})
-    context = opened.checkpoint.config.max_context
+    context = checkpoint.config.max_context
     if max(lengths) > context:
         raise InputError(f"--lengths: {max(lengths)} is beyond the {context} tokens of the model's context")
-    tokenizer = required_tokenizer(opened.checkpoint, args.tokenizer)
+    tokenizer = required_tokenizer(checkpoint, args.tokenizer)
+    values = {"format": FORMAT, "reference": reference} | vars(args) | asdict(prompts)
+    store = Store(args.out, {name: values[name] for name in SETTINGS}, _origin(args, checkpoint))
     measurements = open_measurements(names, prompts, tokenizer, context)
     plan = Plan(measurements=measurements, lengths=lengths, samples=args.samples, variants=variants, context=context)
     for line in (*store.notes, *plan.shortages()):
         logger.warning(line)
     with ProgressBars(is_shown=not args.quiet) as bars:
-        _measure(args, plan, store, tokenizer, bars)
+        _measure(args, plan, store, checkpoint, tokenizer, bars)
     _report(args, store, reference, axes)
 
 
-def _measure(args: argparse.Namespace, plan: Plan, store: Store, tokenizer: Tokenizer, bars: ProgressBars) -> None:
+def _origin(args: argparse.Namespace, checkpoint: Checkpoint) -> Origin:
+    source = tokenizer_source(checkpoint.tokenizer_source, args.tokenizer)
+    return origin_of(checkpoint, source, find_pattern(checkpoint, args.head_pattern))
+
+
+def _measure(
+    args: argparse.Namespace,
+    plan: Plan,
+    store: Store,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    bars: ProgressBars,
+) -> None:
     """Adds the missing results to the store; raises the user's errors before anything is loaded or written."""
 
     def open_setup(variant: Variant, config: AttentionConfig, max_model_len: int) -> Setup:
-        pattern = variant.head_pattern or args.head_pattern
-        return _prepare(args, config.preset, head_pattern=pattern, max_model_len=max_model_len, **config.options())
+        settings = {"head_pattern": variant.head_pattern or args.head_pattern, "max_model_len": max_model_len}
+        return _prepare(args, checkpoint, **settings, **variant.arguments(config))
 
     progress = _Progress(bars)
     todo = missing(plan, store.rows)
@@ -189,10 +219,9 @@ class _Progress:
         self._bars.report(*(self._newest if stage == "prefill" else (stage, done, total)))
 
 
-def _prepare(args: argparse.Namespace, attention: str, **settings: Any) -> Setup:
+def _prepare(args: argparse.Namespace, checkpoint: Checkpoint, **settings: Any) -> Setup:
     return prepare(
-        args.model,
-        attention=attention,
+        checkpoint,
         dtype=args.dtype,
         implementation=args.implementation,
         max_num_seqs=args.max_num_seqs,
@@ -223,7 +252,7 @@ def _suited(
     """Returns the settings of the ablation, and all variants, with the model's defaults filled in."""
 
     def suited(variant: Variant) -> Variant:
-        return replace(variant, of_model=model_settings(checkpoint, variant.head_pattern or args.head_pattern))
+        return replace(variant, pattern=find_pattern(checkpoint, variant.head_pattern or args.head_pattern))
 
     *compared, base = map(suited, named)
     axes = args.ablation.split(",") if args.ablation else []
@@ -236,7 +265,12 @@ def _report(args: argparse.Namespace, store: Store, reference: str, axes: Sequen
     rows = list(store.rows.values())
     cells = summarise(rows, reference)
     by_axis = ablations.by_axis(axes, cells)
-    summary = {"settings": store.settings, "cells": cells, "ablation": [asdict(setting) for setting in axes]}
+    summary = {
+        "settings": store.settings,
+        "measured_on": store.origin,
+        "cells": cells,
+        "ablation": [setting.as_json() for setting in axes],
+    }
     write_whole(args.out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
     if args.json:
         print("\n".join(to_json_line(cell) for cell in cells))

@@ -144,7 +144,7 @@ def _prepare(args: argparse.Namespace, num_prompts: int) -> Setup:
         prefill_chunk=args.prefill_chunk,
         implementation=args.implementation,
         device=_device(args),
-        assume_streaming=args.dry_run and args.static_sparsity is not None,
+        assume_streaming=args.dry_run,
         **given(args, AttentionConfig),
     )
 

@@ -214,7 +214,12 @@ class LLM:
             yield generation.take_chunk(), (generation.output(self._costs) if is_done else None)
 
     def logits(self, token_ids: Prompt) -> np.ndarray:
-        """Returns the logits [T, V] float32 after every token of a prompt, through the same path as generation."""
+        """Returns the logits [T, V] float32 after every token of a prompt, through the same path as generation.
+
+        That path is prefill: a token reads the keys and values of its own call (``prefill_chunk`` tokens) as they were
+        computed, and only those of earlier calls from the KV cache. So a prompt that fits into one call does not show
+        ``kv_dtype``, and none shows the selection of pages; `score` shows both.
+        """
         with self._alone() as engine:
             return engine.prompt_logits(self._encode(token_ids))
 
@@ -222,7 +227,7 @@ class LLM:
         """Returns the log-probabilities [T - 1] float32 of a prompt's tokens from the second on.
 
         These are natural logarithms, each given all tokens before it. They come from prefill, in which streaming heads
-        are active and page selection is not (see `score`).
+        are active and page selection is not, and in which ``kv_dtype`` acts as in `logits`; see `score` for both.
         """
         with self._alone() as engine:
             return engine.prompt_logprobs(self._encode(token_ids))

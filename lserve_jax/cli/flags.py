@@ -90,7 +90,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--head-pattern": {
         "type": local,
         "metavar": "DIR",
-        "help": "head gates in DuoAttention's format (default: those that ship for the model, if any)",
+        "help": "head gates in DuoAttention's format (default: the model's own, or those that ship)",
     },
     "--quiet": {"action": "store_true", "help": "print nothing but errors on stderr"},
 }

@@ -62,6 +62,7 @@ def plan_to_json(setup: Setup) -> dict[str, Any]:
         "kv_dtype": config.kv_dtype,
         "retrieval_heads": kept,
         "streaming_heads": heads - kept,
+        "head_pattern": setup.pattern_origin,
         "retrieval_pages": plan.pools.retrieval,
         "streaming_pages": plan.pools.streaming,
         "weight_bytes": plan.weight_bytes,
@@ -79,7 +80,8 @@ def plan_to_json(setup: Setup) -> dict[str, Any]:
 def plan_to_text(setup: Setup) -> str:
     """Returns what ``--dry-run`` prints for people."""
     kernels = describe(setup.implementations) if setup.device.is_here else "not known: the device is not here"
-    return f"{setup.plan.describe()}\n{'kernels:':<17} {kernels}"
+    rows = (("head pattern:", setup.pattern_origin), ("kernels:", kernels))
+    return "\n".join([setup.plan.describe(), *(f"{name:<17} {value}" for name, value in rows)])
 
 
 def summary(llm: LLM, outputs: Sequence[RequestOutput]) -> str:

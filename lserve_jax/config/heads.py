@@ -1,8 +1,11 @@
 """The classes of KV heads: retrieval heads keep the whole context, streaming heads only sink and window."""
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +17,9 @@ from lserve_jax.config.errors import InputError
 GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
 QUOTAS = ("model", "layer")
+
+type Folder = Path | Traversable
+"""A folder on disk, or one inside an installed package."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +61,68 @@ class HeadClasses:
         """Returns whether the order of heads in any layer differs from the checkpoint's."""
         return any(heads != tuple(range(self.num_kv_heads)) for heads in self.order)
 
+    @property
+    def digest(self) -> str | None:
+        """Returns 16 hexadecimal digits that stand for the classes of all heads; None if no head streams."""
+        if set(self.num_retrieval) == {self.num_kv_heads}:
+            return None
+        return _digest([self.order, self.num_retrieval])
+
     @classmethod
     def all_retrieval(cls, num_layers: int, num_kv_heads: int) -> Self:
         """Returns the classes of a model without a pattern: every head keeps every page."""
         return cls(order=(tuple(range(num_kv_heads)),) * num_layers, num_retrieval=(num_kv_heads,) * num_layers)
 
 
-def load_gates(folder: Path, num_layers: int, num_kv_heads: int) -> NDArray[np.float64]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadPattern:
+    """The gates of a model's KV heads and the settings that suit them, in a folder that is read when it is needed.
+
+    Attributes:
+      folder: holds `GATES_FILE`.
+      shape: layers and KV heads of the model.
+      has_settings: whether the folder's `CONFIG_FILE`, if any, is that of the pattern and not of a model.
+      origin: where the pattern comes from, in words.
+      is_guess: whether only the architecture says that the pattern suits the model.
+    """
+
+    folder: Folder
+    shape: tuple[int, int]
+    has_settings: bool = True
+    origin: str
+    is_guess: bool = False
+
+    @cached_property
+    def gates(self) -> NDArray[np.float64]:
+        """Returns the gate of every KV head, see `load_gates`."""
+        return load_gates(self.folder, *self.shape)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Returns the fields of `AttentionConfig` that suit the pattern, see `load_settings`."""
+        return load_settings(self.folder) if self.has_settings else {}
+
+    @cached_property
+    def digest(self) -> str:
+        """Returns 16 hexadecimal digits that stand for gates and settings."""
+        return _digest([self.gates.tolist(), self.settings])
+
+    @property
+    def files(self) -> list[Folder]:
+        """Returns the files of the pattern."""
+        names = (GATES_FILE, CONFIG_FILE) if self.has_settings else (GATES_FILE,)
+        return [file for name in names if (file := self.folder / name).is_file()]
+
+    def classify(self, static_sparsity: float) -> HeadClasses:
+        """Returns the classes of all heads if that share of them streams, see `classify`."""
+        return classify(self.gates, static_sparsity)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_gates(folder: str | Folder, num_layers: int, num_kv_heads: int) -> NDArray[np.float64]:
     """Returns the gate of every KV head, [L, K], clipped to [0, 1], from a folder in DuoAttention's format.
 
     Clipping is needed because training leaves some published gates slightly outside [0, 1] (-0.0014 to 1.0).
@@ -69,7 +130,7 @@ def load_gates(folder: Path, num_layers: int, num_kv_heads: int) -> NDArray[np.f
     Raises:
       InputError: if the file is missing, is not a rectangle of finite numbers, or belongs to a model of another shape.
     """
-    path = Path(folder) / GATES_FILE
+    path = (Path(folder) if isinstance(folder, str) else folder) / GATES_FILE
     rows, problems = _parse_rows(path)
     widths = sorted({len(row) for row in rows})
     got = f"[{len(rows)}, {' or '.join(map(str, widths)) or 0}]"
@@ -80,7 +141,7 @@ def load_gates(folder: Path, num_layers: int, num_kv_heads: int) -> NDArray[np.f
     return np.clip(np.array(rows, dtype=np.float64), 0.0, 1.0)
 
 
-def load_settings(folder: Path) -> dict[str, Any]:
+def load_settings(folder: Folder) -> dict[str, Any]:
     """Returns the fields of `AttentionConfig` that suit a pattern, from ``attention`` in its ``config.json``.
 
     A pattern suits the windows that it was found with. Patterns of other projects name none; the result is then empty.
@@ -88,7 +149,7 @@ def load_settings(folder: Path) -> dict[str, Any]:
     Raises:
       InputError: if the file, or its ``attention``, is not a JSON object; in one line.
     """
-    path = Path(folder) / CONFIG_FILE
+    path = folder / CONFIG_FILE
     if not path.is_file():
         return {}
     try:
@@ -100,7 +161,7 @@ def load_settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _parse_rows(path: Path, max_problems: int = 5) -> tuple[list[list[float]], list[str]]:
+def _parse_rows(path: Folder, max_problems: int = 5) -> tuple[list[list[float]], list[str]]:
     """Returns the numbers of each line, and the first ``max_problems`` problems of single values."""
     try:
         text = path.read_text(encoding="utf-8")

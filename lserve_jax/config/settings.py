@@ -38,7 +38,8 @@ class Kind(NamedTuple):
 
 
 def _layer_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part.strip())
+    """Returns the numbers of a list; an empty text is an empty list."""
+    return tuple(int(part) for part in text.split(",")) if text.strip() else ()
 
 
 def _token_ids(text: str) -> tuple[int, ...]:

@@ -1,11 +1,9 @@
 """Resolves what a user names (a model, a preset, sizes) to everything that an engine needs; loads nothing."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,13 @@ import numpy as np
 from lserve_jax.config.attention import AttentionConfig, from_preset
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.generation import not_honoured, recommended_params
-from lserve_jax.config.heads import CONFIG_FILE, GATES_FILE, HeadClasses, classify, load_gates, load_settings
+from lserve_jax.config.heads import HeadClasses, HeadPattern, classify
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.config.sizes import Sizes, check_sizes
 from lserve_jax.engine.device import Device, overlooked_gpu, this_device
 from lserve_jax.engine.memory import MemoryPlan, plan_memory
+from lserve_jax.engine.patterns import find_pattern
 from lserve_jax.runtime.implementations import describe, implementations
 from lserve_jax.weights import embedded
 from lserve_jax.weights.load import Checkpoint, open_checkpoint
@@ -29,6 +28,7 @@ logger = logging.getLogger("lserve_jax")
 
 DEFAULT_MODEL = embedded.MODEL_NAME
 IMPLEMENTATIONS = ("auto", *(name for name in BACKENDS if name != "reference"))
+_REMEDY = "name one with --head-pattern (head_pattern), or find one with python -m lserve_jax.calibrate"
 _PREFILL_CHUNK = {"cpu": 512}
 _GPU_PREFILL_CHUNK = 2048
 
@@ -42,7 +42,7 @@ class Setup:
       config: model, attention, head classes and number types.
       plan: sizes and memory.
       device: what it is for.
-      has_pattern: whether a head pattern says which heads stream.
+      pattern: says which heads stream; None if no head streams, or for a plan that assumes a pattern.
       has_recall: whether the recall of page selection is measured.
     """
 
@@ -50,13 +50,32 @@ class Setup:
     config: InferenceConfig
     plan: MemoryPlan
     device: Device
-    has_pattern: bool = False
+    pattern: HeadPattern | None = None
     has_recall: bool = False
 
     @property
     def sizes(self) -> Sizes:
         """Returns the sequences, context and calls of the engine."""
         return self.plan.sizes
+
+    @property
+    def has_pattern(self) -> bool:
+        """Returns whether a head pattern says which heads stream."""
+        return self.pattern is not None
+
+    @property
+    def has_streaming_heads(self) -> bool:
+        """Returns whether any KV head streams."""
+        return sum(self.config.num_retrieval) < self.config.model.num_layers * self.config.model.num_kv_heads
+
+    @property
+    def pattern_origin(self) -> str:
+        """Returns where the head pattern comes from, in words for a plan."""
+        if self.pattern is not None:
+            return self.pattern.origin
+        if self.config.attention.static_sparsity == 0:
+            return "none, because no head streams"
+        return f"none for {self.checkpoint.name}" + (": this plan assumes one" if self.has_streaming_heads else "")
 
     @cached_property
     def implementations(self) -> tuple[Choice, ...]:
@@ -80,7 +99,7 @@ class Setup:
 
 
 def prepare(
-    model: str = DEFAULT_MODEL,
+    model: str | Checkpoint = DEFAULT_MODEL,
     *,
     attention: str = "lserve",
     head_pattern: str | Path | None = None,
@@ -98,17 +117,19 @@ def prepare(
     """Returns the settings of an engine, validated; reads metadata only.
 
     Args:
-      model: see `open_checkpoint`.
+      model: see `open_checkpoint`, or an open checkpoint.
       attention: preset name.
       head_pattern: folder with head gates in DuoAttention's format, and optionally settings that suit the model (see
-        `lserve_jax.config.heads.load_settings`); None takes the pattern that ships with the package for this model.
+        `lserve_jax.config.heads.load_settings`); None takes the model's own, or the one that ships with the package
+        (see `lserve_jax.engine.patterns.find_pattern`).
       dtype: "auto", "bfloat16" or "float32".
       max_model_len: tokens per sequence; None takes the model's maximum.
       max_num_seqs: sequences that decode together.
       prefill_chunk: prompt tokens per prefill call; None takes a value that suits the device.
       steps_per_call: decode steps per call, after which the host acts.
       implementation: the kernels' backend; None or "auto" takes the first that accepts.
-      assume_streaming: whether any heads stream if there is no pattern: for a plan without weights.
+      assume_streaming: whether the heads that the settings ask for stream even if there is no pattern: for a plan
+        without weights.
       recall_interval: decode steps from one measurement of the recall of page selection to the next, which are then
         also the steps per call; None measures nothing and costs nothing. An interval that is not a multiple of
         ``selector_interval`` measures selections of every age.
@@ -117,26 +138,36 @@ def prepare(
         ``token_budget="all"`` lifts a preset's budget.
 
     Raises:
-      InputError: if a model or setting is invalid, in one line.
+      InputError: if a model or setting is invalid, in one line; also if the preset ``streaming``, or a
+        ``static_sparsity`` that is named, asks for streaming heads and the model has no pattern.
     """
     named = {"max_model_len": max_model_len, "prefill_chunk": prefill_chunk, "recall_interval": recall_interval}
     _check(implementation, max_num_seqs=max_num_seqs, steps_per_call=steps_per_call, **named)
     from_preset(attention, **options)  # reports invalid options before a checkpoint is opened
     device = device or this_device()
-    checkpoint = open_checkpoint(model)
-    policy = from_preset(attention, of_model=model_settings(checkpoint, head_pattern), **options)
-    heads = _head_classes(checkpoint, policy, head_pattern, assume_streaming)
-    named_implementation = None if implementation == "auto" else implementation
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    pattern = find_pattern(checkpoint, head_pattern)
+    policy = from_preset(attention, of_model=pattern.settings if pattern else None, **options)
+    pattern = pattern if policy.static_sparsity > 0 else None
     config = InferenceConfig(
-        model=checkpoint.config, attention=policy, heads=heads, dtype=dtype, implementation=named_implementation
+        model=checkpoint.config,
+        attention=policy,
+        heads=_head_classes(checkpoint, policy, pattern, _streaming_wish(policy, options), assume_streaming),
+        dtype=dtype,
+        implementation=None if implementation == "auto" else implementation,
     )
     length = max_model_len or checkpoint.config.max_context
     chunk = min(prefill_chunk or _PREFILL_CHUNK.get(device.platform, _GPU_PREFILL_CHUNK), length)
     calls = {"prefill_chunk": chunk, "steps_per_call": min(recall_interval or steps_per_call, length)}
     sizes = Sizes(max_model_len=length, max_num_seqs=max_num_seqs, **calls)
-    plan = plan_memory(config, sizes, available_bytes=device.free_bytes)
-    found = {"has_pattern": heads is not None, "has_recall": recall_interval is not None}
-    setup = Setup(checkpoint=checkpoint, config=config, plan=plan, device=device, **found)
+    setup = Setup(
+        checkpoint=checkpoint,
+        config=config,
+        plan=plan_memory(config, sizes, available_bytes=device.free_bytes),
+        device=device,
+        pattern=pattern,
+        has_recall=recall_interval is not None,
+    )
     if config.implementation is not None:
         try:  # here, before anything is loaded
             _ = setup.implementations
@@ -152,13 +183,38 @@ def _check(implementation: str | None, **sizes: int | None) -> None:
         raise InputError(f"implementation={implementation!r} must be one of {', '.join(IMPLEMENTATIONS)}")
 
 
+def _streaming_wish(policy: AttentionConfig, options: Mapping[str, Any]) -> str | None:
+    """Returns the setting that asks for streaming heads; None if none does, or only by a default."""
+    if policy.static_sparsity == 0:
+        return None
+    if options.get("static_sparsity") is not None:
+        return f"static_sparsity={policy.static_sparsity:g}"
+    return f"attention={policy.preset}" if policy.preset == "streaming" else None
+
+
+def _head_classes(
+    checkpoint: Checkpoint, policy: AttentionConfig, pattern: HeadPattern | None, wish: str | None, is_plan: bool
+) -> HeadClasses | None:
+    """Returns the classes of all heads, None if all are retrieval heads; ``wish`` is a setting that asks for others."""
+    if pattern is not None:
+        return pattern.classify(policy.static_sparsity)
+    if wish is None:
+        return None
+    if not is_plan:
+        raise InputError(f"{wish} needs a head pattern, and {checkpoint.name} has none: {_REMEDY}")
+    # Which heads stream does not affect a plan: all layers have pools with the same number of pages.
+    return classify(np.zeros((checkpoint.config.num_layers, checkpoint.config.num_kv_heads)), policy.static_sparsity)
+
+
 def _warnings(setup: Setup) -> Iterator[str]:
     name, config, model = setup.checkpoint.name, setup.config, setup.checkpoint.config
     yield from setup.checkpoint.warnings
-    if config.attention.static_sparsity > 0 and not setup.has_pattern:
-        yield f"no head pattern for {name}: all KV heads are retrieval heads (a pattern is given with head_pattern)"
     if ignored := not_honoured(setup.checkpoint.generation_config):
         yield f"{name}: generation_config.json asks for what is not supported and ignored: {', '.join(ignored)}"
+    if config.attention.static_sparsity > 0 and not setup.has_pattern and not setup.has_streaming_heads:
+        yield f"no head pattern for {name}: all KV heads are retrieval heads; {_REMEDY}"
+    if setup.pattern is not None and setup.pattern.is_guess:
+        yield f"head pattern of {name}: {setup.pattern.origin}; if that is another model, {_REMEDY}"
     if setup.sizes.max_model_len > model.max_context:
         yield (
             f"max_model_len={setup.sizes.max_model_len} is beyond the {model.max_context} tokens that this model was "
@@ -175,49 +231,3 @@ def _warnings(setup: Setup) -> Iterator[str]:
 def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:
     """Returns the sampling settings in the checkpoint's ``generation_config.json``, greedy if it names none."""
     return recommended_params(checkpoint.generation_config, source=checkpoint.name)
-
-
-def model_settings(checkpoint: Checkpoint, head_pattern: str | Path | None = None) -> dict[str, Any]:
-    """Returns the fields of `AttentionConfig` that a head pattern recommends (`prepare` says which pattern it is).
-
-    Raises:
-      InputError: if they are not valid fields, in one line that names the file.
-    """
-    with _pattern_folder(checkpoint, head_pattern) as folder:
-        if folder is None:
-            return {}
-        settings = load_settings(folder)
-        try:
-            from_preset("lserve", **settings)
-        except InputError as error:
-            raise InputError(f"{folder / CONFIG_FILE}: attention: {error}") from None
-        return settings
-
-
-def _head_classes(
-    checkpoint: Checkpoint, policy: AttentionConfig, head_pattern: str | Path | None, assume_streaming: bool
-) -> HeadClasses | None:
-    """Returns the head classes of the policy and the pattern; None (all retrieval) without sparsity or a pattern."""
-    layers, heads = checkpoint.config.num_layers, checkpoint.config.num_kv_heads
-    if policy.static_sparsity == 0:
-        return None
-    with _pattern_folder(checkpoint, head_pattern) as folder:
-        if folder is not None:
-            return classify(load_gates(folder, layers, heads), policy.static_sparsity)
-    if assume_streaming:  # which heads stream does not affect a plan: all layers have pools with the same page count
-        return classify(np.zeros((layers, heads)), policy.static_sparsity)
-    return None
-
-
-@contextmanager
-def _pattern_folder(checkpoint: Checkpoint, head_pattern: str | Path | None) -> Iterator[Path | None]:
-    """Yields the named folder, else the folder of the pattern that ships with the package for this model, or None."""
-    if head_pattern is not None:
-        yield Path(head_pattern)
-        return
-    folder = resources.files("lserve_jax") / "data" / "patterns" / Path(checkpoint.name).name
-    if not (folder / GATES_FILE).is_file():
-        yield None
-        return
-    with resources.as_file(folder) as path:
-        yield path

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.summary import Cell
@@ -45,6 +46,12 @@ class Setting:
     axis: str
     fields: str
     variant: Variant
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the setting as JSON values."""
+        names = ("label", "preset", "options", "head_pattern", "of_model")
+        variant = {name: getattr(self.variant, name) for name in names}
+        return {"axis": self.axis, "fields": self.fields, "variant": variant}
 
 
 def settings(base: Variant, axes: Iterable[str], num_layers: int) -> list[Setting]:

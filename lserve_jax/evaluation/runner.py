@@ -109,6 +109,11 @@ def missing(plan: Plan, rows: Mapping[Key, Any]) -> Todo:
 def _require_same_settings(variant: Variant, length: int, row: Any) -> None:
     if row is None:
         return
+    heads = variant.heads(length)
+    if "heads" in row and row["heads"] != (None if heads is None else heads.digest):
+        raise InputError(
+            f"variant {variant.label!r} was measured with another head pattern: other heads streamed; name a new --out"
+        )
     stored, settings = row["attention"], json.loads(json.dumps(dataclasses.asdict(variant.config(length))))
     changed = [name for name in settings | stored if settings.get(name) != stored.get(name)]
     if changed:
@@ -222,6 +227,7 @@ def _row(load: Load, item: Item, values: Mapping[str, Any], seconds: float) -> d
             f"index {item.index}: the model overflows (try --dtype float32)"
         )
     config = load.setup.config
+    assert config.heads is not None
     heads = config.model.num_layers * config.model.num_kv_heads
     return {
         "task": item.task,
@@ -230,6 +236,7 @@ def _row(load: Load, item: Item, values: Mapping[str, Any], seconds: float) -> d
         "variant": load.variant.label,
         **values,
         "prompt_tokens": len(item.prompt),
+        "heads": config.heads.digest,
         "streaming_share": round(1 - sum(config.num_retrieval) / heads, 6),
         "attention": dataclasses.asdict(config.attention),
         "seconds": round(seconds, 4),

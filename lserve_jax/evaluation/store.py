@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.evaluation.origin import NAMED_BY, Origin, compare_origins
 
 type PromptKey = tuple[str, int, int]
 """Task, length, index."""
@@ -94,30 +95,33 @@ class Store:
       notes: remarks about the files that were read, one line each.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], origin: Origin | None = None) -> None:
         """Reads the files and changes nothing.
 
         Args:
           folder: folder of the run; need not exist.
           settings: the settings that all results of a folder share.
+          origin: what new results are measured on; each of them keeps it as "measured_on".
 
         Raises:
-          InputError: in one line, for a malformed line or for other settings than those in the file.
+          InputError: in one line, for a malformed line, or for other settings or another origin than those in the file.
         """
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))
+        self.origin = origin or {}
         self._results, self._prompts = JsonLines(folder / "results.jsonl"), JsonLines(folder / "prompts.jsonl")
         self.notes = [
             f"{file.path}: the last line is cut off, as an interrupted run leaves it: dropped, and computed again"
             for file in (self._results, self._prompts)
             if file.is_cut
         ]
-        if self._results.lines:
-            self._check_settings(self._results.lines[0].get("settings"))
         self.rows = {}
         for place, row in enumerate(self._results.lines[1:], start=1):
             self._results.require(place, _ROW_FIELDS)
             self.rows[row["task"], row["length"], row["index"], row["variant"]] = row
+        if self._results.lines:
+            self._check_settings(self._results.lines[0].get("settings"))
+        self.notes += compare_origins(self.rows.values(), self.origin, str(self._results.path)) if self.origin else []
         self._records = {}
         for place, record in enumerate(self._prompts.lines):
             self._prompts.require(place, _PROMPT_FIELDS)
@@ -127,7 +131,10 @@ class Store:
         path = self._results.path
         if not isinstance(found, dict):
             raise InputError(f"{path}: line 1 holds no settings, so it is no file of this program: name another --out")
+        digests = [row.get("measured_on", {}) for row in self.rows.values()]
         for name in dict.fromkeys((*self.settings, *found)):
+            if digests and all(NAMED_BY.get(name) in one for one in digests):
+                continue  # the digests are compared
             old, new = found.get(name), self.settings.get(name)
             if old != new:
                 raise InputError(
@@ -160,8 +167,8 @@ class Store:
             self._prompts.append(record)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Adds a result."""
-        self._results.append(row)
+        """Adds a result, with what it was measured on."""
+        self._results.append({**row, "measured_on": self.origin} if self.origin else row)
         kept = self._results.lines[-1]
         self.rows[kept["task"], kept["length"], kept["index"], kept["variant"]] = kept
 

@@ -9,6 +9,7 @@ from typing import Any
 from lserve_jax.config.attention import ALL, PRESETS, AttentionConfig, default_pages, from_preset
 from lserve_jax.config.checks import LARGEST_INT
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.heads import HeadClasses, HeadPattern
 from lserve_jax.config.settings import read, settings
 
 # A comma before a letter begins another variant, a plus before "name=" another field. So lists keep their commas.
@@ -30,14 +31,33 @@ class Variant:
       options: fields of `AttentionConfig` that replace the preset's. A ``token_budget`` that is a `float` is a share of
         the prompt's length.
       head_pattern: folder with head gates; None takes that of the run.
-      of_model: the model's defaults, see `lserve_jax.config.attention.from_preset`.
+      pattern: the head pattern of this variant, whose settings are its defaults; None if the model has none.
     """
 
     label: str
     preset: str
     options: Mapping[str, Any] = field(default_factory=dict)
     head_pattern: str | None = None
-    of_model: Mapping[str, Any] = field(default_factory=dict)
+    pattern: HeadPattern | None = None
+
+    @property
+    def of_model(self) -> Mapping[str, Any]:
+        """Returns the model's defaults, see `lserve_jax.config.attention.from_preset`."""
+        return {} if self.pattern is None else self.pattern.settings
+
+    def heads(self, length: int) -> HeadClasses | None:
+        """Returns the classes of the model's KV heads; None if all are retrieval heads."""
+        sparsity = self.config(length).static_sparsity
+        return None if self.pattern is None or sparsity == 0 else self.pattern.classify(sparsity)
+
+    def arguments(self, config: AttentionConfig) -> dict[str, Any]:
+        """Returns a policy of this variant as arguments of `lserve_jax.prepare`.
+
+        The sparsity is among them only if the variant names it: that insists on streaming heads, where a model without
+        a head pattern is refused.
+        """
+        named = {"static_sparsity": self.options.get("static_sparsity")}
+        return {"attention": config.preset, **config.options(), **named}
 
     def config(self, length: int) -> AttentionConfig:
         """Returns the policy for prompts of ``length`` tokens.
@@ -113,14 +133,14 @@ def change(variant: Variant, fields: str) -> Variant:
     """
     preset, _, rest = variant.label.partition(":")
     old, new = dict(_split(rest) if rest else ()), dict(_split(fields))
-    defaults = replace(parse_variant(preset), of_model=variant.of_model).config(0).options()
+    defaults = replace(parse_variant(preset), pattern=variant.pattern).config(0).options()
     wanted = parse_variant(f"{preset}:{fields}").options
     # Page sizes that are not named follow from the budget, which may be a share of a length that is unknown here.
     unnamed = {name: None if name in _OF_BUDGET else defaults[name] for name in wanted}
     if {**unnamed, **variant.options}.items() >= wanted.items():
         return variant
     text = f"{preset}:" + "+".join(f"{name}={value}" for name, value in {**old, **new}.items())
-    return replace(parse_variant(text), of_model=variant.of_model)
+    return replace(parse_variant(text), pattern=variant.pattern)
 
 
 def _split(fields: str) -> list[tuple[str, str]]:

@@ -19,6 +19,15 @@ SPECIAL_MAP_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_JSON_FILE = "chat_template.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
+FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_MAP_FILE, TEMPLATE_FILE, TEMPLATE_JSON_FILE)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Returns the files of a folder that make its tokenizer and chat templates, in an order of their names."""
+    templates = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    return [*filter(Path.is_file, (folder / name for name in FILES)), *templates]
+
+
 _ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 

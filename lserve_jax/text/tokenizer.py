@@ -223,8 +223,8 @@ def _check_text(text: Any) -> None:
         raise InputError(f"a text must be valid Unicode, got a lone surrogate at character {error.start}") from None
 
 
-def tokenizer_source(source: TokenizerSource, named: str | None) -> TokenizerSource:
-    """Returns where the tokenizer is that ``named`` names, or else the checkpoint's, as for `open_tokenizer`."""
+def tokenizer_source(source: TokenizerSource, named: str | None = None) -> TokenizerSource:
+    """Returns where `open_tokenizer` reads: a folder or the metadata of a GGUF file; None for nowhere."""
     if named is None:
         return source
     return open_checkpoint(named).tokenizer_source if Path(named).suffix == ".gguf" else Path(named)

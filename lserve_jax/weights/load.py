@@ -1,11 +1,11 @@
 """Opens a model by name, file or folder: reads its configuration at once, its weights on request."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,24 +17,16 @@ from lserve_jax.config.model import ModelConfig
 from lserve_jax.models.known import known_configs
 from lserve_jax.models.llama import Params
 from lserve_jax.weights import embedded, orbax
+from lserve_jax.weights.digest import content_digest
 from lserve_jax.weights.gguf import GGUFFile
+from lserve_jax.weights.kept import KeptParams
 from lserve_jax.weights.rules import HeadOrder
 from lserve_jax.weights.safetensors import SafetensorsFolder
-from lserve_jax.weights.tensors import Progress, abstract_params, load_tensors
+from lserve_jax.weights.tensors import LoadParams, Progress, abstract_params, load_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The files to download from a hub repository: no pickles, no code, no copies of the weights in other formats.
 HUB_PATTERNS = ("*.json", "*.jinja", "model*.safetensors", "tokenizer.model")
-
-
-class LoadParams(Protocol):
-    """Reads the weights of one checkpoint; see `load_tensors`."""
-
-    def __call__(
-        self, config: ModelConfig, dtype: np.dtype, heads: HeadOrder | None, progress: Progress | None
-    ) -> Params:
-        """Returns the parameter tree."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +34,8 @@ class Checkpoint:
     """A model whose metadata is read and whose weights are not.
 
     ``tokenizer_source`` is the folder with the tokenizer's files, a GGUF file's metadata, or None if only the shapes of
-    the model are known. ``warnings`` has one line for each doubt about what the files mean.
+    the model are known. ``files`` returns the files of configuration and weights, in an order that does not depend on
+    where they are. ``warnings`` has one line for each doubt about what the files mean.
     """
 
     name: str
@@ -51,6 +44,7 @@ class Checkpoint:
     generation_config: Mapping[str, Any]
     tokenizer_source: Path | Mapping[str, Any] | None
     loader: LoadParams
+    files: Callable[[], Sequence[Path]]
     warnings: tuple[str, ...] = ()
 
     def load_params(self, dtype: Any, heads: HeadOrder | None = None, progress: Progress | None = None) -> Params:
@@ -66,6 +60,26 @@ class Checkpoint:
           InputError: if tensors are missing, unexpected or misshapen, or files unreadable; all of them in one line.
         """
         return self.loader(self.config, jnp.dtype(dtype), heads, progress)
+
+    @cached_property
+    def digest(self) -> str:
+        """Returns 16 hexadecimal digits that stand for configuration and weights (see `content_digest`).
+
+        They stay the same if the model is copied, moved, touched or named in another way.
+
+        Raises:
+          InputError: if a file is missing or cannot be read.
+        """
+        return content_digest(self.files())
+
+    @property
+    def folder(self) -> Path | None:
+        """Returns the folder of this model alone; None for a GGUF file, beside which others may lie."""
+        return self.tokenizer_source if isinstance(self.tokenizer_source, Path) else None
+
+    def kept(self) -> "Checkpoint":
+        """Returns the same checkpoint, which reads its weights once and keeps them for all further loads."""
+        return replace(self, loader=KeptParams(self.loader))
 
     def abstract_params(self, dtype: Any) -> Params:
         """Returns the tree of `load_params` as `jax.ShapeDtypeStruct`, which suffices to compile programs."""
@@ -135,6 +149,7 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
         tokenizer_source=file.metadata,
         loader=partial(load_tensors, file),
         warnings=file.warnings,
+        files=lambda: [path],
     )
 
 
@@ -155,6 +170,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
         generation_config=generation_config,
         tokenizer_source=folder,
         loader=partial(load_tensors, source),
+        files=lambda: [*filter(Path.is_file, (config_path, generation_path)), *source.files()],
     )
 
 
@@ -172,6 +188,7 @@ def _open_known(name: str) -> Checkpoint:
         generation_config={},
         tokenizer_source=None,
         loader=refuse,
+        files=list,
     )
 
 

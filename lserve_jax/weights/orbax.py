@@ -45,7 +45,7 @@ def save(
     *,
     hf_config: Mapping[str, Any],
     generation_config: Mapping[str, Any],
-    write_tokenizer: Callable[[Path], None],
+    write_others: Callable[[Path], None],
 ) -> None:
     """Writes a folder that `open_checkpoint` reads; it appears under its name only when it is complete.
 
@@ -54,7 +54,7 @@ def save(
       params: the parameter tree in the checkpoint's order of heads.
       hf_config: becomes ``config.json``.
       generation_config: becomes ``generation_config.json``; an empty one is not written.
-      write_tokenizer: writes the tokenizer's files into the given folder.
+      write_others: writes the tokenizer's files, and what else belongs to the model, into the given folder.
 
     Raises:
       InputError: if the folder exists and is not empty.
@@ -68,7 +68,7 @@ def save(
         _write_json(partial / "config.json", hf_config)
         if generation_config:
             _write_json(partial / "generation_config.json", generation_config)
-        write_tokenizer(partial)
+        write_others(partial)
         leaves = jax.tree_util.tree_leaves_with_path(params)
         _write_json(partial / LIST_FILE, {".".join(key.key for key in path): leaf.shape for path, leaf in leaves})
         import orbax.checkpoint as ocp  # at the top of the file, this import would delay every start by 0.15 s
@@ -93,6 +93,10 @@ class OrbaxFolder:
     def location(self) -> str:
         """Returns the path of the file that lists the parameters."""
         return str(self.folder / LIST_FILE)
+
+    def files(self) -> list[Path]:
+        """Returns the files that hold the parameters."""
+        return [self.folder / LIST_FILE, *sorted(path for path in self._params.rglob("*") if path.is_file())]
 
     def inventory(self) -> Inventory:
         """Returns the shape of every parameter, from the list that `save` wrote.

@@ -33,6 +33,11 @@ class SafetensorsFolder:
         """Returns the path of the file that lists the tensors."""
         return str(self.folder / (INDEX_FILE if self._is_sharded else SINGLE_FILE))
 
+    def files(self) -> list[Path]:
+        """Returns the files that hold the tensors."""
+        names = sorted(set(self._weight_map().values())) if self._is_sharded else [SINGLE_FILE]
+        return [self.folder / name for name in names]
+
     def inventory(self) -> Inventory:
         """Returns the shape of every tensor, and every problem of the index and of the files.
 

@@ -68,6 +68,16 @@ class TensorSource(Protocol):
         ...
 
 
+class LoadParams(Protocol):
+    """Reads the weights of one checkpoint, see `load_tensors`."""
+
+    def __call__(
+        self, config: ModelConfig, dtype: np.dtype, heads: HeadOrder | None, progress: Progress | None
+    ) -> Params:
+        """Returns the parameter tree."""
+        ...
+
+
 def load_tensors(
     source: TensorSource,
     config: ModelConfig,

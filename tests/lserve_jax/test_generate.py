@@ -254,11 +254,24 @@ def test_sampling_defaults_are_the_models_own_and_flags_go_before_them(run: Call
 
 
 @pytest.mark.slow
-def test_attention_flags_override_the_preset(run: Callable[..., Result]):
+def test_attention_flags_override_the_preset(run: Callable[..., Result], tmp_path: Path):
+    (tmp_path / "full_attention_heads.tsv").write_text("1\t0\n0\t1\n")
     flags: dict[str, Any] = {"token_budget": 96, "page_size": 8, "sub_page_size": 4, "selector_interval": 2, "sink": 9}
     flags |= {"local": 24, "prefill_local": 30, "static_sparsity": 0.25, "dense_layers": "1", "kv_dtype": "int4"}
     arguments = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    result = run("--prompt", PROMPT, "--max-tokens", "3", "--json", "--quiet", "--attention", "quest", *arguments)
+    result = run(
+        "--prompt",
+        PROMPT,
+        "--max-tokens",
+        "3",
+        "--json",
+        "--quiet",
+        "--attention",
+        "quest",
+        *arguments,
+        "--head-pattern",
+        str(tmp_path),
+    )
     policy = json.loads(result.out)["attention"]
     assert policy.items() >= (flags | {"preset": "quest", "dense_layers": [1]}).items()
 
@@ -278,7 +291,7 @@ def test_dry_run_prints_the_plan_and_touches_no_weights(run: Callable[..., Resul
     names = [line.split(":")[0] for line in result.out.splitlines()]
     assert names == [
         *("context", "KV heads", "weights", "retrieval pages", "streaming pages", "KV cache", "total", "memory"),
-        *("largest context", "kernels"),
+        *("largest context", "head pattern", "kernels"),
     ]
 
 
@@ -328,6 +341,28 @@ def test_more_tokens_than_the_context_has_room_for_are_warned_of(run: Callable[.
     assert "--max-tokens" not in result.err
     assert json.loads(result.out)["completion_tokens"] == room
     assert "--max-tokens" not in run("--prompt", PROMPT).err  # the default asks for no certain number
+
+
+@pytest.mark.parametrize("flags", [("--attention", "streaming"), ("--static-sparsity", "0.5")])
+def test_a_plan_that_assumes_a_pattern_says_so_and_the_run_is_refused_without_one(
+    flags: tuple[str, ...], run: Callable[..., Result], tmp_path: Path
+):
+    planned = run("--dry-run", *flags)
+    rows = dict(line.split(":", 1) for line in planned.out.splitlines())
+    assert rows["KV heads"].strip() == "2 retrieval + 2 streaming of 4"
+    assert rows["head pattern"].strip() == f"none for {MODEL}: this plan assumes one"
+    check_refusal(run("--prompt", PROMPT, *flags), "needs a head pattern", "--head-pattern", "lserve_jax.calibrate")
+    (tmp_path / "full_attention_heads.tsv").write_text("1\t0\n0\t1\n")
+    planned = run("--dry-run", *flags, "--head-pattern", str(tmp_path))
+    assert f"head pattern:     {tmp_path}\n" in planned.out
+
+
+def test_a_plan_of_heads_that_stream_only_by_default_is_that_of_the_run(run: Callable[..., Result]):
+    planned = run("--dry-run")
+    assert "4 retrieval + 0 streaming of 4" in planned.out
+    assert f"head pattern:     none for {MODEL}\n" in planned.out
+    (line,) = planned.err.splitlines()
+    assert "--head-pattern" in line and "python -m lserve_jax.calibrate" in line
 
 
 def test_help_is_printed_in_full(run: Callable[..., Result]):

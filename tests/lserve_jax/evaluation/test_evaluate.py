@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lserve_jax.evaluate import main
 from lserve_jax.evaluation import ablations
 from lserve_jax.evaluation.store import Store
 from lserve_jax.evaluation.variants import parse_variant
+from lserve_jax.weights.safetensors import SafetensorsFolder
+from lserve_jax.weights.tensors import Inventory
 from tests.lserve_jax import checkpoints
 
 pytestmark = pytest.mark.slow
@@ -144,6 +148,26 @@ def test_a_run_shows_progress_on_stderr_and_only_tables_on_stdout(run: Callable[
     assert len(result.out.splitlines()) == 2
     for part in ("prompts: 100%", "weights: 100%", "compile", "dense (1/1): 100%"):
         assert part in result.err
+
+
+def test_a_model_is_opened_and_read_once_for_all_variants(
+    run: Callable[..., Result], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[Any] = []
+
+    class Counted(SafetensorsFolder):
+        def inventory(self) -> Inventory:
+            read.append(self)
+            return super().inventory()
+
+    monkeypatch.setattr("lserve_jax.weights.load.SafetensorsFolder", Counted)
+    own = (*TASKS[:-1], "1", *SIZES, "--quiet")  # the reference's heads, then others, then the reference's again
+    assert run(*own, "--variants", f"dense,{SPARSE},quest:dense_layers=0+token_budget=96").status == 0
+    assert len(read) == 1
+    label = f'"variant": "{SPARSE}"'
+    mine, theirs = ([line for line in lines(folder) if label in line] for folder in (tmp_path / "out", whole))
+    assert set(mine) <= set(theirs)
+    assert len(mine) == 3
 
 
 def test_a_variant_whose_budget_is_lifted_reads_all_pages(run: Callable[..., Result], tmp_path: Path):
@@ -308,6 +332,56 @@ def test_a_folder_of_other_settings_or_a_broken_one_is_refused_and_left_alone(
     assert "results.jsonl: line 2 is no JSON object" in result.err
     assert (folder / "results.jsonl").read_bytes() == broken
     assert [path.name for path in folder.iterdir()] == ["results.jsonl"]
+
+
+def copied(model: Path, to: Path) -> Path:
+    """A copy of the model that a test may change."""
+    shutil.copytree(model, to)
+    return to
+
+
+def test_a_run_is_not_continued_with_another_training_step_or_pattern_of_the_same_name(
+    run: Callable[..., Result], whole: Path, model: Path, tmp_path: Path, without_loading: None
+):
+    command = ("--out", str(whole), *COMMAND, "--quiet")
+    before = (whole / "results.jsonl").read_bytes()
+    trained = copied(model, tmp_path / "trained")
+    tensors = load_file(trained / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, trained / "model.safetensors")
+    result = run(*command, "--model", str(trained))
+    assert (result.status, result.out) == (2, "")
+    assert "was measured on another checkpoint" in result.err and len(result.err.splitlines()) == 1
+    found_anew = copied(model, tmp_path / "found_anew")
+    np.savetxt(found_anew / "full_attention_heads.tsv", np.array([[1, 0]]), delimiter="\t")
+    result = run(*command, "--head-pattern", str(found_anew))
+    assert (result.status, result.out) == (2, "")
+    assert "was measured on another head pattern" in result.err and len(result.err.splitlines()) == 1
+    assert (whole / "results.jsonl").read_bytes() == before
+
+
+def test_a_variants_own_pattern_is_compared_too(
+    run: Callable[..., Result], model: Path, tmp_path: Path, without_loading: None, whole: Path
+):
+    own = copied(model, tmp_path / "own")
+    label = f"{SPARSE}+head_pattern={own}"
+    out = tmp_path / "out"
+    out.mkdir()
+    text = (whole / "results.jsonl").read_text(encoding="utf-8")
+    (out / "results.jsonl").write_text(text.replace(f'"variant": "{SPARSE}"', f'"variant": "{label}"'))
+    command = (*TASKS, *SIZES, "--variants", f"dense,{label}", "--quiet")
+    assert run(*command).status == 0
+    np.savetxt(own / "full_attention_heads.tsv", np.array([[1, 0]]), delimiter="\t")
+    result = run(*command)
+    assert (result.status, result.out) == (2, "")
+    assert "was measured with another head pattern: other heads streamed" in result.err
+
+
+def test_a_model_and_pattern_that_moved_are_the_same(
+    run: Callable[..., Result], whole: Path, model: Path, tmp_path: Path, without_loading: None
+):
+    moved = copied(model, tmp_path / "moved")
+    command = ("--out", str(whole), *COMMAND, "--quiet")
+    assert run(*command, "--model", str(moved), "--head-pattern", str(moved)).err == ""
 
 
 def test_all_of_a_text_shorter_than_a_window_is_refused(run: Callable[..., Result], tmp_path: Path):

@@ -316,7 +316,7 @@ def whole(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_setup(variant: Any, config: Any, max_model_len: int) -> Setup:
-    return prepare(TINY, attention=config.preset, max_model_len=max_model_len, **SIZES, **config.options())
+    return prepare(TINY, max_model_len=max_model_len, **SIZES, **variant.arguments(config))
 
 
 def execute(plan: Plan, folder: Path) -> list[Setup]:

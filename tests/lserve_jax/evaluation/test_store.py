@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lserve_jax.evaluation.origin import Origin
 from lserve_jax.evaluation.store import Store
 
 SETTINGS = {"model": "tiny", "seed": 0, "tail": None}
@@ -128,6 +129,78 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, settings: dict[str, 
     with pytest.raises(ValueError, match=re.escape(message)):
         Store(tmp_path, settings)
     assert snapshot(tmp_path) == before
+
+
+ORIGIN: Origin = {"checkpoint": "c1", "tokenizer": "t1", "pattern": None, "source": "s1"}
+NAMED = {"model": "m", "tokenizer": None, "head_pattern": None}
+
+
+def measured(folder: Path, origin: Origin | None = ORIGIN, rows: int = 2) -> None:
+    store = Store(folder, NAMED, origin)
+    store.start([])
+    for index in range(rows):
+        store.append(row(index))
+    store.close()
+
+
+def test_a_result_keeps_what_it_was_measured_on(tmp_path: Path):
+    measured(tmp_path)
+    again = Store(tmp_path, NAMED, ORIGIN)
+    assert [kept["measured_on"] for kept in again.rows.values()] == [ORIGIN] * 2
+    assert again.notes == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"checkpoint": "c2"}, "another checkpoint (checkpoint c1, now c2): name another --out, or take the same"),
+        ({"tokenizer": "t2"}, "another tokenizer (tokenizer t1, now t2)"),
+        ({"pattern": "p1"}, "another head pattern (pattern None, now p1)"),
+    ],
+)
+def test_another_checkpoint_or_pattern_of_the_same_name_is_refused(tmp_path: Path, changes: Origin, words: str):
+    measured(tmp_path)
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        Store(tmp_path, NAMED, ORIGIN | changes)
+    assert "\n" not in str(error.value)
+    assert snapshot(tmp_path) == before
+
+
+def test_the_same_checkpoint_and_pattern_may_be_named_otherwise(tmp_path: Path):
+    other = {"model": "./m", "tokenizer": "m", "head_pattern": "p"}
+    measured(tmp_path, rows=0)
+    with pytest.raises(ValueError, match='was made with model="m"'):  # nothing says yet which model that was
+        Store(tmp_path, other, ORIGIN)
+    measured(tmp_path)
+    assert len(Store(tmp_path, other, ORIGIN).rows) == 2
+
+
+def test_results_of_other_sources_are_kept_with_a_remark(tmp_path: Path):
+    measured(tmp_path)
+    (note,) = Store(tmp_path, NAMED, ORIGIN | {"source": "s2"}).notes
+    assert "other sources of this package measured some of the results" in note
+
+
+def test_results_of_earlier_versions_are_read_with_a_remark_and_compared_by_name(tmp_path: Path):
+    measured(tmp_path, origin=None)
+    store = Store(tmp_path, NAMED, ORIGIN)
+    (note,) = store.notes
+    assert "2 results do not say which checkpoint and head pattern they were measured on" in note
+    with pytest.raises(ValueError, match='was made with model="m", this run has "other"'):
+        Store(tmp_path, NAMED | {"model": "other"}, ORIGIN)
+    store.start([])
+    store.append(row(2))
+    store.close()
+    with pytest.raises(ValueError, match="another checkpoint"):  # than that of the new result
+        Store(tmp_path, NAMED, ORIGIN | {"checkpoint": "c2"})
+
+
+@pytest.mark.parametrize("name", ["accuracy", "ablation", "drift", "random_patterns"])
+def test_committed_results_are_read(name: str):
+    folder = Path(__file__).parents[3] / "bench" / "results" / name
+    settings = json.loads((folder / "results.jsonl").read_text(encoding="utf-8").splitlines()[0])["settings"]
+    assert len(Store(folder, settings, ORIGIN).rows) > 0
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path):

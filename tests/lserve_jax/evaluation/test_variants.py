@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
 from lserve_jax import from_preset
+from lserve_jax.config.heads import HeadPattern
 from lserve_jax.evaluation import ablations
 from lserve_jax.evaluation.variants import change, parse_variant, parse_variants
 
@@ -65,6 +67,9 @@ def test_a_budget_may_be_a_share_of_the_length(text: str, length: int, budget: i
         ("lserve:token_budget=most", "token_budget=most must be a whole number, or a share of the prompt"),
         ("lserve:is_sink_forced=maybe", "is_sink_forced=maybe must be true or false"),
         ("lserve:dense_layers=a", "dense_layers=a must be layer numbers with commas between, such as 0,1"),
+        ("lserve:dense_layers=0,,1", "dense_layers=0,,1 must be layer numbers with commas between, such as 0,1"),
+        ("lserve:dense_layers=0,", "variant 'lserve:dense_layers=0,': dense_layers=0, must be layer numbers"),
+        ("lserve:dense_layers=,", "dense_layers=, must be layer numbers"),
         ("dense,lserve,dense", "variant 'dense' is named twice"),
     ],
 )
@@ -120,8 +125,10 @@ def test_one_layer_at_a_time_may_read_everything():
     assert [setting.variant.config(2048).dense_layers for setting in found] == [(), (0,), (1,), (2,)]
 
 
-def test_what_suits_a_model_is_the_default_of_each_variant_and_of_its_changes():
-    base = dataclasses.replace(parse_variant("lserve:token_budget=25%"), of_model={"sink": 16, "dense_layers": [1]})
+def test_what_suits_a_model_is_the_default_of_each_variant_and_of_its_changes(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"attention": {"sink": 16, "dense_layers": [1]}}')
+    pattern = HeadPattern(folder=tmp_path, shape=(2, 2), origin="a test")
+    base = dataclasses.replace(parse_variant("lserve:token_budget=25%"), pattern=pattern)
     assert (base.config(2048).sink, base.config(2048).dense_layers) == (16, (1,))
     assert change(base, "sink=16") is base
     assert change(base, "sink=128").config(2048).sink == 128

@@ -49,6 +49,20 @@ def test_dense_scores_are_the_log_softmax_of_the_logits(dense: LLM):
     assert not score.is_greedy
 
 
+def test_the_kv_type_shows_in_logits_beyond_the_first_chunk_alone_and_in_scores(dense: LLM):
+    """As the docstrings of `LLM.logits` and `LLM.prompt_logprobs` say."""
+    int8 = LLM(str(TINY), attention="dense", kv_dtype="int8", **SIZES)
+    chunk = SIZES["prefill_chunk"]
+    mine, exact = (llm.logits(PROMPT) for llm in (int8, dense))
+    np.testing.assert_array_equal(mine[:chunk], exact[:chunk])
+    assert np.abs(mine[chunk:] - exact[chunk:]).max(axis=-1).min() > 0
+    mine, exact = (llm.prompt_logprobs(PROMPT) for llm in (int8, dense))
+    np.testing.assert_array_equal(mine[:chunk], exact[:chunk])
+    assert np.abs(mine[chunk:] - exact[chunk:]).max() > 0
+    (mine,), (exact,) = (llm.score([PROMPT[:9]], [CONTINUATION]) for llm in (int8, dense))
+    assert mine.logprobs != exact.logprobs
+
+
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_what_was_generated_scores_as_it_did_then(kind: str, request: pytest.FixtureRequest):
     llm: LLM = request.getfixturevalue(kind)

@@ -14,7 +14,7 @@ from tests.lserve_jax.checkpoints import assert_same_tree, manual_params, random
 from tests.lserve_jax.weights.test_rules import CONFIGS, Heads
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_others(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
 
@@ -24,7 +24,7 @@ def saved(tmp_path: Path, config: dict[str, Any], **changes: Any) -> Path:
     arguments: dict[str, Any] = {
         "hf_config": source.hf_config,
         "generation_config": {"eos_token_id": [3, 4]},
-        "write_tokenizer": write_tokenizer,
+        "write_others": write_others,
     }
     orbax.save(tmp_path / "out", source.load_params("float32"), **arguments | changes)
     return tmp_path / "out"
@@ -60,7 +60,7 @@ def test_failure_while_saving_leaves_nothing(tmp_path: Path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        saved(tmp_path, tiny_config(), write_tokenizer=fail)
+        saved(tmp_path, tiny_config(), write_others=fail)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
