@@ -190,7 +190,13 @@ def run(
         report(stage, done, len(load.items))
         for measurement, items in _batches(load.items, max_num_seqs):
             begin, compiled = time.perf_counter(), llm.compile_seconds
-            found = measurement.measure(llm, items, led_by)
+            try:
+                found = measurement.measure(llm, items, led_by)
+            except InputError as error:  # such as logits that are not finite
+                first = items[0]
+                raise InputError(
+                    f"variant {load.variant.label!r} on {first.task} at length {first.length}: {error}"
+                ) from None
             seconds = time.perf_counter() - begin - (llm.compile_seconds - compiled)
             for item, values in zip(items, found, strict=True):
                 store.append(_row(load, item, values, seconds / len(items)))
