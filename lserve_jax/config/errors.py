@@ -1,4 +1,7 @@
-"""The one type of errors that a user can correct."""
+"""The one type of errors that a user can correct, and values in messages."""
+
+_LONGEST = 4000
+"""Characters of a message; what a file holds may be quoted in one, and can be of any length."""
 
 
 class InputError(ValueError):
@@ -7,3 +10,17 @@ class InputError(ValueError):
     The message is one line that names what is wrong and what to do. Commands print it and end with status 2. Any other
     exception is a fault of this package, and keeps its traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.splitlines())
+        rest = len(line) - _LONGEST
+        super().__init__(line if rest <= 0 else f"{line[:_LONGEST]}… and {rest} more characters")
+
+
+def shown(value: object, length: int = 80) -> str:
+    """Returns a value for a message: its Python notation, cut after ``length`` characters."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} that is nested too deeply"
+    return text if len(text) <= length else f"{text[:length]}…"

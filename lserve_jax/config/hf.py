@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from lserve_jax.config.errors import InputError
-from lserve_jax.config.json_file import shown
+from lserve_jax.config.errors import InputError, shown
 from lserve_jax.config.model import AUTO_DTYPES, ModelConfig, RopeConfig
 from lserve_jax.config.reader import Reader
 from lserve_jax.config.rope import LAYER_TYPES, read_rope, rope_range

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lserve_jax.config.errors import InputError
+from lserve_jax.config.errors import InputError, shown
 
 LARGEST_FILE = 1 << 28  # bytes; the largest indices of published checkpoints have some million
 
@@ -34,12 +34,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object, got {type(value).__name__}")
     return value
-
-
-def shown(value: object, length: int = 80) -> str:
-    """Returns a value for a message: its Python notation, cut after ``length`` characters."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}…"
 
 
 class _TwiceError(Exception):

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lserve_jax.config.errors import InputError
-from lserve_jax.config.json_file import shown
+from lserve_jax.config.errors import InputError, shown
 from lserve_jax.config.model import LARGEST_INT, is_positive_number
 
 

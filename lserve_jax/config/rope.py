@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lserve_jax.config.json_file import shown
+from lserve_jax.config.errors import shown
 from lserve_jax.config.model import DEFAULT_THETA, LARGEST_INT, ROPE_KINDS
 from lserve_jax.config.reader import Reader
 

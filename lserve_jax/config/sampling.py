@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from lserve_jax.config.errors import InputError
+from lserve_jax.config.errors import InputError, shown
 from lserve_jax.config.settings import Texts, TextsOrTokens, TokenBiases
 
 MAX_SEED = 2**32 - 1
@@ -133,7 +133,9 @@ class SamplingParams:
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         biases: Any = self.logit_bias
         object.__setattr__(self, "logit_bias", tuple(biases.items()) if isinstance(biases, Mapping) else _pairs(biases))
-        problems = [f"{name} must be {what}, got {getattr(self, name)!r:.200}" for name, what in self._wrong_values()]
+        problems = [
+            f"{name} must be {what}, got {shown(getattr(self, name), 200)}" for name, what in self._wrong_values()
+        ]
         if problems:
             raise InputError("; ".join(problems))
         for name in _ID_LISTS:
@@ -148,8 +150,8 @@ class SamplingParams:
         wanted = {
             "max_tokens": (_is_whole(self.max_tokens, 1), "a whole number from 1"),
             "min_tokens": (
-                _is_whole(self.min_tokens, 0) and self.min_tokens <= self.max_tokens,
-                f"a whole number from 0 to max_tokens ({self.max_tokens!r})",
+                _is_whole(self.min_tokens, 0, self.max_tokens if _is_whole(self.max_tokens, 1) else math.inf),
+                f"a whole number from 0 to max_tokens ({shown(self.max_tokens)})",
             ),
             "temperature": (_is_real(self.temperature, 0.0, math.inf), "a finite number from 0"),
             "top_p": (_is_real(self.top_p, 0.0, 1.0) and self.top_p > 0, "a number above 0 and up to 1"),

@@ -9,8 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lserve_jax.config.errors import InputError
-from lserve_jax.config.json_file import shown
+from lserve_jax.config.errors import InputError, shown
 from lserve_jax.weights.gguf_config import ROPE_FACTORS, hf_config, unknown_keys
 from lserve_jax.weights.gguf_header import Stored, read_header
 from lserve_jax.weights.rules import Naming, Tensor

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lserve_jax.config.errors import InputError
-from lserve_jax.config.json_file import shown
+from lserve_jax.config.errors import InputError, shown
 from lserve_jax.config.model import LARGEST_INT, RopeConfig
 from lserve_jax.models.rope import rope_frequencies
 from lserve_jax.weights.gguf_header import Header

@@ -59,7 +59,10 @@ class Checkpoint:
         Raises:
           InputError: if tensors are missing, unexpected or misshapen, or files unreadable; all of them in one line.
         """
-        return self.loader(self.config, jnp.dtype(dtype), heads, progress)
+        try:
+            return self.loader(self.config, jnp.dtype(dtype), heads, progress)
+        except OSError as error:
+            raise InputError(f"{error.filename or self.name}: cannot be read ({error.strerror or error})") from None
 
     @cached_property
     def digest(self) -> str:

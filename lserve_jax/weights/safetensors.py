@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lserve_jax.config.errors import InputError
-from lserve_jax.config.json_file import read_json, shown
+from lserve_jax.config.errors import InputError, shown
+from lserve_jax.config.json_file import read_json
 from lserve_jax.weights.rules import Naming, Tensor
 from lserve_jax.weights.tensors import Inventory, ReadTensor
 
@@ -102,7 +102,7 @@ class SafetensorsFolder:
         weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise InputError(f"{path}: weight_map must be a mapping, got {shown(weight_map)}")
-        bad = [file for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file]
+        bad = [file for file in weight_map.values() if not _is_plain_name(file)]
         if bad:
             raise InputError(f"{path}: shards must be plain file names in the same folder, got {shown(bad[0])}")
         return weight_map
@@ -111,6 +111,11 @@ class SafetensorsFolder:
         """Returns the shards in the folder to which the index assigns no tensor."""
         files = {path.name for path in self.folder.iterdir() if SHARD_PATTERN.fullmatch(path.name)}
         return sorted(files - set(weight_map.values()))
+
+
+def _is_plain_name(file: object) -> bool:
+    is_name = isinstance(file, str) and file.isprintable() and 0 < len(file) <= 200
+    return is_name and Path(file).name == file
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...] | None] | None, list[str]]:

@@ -268,7 +268,7 @@ def outcome(kind: str, seed: int, folder: Path) -> str:
         KINDS[kind](random.Random(f"{kind} {seed}"), folder)
     except InputError as error:
         line = str(error)
-        if not line.strip() or "\n" in line or len(line) > 4000:
+        if not line.strip() or "\n" in line or len(line) > 4100:
             raise AssertionError(f"{kind} {seed}: not one line that can be read: {line!r:.500}") from error
         return line
     return "taken"

@@ -71,5 +71,6 @@ def main() -> int:
     findings = []
     for kind in args.kinds.split(","):
         findings += run(kind, list(range(args.first, args.first + args.inputs)))[1]
-    print("\n".join(findings) or "no findings")
+    lines = (line[:300] for finding in findings for line in finding.splitlines())
+    print("\n".join(lines) or "no findings")
     return bool(findings)

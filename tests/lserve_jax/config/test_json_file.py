@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from lserve_jax.config import json_file
-from lserve_jax.config.errors import InputError
-from lserve_jax.config.json_file import read_json, shown
+from lserve_jax.config.errors import InputError, shown
+from lserve_jax.config.json_file import read_json
 
 
 @pytest.fixture
