@@ -114,8 +114,7 @@ class SafetensorsFolder:
 
 
 def _is_plain_name(file: object) -> bool:
-    is_name = isinstance(file, str) and file.isprintable() and 0 < len(file) <= 200
-    return is_name and Path(file).name == file
+    return isinstance(file, str) and file.isprintable() and 0 < len(file) <= 200 and Path(file).name == file
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...] | None] | None, list[str]]:

@@ -1,5 +1,7 @@
 """Penalties, biases, removed tokens and log-probabilities of whole generations; logits that are not finite."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -175,6 +177,31 @@ def test_settings_that_name_tokens_beyond_the_vocabulary_are_refused_before_anyt
         ):
             dense.generate([PROMPT, PROMPT], [SamplingParams(), SamplingParams(**settings)])
     assert dense.session.is_idle
+
+
+def test_a_model_may_have_any_number_of_end_tokens(dense: LLM, tmp_path: Path):
+    free = generate(dense, PROMPT, max_tokens=10).token_ids
+    unused = [token for token in range(100, VOCABULARY) if token not in free]
+    ends = [*unused[:11], free[4]]
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    llm = LLM(str(folder), dtype="float32", attention="dense", max_model_len=160)
+    (output,) = llm.generate([PROMPT], SamplingParams(max_tokens=10, stop_token_ids=[3]))
+    assert output.token_ids == free[: free.index(free[4]) + 1]
+    assert output.finish_reason == "stop"
+
+
+def test_prompts_may_come_from_a_generator_and_what_is_none_is_refused(dense: LLM):
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    found = dense.generate((tokens for tokens in (PROMPT, PROMPT[:5])), params)  # type: ignore[arg-type]
+    assert [output.prompt_token_ids for output in found] == [tuple(PROMPT), tuple(PROMPT[:5])]
+    for prompts, problem in (
+        (None, "prompts must be text"),
+        ([b"hi"], "got bytes b'hi'"),
+        ([PROMPT, None], "prompt 2 of 2"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            dense.generate(prompts, params)
 
 
 # --- logits that are not finite --------------------------------------------------------------------------------------
