@@ -12,7 +12,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from lserve_jax.config.errors import InputError
+from lserve_jax.config.errors import InputError, shown
+from lserve_jax.config.json_file import parse_json
 
 GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
@@ -153,18 +154,19 @@ def load_settings(folder: Folder) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("attention", {})
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read as a JSON object: {error}") from None
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    found = parse_json(data, str(path)).get("attention", {})
     if not isinstance(found, dict):
-        raise InputError(f"{path}: attention must be an object of settings, got {found!r}")
+        raise InputError(f"{path}: attention must be an object of settings, got {shown(found)}")
     return found
 
 
 def _parse_rows(path: Folder, max_problems: int = 5) -> tuple[list[list[float]], list[str]]:
     """Returns the numbers of each line, and the first ``max_problems`` problems of single values."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a head pattern is a folder that holds {GATES_FILE}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -25,14 +25,19 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     if size > LARGEST_FILE:
         raise InputError(f"{path}: has {size} bytes, more than {LARGEST_FILE}, and is no such file")
+    return parse_json(text, str(path))
+
+
+def parse_json(data: bytes, source: str) -> dict[str, Any]:
+    """Returns the object in the bytes of a file; ``source`` is its name. Raises as `read_json` does."""
     try:
-        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
     except _TwiceError as error:
-        raise InputError(f"{path}: key {error} has two different values; remove one") from None
+        raise InputError(f"{source}: key {error} has two different values; remove one") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+        raise InputError(f"{source}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+        raise InputError(f"{source}: must hold a JSON object, got {type(value).__name__}")
     return value
 
 

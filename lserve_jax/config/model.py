@@ -17,6 +17,7 @@ AUTO_DTYPES = {"bfloat16": "bfloat16", "float16": "bfloat16", "float32": "float3
 
 
 DEFAULT_THETA = 10000.0
+LARGEST_COUNT = 1 << 16  # of layers and of heads, which are counted one by one; far above any model
 LARGEST_NUMBER = 1e30  # above any frequency base; its products still fit into a float
 
 
@@ -111,6 +112,11 @@ class ModelConfig:
             f"{field.name} must be a positive integer, got {value!r}"
             for field in fields(self)
             if field.type is int and not is_positive_int(value := getattr(self, field.name))
+        ]
+        problems += [
+            f"{name} must be at most {LARGEST_COUNT}, got {value}"
+            for name in ("num_layers", "num_heads", "num_kv_heads")
+            if not problems and (value := getattr(self, name)) > LARGEST_COUNT
         ]
         if not problems and self.num_heads % self.num_kv_heads:
             problems.append(f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})")

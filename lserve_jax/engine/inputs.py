@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lserve_jax.config.errors import InputError
+from lserve_jax.config.errors import InputError, shown
 
 
 def each_prompt(prompts: Any) -> list[Any]:
@@ -57,7 +57,9 @@ def require_ids(ids: Any, vocabulary: int) -> tuple[int, ...]:
     for value in values:
         token = _as_index(value)
         if token is None or not 0 <= token < vocabulary:
-            raise InputError(f"prompt token {value!r:.80} is outside the model's vocabulary of {vocabulary} tokens")
+            raise InputError(
+                f"prompt token {shown(value, 80)} is outside the model's vocabulary of {vocabulary} tokens"
+            )
         found.append(token)
     return tuple(found)
 
@@ -77,4 +79,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return "None" if value is None else f"{type(value).__name__} {value!r:.40}"
+    return "None" if value is None else f"{type(value).__name__} {shown(value, 40)}"

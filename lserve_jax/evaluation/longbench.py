@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lserve_jax.config.errors import InputError
+from lserve_jax.config.errors import InputError, shown
 from lserve_jax.evaluation.metrics import METRICS
 from lserve_jax.evaluation.sample import Request, Sample
 from lserve_jax.text.tokenizer import Tokenizer
@@ -218,7 +218,7 @@ def _parse(line: bytes, metric: str) -> Record:
         ("all_classes", classes, metric != "classification" or _are_texts(classes), "a list of at least one string"),
     ]
     problems = [
-        f"{key} must be {what}, got {value!r:.40}" if key in row else f"{key} ({what}) is missing"
+        f"{key} must be {what}, got {shown(value, 40)}" if key in row else f"{key} ({what}) is missing"
         for key, value, is_met, what in wanted
         if not is_met
     ]

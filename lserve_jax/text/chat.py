@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from lserve_jax.config.errors import InputError
+from lserve_jax.config.errors import InputError, shown
 from lserve_jax.text.chat_template import ChatTemplate
 from lserve_jax.text.errors import read_text
 from lserve_jax.text.literals import ControlTexts, Literals
@@ -184,9 +184,9 @@ def check_messages(messages: Any) -> None:
         raise InputError("messages must be a list of at least one {'role': …, 'content': …}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise InputError(f"messages[{index}] must be a mapping with 'role' and 'content', got {message!r:.80}")
+            raise InputError(f"messages[{index}] must be a mapping with 'role' and 'content', got {shown(message, 80)}")
         if not isinstance(message.get("role"), str):
-            problem = f"must be a string, got {message['role']!r:.40}" if "role" in message else "is missing"
+            problem = f"must be a string, got {shown(message['role'], 40)}" if "role" in message else "is missing"
             raise InputError(f"messages[{index}]: 'role' {problem}")
         content = message.get("content")
         if content is None and not message.get("tool_calls"):
@@ -203,7 +203,7 @@ def _check_tools(tools: Any) -> None:
         raise InputError(f"tools must be a list of JSON objects, got {type(tools).__name__}")
     for index, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping):
-            raise InputError(f"tools[{index}] must be a JSON object that describes a function, got {tool!r:.60}")
+            raise InputError(f"tools[{index}] must be a JSON object that describes a function, got {shown(tool, 60)}")
 
 
 def _check_variables(variables: Any) -> None:

@@ -1,6 +1,7 @@
-"""Errors of libraries and of files as one line."""
+"""Errors of libraries and of files as one line, and what is text at all."""
 
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from lserve_jax.config.errors import InputError
 
@@ -18,6 +19,14 @@ def read_text(path: Path) -> str:
       InputError: if it cannot be read, or is not UTF-8; the message begins with the path.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: cannot be read: {one_line(error)}") from None
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """Returns whether a value is a string that UTF-8 can encode; JSON can hold others."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False

@@ -1,6 +1,5 @@
 """The tokenizer files of a folder in Hugging Face's layout."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from lserve_jax.config.errors import InputError
-from lserve_jax.text.errors import one_line, read_text
+from lserve_jax.config.errors import InputError, shown
+from lserve_jax.config.json_file import read_json
+from lserve_jax.text.errors import is_text, one_line, read_text
 from lserve_jax.text.parts import DEFAULT_TEMPLATE, SPECIAL_NAMES, TokenizerParts
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -60,7 +60,7 @@ def _read_backend(folder: Path, problems: list[str]) -> tokenizers.Tokenizer | N
         problems.append(f"{TOKENIZER_FILE} is missing{hint}")
         return None
     try:
-        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     except BaseException as error:  # the library raises bare Exception, or its BaseException when it panics
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
@@ -74,14 +74,10 @@ def _read_json(folder: Path, name: str, problems: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        problems.append(f"{name} is not JSON: {one_line(error)}")
+        return read_json(path)
+    except InputError as error:
+        problems.append(str(error).removeprefix(f"{folder}/"))
         return {}
-    if not isinstance(value, dict):
-        problems.append(f"{name} must hold an object, got {type(value).__name__}")
-        return {}
-    return value
 
 
 def _read_templates(folder: Path, config: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
@@ -111,7 +107,7 @@ def _named(value: Any, name: str, problems: list[str]) -> dict[str, str]:
     if isinstance(found, dict) and all(isinstance(text, str) for pair in found.items() for text in pair):
         return found
     problems.append(
-        f"{name}: chat_template must be a string, or a list of templates with different names, got {value!r:.60}"
+        f"{name}: chat_template must be a string, or a list of templates with different names, got {shown(value, 60)}"
     )
     return {}
 
@@ -122,10 +118,10 @@ def _special_tokens(config: Mapping[str, Any], name: str, problems: list[str]) -
     for key in SPECIAL_NAMES:
         value = config.get(key)
         text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
+        if is_text(text):
             special[key] = text
         elif value is not None:
-            problems.append(f"{name}: {key} must be a string or an object with content, got {value!r:.60}")
+            problems.append(f"{name}: {key} must be a string or an object with content, got {shown(value, 60)}")
     return special
 
 
@@ -134,7 +130,7 @@ def _read_ids(config: Mapping[str, Any], key: str, name: str, problems: list[str
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
         return ids
-    problems.append(f"{name}: {key} must be a token id or a list of them, got {value!r:.60}")
+    problems.append(f"{name}: {key} must be a token id or a list of them, got {shown(value, 60)}")
     return []
 
 
@@ -145,7 +141,7 @@ def _add_tokens(
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     decoder = config.get("added_tokens_decoder") or {}
     is_map = isinstance(decoder, dict) and all(
-        i.isdecimal() and isinstance(token, dict) for i, token in decoder.items()
+        i.isdecimal() and len(i) < 12 and isinstance(token, dict) for i, token in decoder.items()
     )
     if not is_map:
         problems.append(f"{CONFIG_FILE}: added_tokens_decoder must map ids to objects")
@@ -155,10 +151,12 @@ def _add_tokens(
         if content in known:
             continue
         flags = {flag: token[flag] is True for flag in _ADDED_TOKEN_FLAGS if flag in token}
-        if isinstance(content, str):
+        if is_text(content):
             backend.add_tokens([AddedToken(content, **flags)])
-        if not isinstance(content, str) or backend.token_to_id(content) != int(index):
-            problems.append(f"{CONFIG_FILE}: added token {content!r} does not get the id {index} that it should have")
+        if not is_text(content) or backend.token_to_id(content) != int(index):
+            problems.append(
+                f"{CONFIG_FILE}: added token {shown(content)} does not get the id {index} that it should have"
+            )
     for name in ("bos_token", "eos_token"):
         text = special.get(name)
         if text is not None and backend.token_to_id(text) is None:

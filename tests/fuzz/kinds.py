@@ -20,6 +20,8 @@ from lserve_jax.config.generation import not_honoured, recommended_params
 from lserve_jax.config.heads import CONFIG_FILE, GATES_FILE, load_settings
 from lserve_jax.engine.inputs import each_prompt, require_ids
 from lserve_jax.engine.setup import prepare
+from lserve_jax.runtime.adjustments import Adjustments, History
+from lserve_jax.runtime.sampling import SamplingState
 from lserve_jax.text.stream import TextStream
 from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights.gguf import GGUFFile
@@ -227,11 +229,35 @@ def prompt(rng: random.Random, folder: Path) -> None:
 _FIELDS = tuple(SamplingParams.__dataclass_fields__)
 
 
+_PLAUSIBLE: dict[str, tuple[Any, ...]] = {
+    "max_tokens": (1, 20, 10**9),
+    "temperature": (0.0, 0.7, 1, 100.0),
+    "top_p": (0.1, 1),
+    "repetition_penalty": (0.5, 1, 1.3),
+    "logit_bias": ({}, {5: 1.5}, [(5, -1), (127, float("-inf"))]),
+    "suppress_tokens": ((), [5, 127]),
+    "begin_suppress_tokens": ((), [5, 127]),
+    "stop_token_ids": ((), [5, 127], list(range(128))),
+    "bad_words": ((), [[5], [6, 7]], [[1, 2, 3, 4]]),
+    "stop": ((), "a", ["a", "b"]),
+    "ignore_eos": (True, False),
+    "skip_special_tokens": (True, False),
+    "logprobs": (True,),
+    "prompt_logprobs": (True,),
+}
+
+
 def sampling(rng: random.Random, folder: Path) -> None:
     """Sampling settings, and attention settings."""
     del folder
-    values: dict[str, Any] = {name: odd_value(rng) for name in rng.sample(_FIELDS, rng.randrange(1, 5))}
-    SamplingParams(**values).require_vocabulary(VOCABULARY)
+    if rng.random() < 0.6:
+        values: dict[str, Any] = {name: rng.choice(_PLAUSIBLE.get(name, (0, 1))) for name in rng.sample(_FIELDS, 4)}
+        values |= {name: odd_value(rng) for name in rng.sample(_FIELDS, rng.randrange(3))}
+        params = SamplingParams(**values)
+        params.require_vocabulary(VOCABULARY)
+        SamplingState.from_params([params, None])
+        Adjustments.of([History(params, (1, 2), [3]), None], VOCABULARY)
+        return
     names = sorted(AttentionConfig.__dataclass_fields__.keys() - {"preset"})
     fields: dict[str, Any] = {name: odd_value(rng) for name in rng.sample(names, 2)}
     from_preset(rng.choice(["lserve", "dense", "quest"]), **fields)
