@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from lserve_jax.config.checks import require_whole
-from lserve_jax.config.errors import InputError
+from lserve_jax.config.errors import InputError, shown
 from lserve_jax.config.settings import settings
 
 KV_DTYPES = ("bfloat16", "float32", "int8", "int4")
@@ -108,14 +108,17 @@ class AttentionConfig:
         for name in ("static_sparsity", "selector_spread"):
             share = getattr(self, name)
             if not (isinstance(share, Real) and 0 <= float(share) <= 1):
-                raise InputError(f"{name}={share!r} must be a number from 0 to 1")
+                raise InputError(f"{name}={shown(share)} must be a number from 0 to 1")
             object.__setattr__(self, name, float(share))
+        for name in ("is_sink_forced", "has_lookahead"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={shown(getattr(self, name))} must be true or false")
         if self.kv_dtype not in ("auto", *KV_DTYPES):
-            raise InputError(f"kv_dtype={self.kv_dtype!r} must be auto or one of {', '.join(KV_DTYPES)}")
+            raise InputError(f"kv_dtype={shown(self.kv_dtype)} must be auto or one of {', '.join(KV_DTYPES)}")
         if self.group_reduction not in REDUCTIONS:
-            raise InputError(f'group_reduction={self.group_reduction!r} must be "max" or "mean"')
+            raise InputError(f'group_reduction={shown(self.group_reduction)} must be "max" or "mean"')
         # Always a tuple: the configuration is a static argument of the compiled steps and must hash.
-        layers = (self.dense_layers,) if isinstance(self.dense_layers, Integral) else self.dense_layers
+        layers = self.dense_layers if isinstance(self.dense_layers, tuple | list) else (self.dense_layers,)
         object.__setattr__(self, "dense_layers", tuple(require_whole("dense_layers", layer, 0) for layer in layers))
         self._check_budget()
 

@@ -3,7 +3,7 @@
 from numbers import Integral
 from typing import Any
 
-from lserve_jax.config.errors import InputError
+from lserve_jax.config.errors import InputError, shown
 
 LARGEST_INT = 2**31 - 1
 """The largest setting: positions and page numbers have 32 bits."""
@@ -12,7 +12,7 @@ LARGEST_INT = 2**31 - 1
 def require_whole(name: str, value: Any, least: int = 1) -> int:
     """Returns the value as an `int`; raises `InputError` unless it is whole and from ``least`` to `LARGEST_INT`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name}={value!r} must be a whole number from {least}")
+        raise InputError(f"{name}={shown(value)} must be a whole number from {least}")
     if int(value) > LARGEST_INT:
-        raise InputError(f"{name}={value!r} must be at most {LARGEST_INT}")
+        raise InputError(f"{name}={shown(value)} must be at most {LARGEST_INT}")
     return int(value)

@@ -226,8 +226,8 @@ def test_the_pages_that_are_always_read_are_those_of_the_op(page_size: int, inte
     config = AttentionConfig(
         token_budget=None, page_size=page_size, sub_page_size=page_size, selector_interval=interval, sink=sink
     )
-    page = np.zeros((1, 1, page_size, 4), np.float32)
-    arrays: Any = (None, PagedKV(page, page), None, None, None, None)  # type: ignore[arg-type]
+    page, bounds = np.zeros((1, 1, page_size, 4), np.float32), np.zeros((1, 1, 1, 4), np.float32)
+    arrays: Any = (None, PagedKV(page, page, bounds, bounds), None, None, None, None)  # type: ignore[arg-type]
     select = partial(page_select, *arrays, interval=interval, sink_pages=config.sink_pages, implementation="nobody")
     with pytest.raises(ValueError, match="must be at least"):
         select(num_selected=config.forced_pages - 1)

@@ -360,9 +360,9 @@ def test_saving_keeps_everything(tmp_path: Path):
         ({"tokenizer": "{"}, "tokenizer.json is not a tokenizer"),
         ({"tokenizer": "[]"}, "tokenizer.json is not a tokenizer"),
         ({"tokenizer": {"model": {"type": "BPE"}}}, "tokenizer.json is not a tokenizer"),
-        ({"tokenizer_config": "{"}, "tokenizer_config.json is not JSON"),
-        ({"tokenizer_config": "[" * 100_000}, "tokenizer_config.json is not JSON"),
-        ({"tokenizer_config": []}, "tokenizer_config.json must hold an object, got list"),
+        ({"tokenizer_config": "{"}, "tokenizer_config.json: not valid JSON"),
+        ({"tokenizer_config": "[" * 100_000}, "tokenizer_config.json: not valid JSON"),
+        ({"tokenizer_config": []}, "tokenizer_config.json: must hold a JSON object, got list"),
         ({"tokenizer_config": {"eos_token": 3}}, "tokenizer_config.json: eos_token must be a string"),
         ({"tokenizer_config": {"eos_token": "<no>"}}, "eos_token '<no>' is not in tokenizer.json"),
         (
