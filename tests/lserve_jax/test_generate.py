@@ -318,7 +318,7 @@ def test_a_plan_can_be_one_json_object(run: Callable[..., Result]):
         "implementations": dict.fromkeys(("kv_write", "prefill_attention", "decode_attention"), "xla"),
     }
     assert found.items() >= expected.items()
-    assert found.keys() - expected.keys() == {"free_bytes", "largest_context", "refusals"}
+    assert found.keys() - expected.keys() == {"free_bytes", "largest_context", "refusals", "head_pattern"}
     assert found["largest_context"] > 128
 
 
