@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from lserve_jax.config.errors import InputError
+from pallas_kernels.core.dtypes import counted_loop
 
 MAX_SEED = 2**32 - 1
 _OF_MODEL = "the model's own, else {}"
@@ -145,7 +146,7 @@ def sample(logits: Array, positions: Array, state: SamplingState) -> tuple[Array
       state: the parameters, B rows.
     """
     clean = jnp.nan_to_num(logits, nan=-jnp.inf, posinf=jnp.finfo(jnp.float32).max, neginf=-jnp.inf)
-    greedy = jnp.argmax(clean, axis=-1).astype(jnp.int32)
+    greedy = jax.lax.argmax(clean, 1, jnp.int32)
     is_drawn = state.temperature > 0
     tokens = jax.lax.cond(
         jnp.any(is_drawn),
@@ -175,7 +176,7 @@ def _draw(logits: Array, positions: Array, state: SamplingState) -> Array:
     kept = jax.lax.cond(jnp.any(use_top_p), lambda: keep_top_p(scaled, kept, p), lambda: kept)
     kept = kept & keep_min_p(scaled, state.min_p)
     noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(state.seed, positions, vocabulary)
-    return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+    return jax.lax.argmax(jnp.where(kept, scaled + noise, -jnp.inf), 1, jnp.int32)
 
 
 def temper(logits: Array, temperature: Array) -> Array:
@@ -226,7 +227,7 @@ def _lowest_kept(keys: Array, weights: Array, target: Array) -> Array:
         candidate = found | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
         return jnp.where(_weight_from(keys, weights, candidate) >= target, candidate, found)
 
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(target.shape, jnp.uint32))
+    return counted_loop(32, try_bit, jnp.zeros(target.shape, jnp.uint32))
 
 
 def _weight_from(keys: Array, weights: Array, lowest: Array) -> Array:

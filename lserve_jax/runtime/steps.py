@@ -19,6 +19,7 @@ from lserve_jax.runtime.attend import decode_attend, prefill_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
 from lserve_jax.runtime.sampling import SamplingState, sample, token_logprobs
 from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray
+from pallas_kernels.core.dtypes import narrowed
 
 
 class DecodeState(NamedTuple):
@@ -79,6 +80,7 @@ def prefill_step(
       has_history: False promises that all ``starts`` are 0: a smaller program for prompts of one chunk.
       has_all_logits: whether to return the logits of every token, [B, T, V].
     """
+    params, cache, tokens, starts, counts, tables = narrowed((params, cache, tokens, starts, counts, tables))
     positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     attend = prefill_attend(config, tables, starts, counts, has_history=has_history)
     hidden, cache = run_model(params, cache, tokens, positions, attend, config)
@@ -125,7 +127,7 @@ def decode_step(
       tables: page tables [B, max_pages] int32 with a page for the new token.
       config: static settings.
     """
-    return _decode(params, cache, tokens, lengths, decode_steps, tables, config)
+    return _decode(*narrowed((params, cache, tokens, lengths, decode_steps, tables)), config)
 
 
 def _take(
@@ -168,6 +170,8 @@ def decode_loop(
       config: static settings.
       max_steps: rows of the result.
     """
+    arguments = (params, cache, state, tables, sampling, num_steps, forced)
+    params, cache, state, tables, sampling, num_steps, forced = narrowed(arguments)
     slots = state.tokens.shape[0]
     no_tokens = jnp.full((max_steps, slots), -1, jnp.int32)
     nothing = Generated(no_tokens, jnp.zeros((max_steps, slots), jnp.float32), no_tokens)
@@ -210,13 +214,13 @@ def sample_first(
     logits: jax.Array, positions: jax.Array, sampling: SamplingState, forced: jax.Array | None = None
 ) -> Generated:
     """Returns the tokens [B] sampled from prefill logits [B, V] (see `sample`); ``forced`` [B] as in `decode_loop`."""
-    return Generated(*_take(logits, positions, sampling, forced))
+    return Generated(*_take(*narrowed((logits, positions, sampling, forced))))
 
 
 @jax.jit
 def score_chunk(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Returns the log-probabilities [..., T] float32 of tokens [..., T] int32 under logits [..., T, V]."""
-    return token_logprobs(logits, tokens)
+    return token_logprobs(*narrowed((logits, tokens)))
 
 
 # An exported step (`jax.export`) can be written to a file only if the types of its arguments are registered by name.
