@@ -15,11 +15,12 @@ _SCALARS = {"jit", "convert_element_type"}
 @contextmanager
 def enabled() -> Iterator[None]:
     """Sets the flag for all threads, as a program or its environment does: the engine compiles in threads."""
+    before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_x64", False)
+        jax.config.update("jax_enable_x64", before)
 
 
 def both(run: Callable[[], Any]) -> tuple[Any, Any]:
@@ -43,12 +44,17 @@ def wide(program: core.ClosedJaxpr | core.Jaxpr) -> set[str]:
             is_number = getattr(aval, "weak_type", False) and aval.shape == ()
             is_allowed = is_number and equation.primitive.name in _SCALARS
             if str(getattr(aval, "dtype", "")) in _WIDE and not is_allowed:
-                place = equation.source_info.traceback
-                frames = [f"{f.file_name}:{f.line_num}" for f in (place.frames if place else ()) if "jax/_" not in f.file_name]
-                found.add(f"{equation.primitive.name} {aval} {' < '.join(frames[:3])}")
+                found.add(f"{equation.primitive.name} {aval} at {_place(equation)}")
         for inner in _programs(list(equation.params.values())):
             found |= wide(inner)
     return found
+
+
+def _place(equation: core.JaxprEqn) -> str:
+    """Returns the lines of Python that made an equation, the innermost first."""
+    traceback = equation.source_info.traceback
+    frames = traceback.frames if traceback else ()
+    return " < ".join([f"{frame.file_name}:{frame.line_num}" for frame in frames if "/jax/" not in frame.file_name][:3])
 
 
 def _programs(values: list[Any]) -> Iterator[Any]:

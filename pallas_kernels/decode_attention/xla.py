@@ -78,7 +78,9 @@ def _attend(
         def attend_block(index: jax.Array, state: OnlineSoftmax) -> OnlineSoftmax:
             pages = jax.lax.dynamic_slice_in_dim(take(logical, b), index * block, block, axis=1)
             physical = jnp.where(pages >= 0, take(table, b, jnp.maximum(pages, 0)), NO_PAGE)
-            positions = (pages[..., None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(pages.shape[0], -1)
+            positions = (pages[..., None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(
+                pages.shape[0], -1
+            )
             is_held = jnp.repeat(physical >= 0, page_size, axis=-1)
             visible = is_held & is_visible(length - 1, positions, *window)
             k, v = (_gather(x, physical, heads) for x in (pool.k, pool.v))

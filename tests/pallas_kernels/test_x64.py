@@ -10,11 +10,19 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import BlockList, LayerKV, PageTables, Walk, visible_walk
+from pallas_kernels import BlockList, Walk, visible_walk
 from pallas_kernels.core.dtypes import narrowed
 from pallas_kernels.core.workloads import TINY, Workload
 from tests import x64
-from tests.pallas_kernels.cases import NOT_FOR_JIT, STORAGE, TABLES, assert_same_bits, filled_cache, jitted, random_tokens
+from tests.pallas_kernels.cases import (
+    NOT_FOR_JIT,
+    STORAGE,
+    TABLES,
+    assert_same_bits,
+    filled_cache,
+    jitted,
+    random_tokens,
+)
 
 RUNNING = [(op, name) for op, table in TABLES.items() for name in table if name != "mosaic_gpu"]
 TRACED = [row for row in RUNNING if row not in NOT_FOR_JIT]
@@ -24,7 +32,9 @@ def _call(op: str, workload: Workload) -> tuple[tuple[Any, ...], dict[str, Any]]
     """The arguments and options of an op, every integer int32 and every number of at most 32 bits."""
     rng = np.random.default_rng(0)
     cache = filled_cache(workload, rng, [96, 17, 0, 64])
-    q, k = (random_tokens(workload, rng, workload.chunk, heads) for heads in (workload.num_heads, workload.num_kv_heads))
+    q, k = (
+        random_tokens(workload, rng, workload.chunk, heads) for heads in (workload.num_heads, workload.num_kv_heads)
+    )
     starts, counts = cache.lengths // 2, cache.lengths // 4
     window = {"sink": workload.sink, "local": workload.local}
     previous = np.full((workload.batch, workload.retrieval, 5), -1, np.int32)
@@ -104,6 +114,16 @@ def test_arrays_of_64_bits_are_taken_as_those_of_32(op: str, implementation: str
         wide = jax.tree.map(widened, arguments)
         assert {"int64", "float64"} <= {str(x.dtype) for x in jax.tree.leaves(wide)}
         assert_same_bits(jitted(op, implementation)(*wide, **options), expected)
+
+
+def test_a_walk_of_64_bits_is_taken_as_one_of_32():
+    arguments, window = _call("prefill_attention", TINY["mixed"])
+    narrow, wide = (np.array([[[[0, 2]] * 2] * 2] * 4, dtype) for dtype in (np.int32, np.int64))
+    walks = [Walk(retrieval=BlockList(blocks=jnp.asarray(narrow), queries=16, keys=16))]
+    with x64.enabled():
+        walks.append(Walk(retrieval=BlockList(blocks=jnp.asarray(wide), queries=16, keys=16)))
+        results = [pallas_kernels.prefill_attention(*arguments, **window, walk=walk) for walk in walks]
+    assert_same_bits(results[1], results[0])
 
 
 def test_what_is_no_array_of_64_bits_stays_as_it_is():
