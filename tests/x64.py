@@ -40,7 +40,8 @@ def wide(program: core.ClosedJaxpr | core.Jaxpr) -> set[str]:
     """Returns one line for each equation, here or in a program within, that takes or gives an array of 64 bits."""
     found = set()
     for equation in getattr(program, "jaxpr", program).eqns:
-        for aval in {variable.aval for variable in (*equation.invars, *equation.outvars)}:
+        avals: set[Any] = {variable.aval for variable in (*equation.invars, *equation.outvars)}
+        for aval in avals:
             is_number = getattr(aval, "weak_type", False) and aval.shape == ()
             is_allowed = is_number and equation.primitive.name in _SCALARS
             if str(getattr(aval, "dtype", "")) in _WIDE and not is_allowed:

@@ -40,9 +40,9 @@ def calls(one: Stepper) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     tokens = np.random.default_rng(0).integers(3, 128, (SLOTS, 120)).astype(np.int32)
     starts, counts = np.zeros(SLOTS, np.int32), np.array([120, 90], np.int32)
     cache, lengths, steps = one.cache(), counts + 1, np.zeros(SLOTS, np.int32)
-    state = DecodeState(
-        tokens[:, 0], lengths, steps, np.full(SLOTS, STEPS, np.int32), np.full((SLOTS, 4), -1, np.int32)
-    )
+    limits, stops = np.full(SLOTS, STEPS, np.int32), np.full((SLOTS, 4), -1, np.int32)
+    columns: list[Any] = [tokens[:, 0], lengths, steps, limits, stops]
+    state = DecodeState(*columns)
     forced = np.full((STEPS, SLOTS), -1, np.int32)
     forced[1, 1] = 9
     logits = np.random.default_rng(1).normal(size=(SLOTS, 128)).astype(np.float32)
