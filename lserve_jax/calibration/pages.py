@@ -75,15 +75,16 @@ class LayerHeads(NamedTuple):
             )
             return head(index, self.q[index], keys, values)
 
-        return jax.lax.map(one, jnp.arange(self.k.shape[1]))
+        return jax.lax.map(one, jnp.arange(self.k.shape[1], dtype=jnp.int32))
 
 
 def visible_keys(chunk: Chunk, config: InferenceConfig) -> tuple[jax.Array, jax.Array]:
     """Returns the keys of pages and chunk that each query sees, [T, S + T] bool: with dense and streaming attention."""
     size, attention = chunk.sources.size, config.attention
     at = chunk.start + jnp.arange(chunk.tokens.size, dtype=jnp.int32)
-    positions = jnp.concatenate([jnp.arange(size, dtype=jnp.int32), at])
-    exists = jnp.concatenate([jnp.arange(size) < chunk.start, jnp.ones(at.size, bool)])
+    before = jnp.arange(size, dtype=jnp.int32)
+    positions = jnp.concatenate([before, at])
+    exists = jnp.concatenate([before < chunk.start, jnp.ones(at.size, bool)])
     windows = ((None, None), (attention.sink, attention.local))
     dense, streaming = (exists & is_visible(at[:, None], positions, *window) for window in windows)
     return dense, streaming

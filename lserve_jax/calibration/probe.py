@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lserve_jax.calibration.attention import average, scores, weights
 from lserve_jax.calibration.pages import Chunk, LayerHeads, forward, visible_keys
@@ -65,7 +66,7 @@ def probe(
         kernel = params[f"layers_{layer}"]["attention"]["o_proj"]["kernel"]
         return found.dense, {name: value @ shares for name, value in _measures(found, kernel, x).items()}
 
-    gates = jnp.ones((config.model.num_layers, config.model.num_kv_heads))
+    gates = jnp.ones((config.model.num_layers, config.model.num_kv_heads), jnp.float32)
     hidden, measures, _ = forward(params, cache, chunk, gates, attend, config)
     return {name: jnp.stack([found[name] for found in measures]) for name in measures[0]}, hidden
 
@@ -102,7 +103,7 @@ def slopes(
         return jnp.stack([shares @ chunk.nll(found), shares @ divergence])
 
     _, pull = jax.vjp(losses, gates)
-    return Slopes(*(-pull(direction)[0] for direction in jnp.eye(2)))
+    return Slopes(*(-pull(direction)[0] for direction in np.eye(2, dtype=np.float32)))
 
 
 def _comparison(chunk: Chunk, config: InferenceConfig) -> Callable[[LayerHeads], Heads]:

@@ -99,7 +99,7 @@ def _score(reader: Reader, prompt: Prompt, names: Sequence[str]) -> Scores:
     params, config, chunk = reader.params, reader.config, reader.read(prompt)
     found, hidden = probe(params, reader.cache, chunk, config=config)
     if any(name in SLOPES for name in names):
-        ones = jnp.ones((config.model.num_layers, config.model.num_kv_heads))
+        ones = jnp.ones((config.model.num_layers, config.model.num_kv_heads), jnp.float32)
         full, half = (slopes(params, reader.cache, chunk, gate * ones, hidden, config=config) for gate in (1.0, 0.5))
         found |= {"loss": (full.nll + half.nll) / 2, "divergence": half.divergence}
     return {name: np.asarray(found[name], np.float64) for name in names}

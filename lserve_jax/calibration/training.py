@@ -74,7 +74,8 @@ def train_step(
         return distilled + training.regularisation * jnp.mean(jnp.abs(gates)), distilled
 
     slopes, distilled = jax.grad(loss, has_aux=True)(state.gates)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
+    # Optax raises a float to the power of an integer, whose type is float64 under jax_enable_x64.
+    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
         updates, optimiser = training.optimiser().update(slopes, state.optimiser, state.gates)
     gates = jnp.clip(optax.apply_updates(state.gates, updates), 0.0, 1.0)  # type: ignore[arg-type]
     return TrainingState(state.step + 1, gates, optimiser), distilled

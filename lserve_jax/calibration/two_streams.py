@@ -96,16 +96,16 @@ def streaming_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, sink: int, 
     block = min(BLOCK, tokens)
     assert tokens % block == 0, (tokens, block)
     before = -(-(local - 1) // block)  # blocks before a query's block that its window reaches
-    sink, starts = min(sink, tokens), jnp.arange(0, tokens, block)
+    sink, starts = min(sink, tokens), jnp.arange(0, tokens, block, dtype=jnp.int32)
 
     @jax.checkpoint
     def attend(first: tuple[jax.Array, jax.Array], piece: tuple[jax.Array, ...]) -> jax.Array:
         queries, keys, values, start = piece
-        at = start + jnp.arange(block)
-        near = start - before * block + jnp.arange((before + 1) * block)
+        at = start + jnp.arange(block, dtype=jnp.int32)
+        near = start - before * block + jnp.arange((before + 1) * block, dtype=jnp.int32)
         # A key of the sink that also lies in the window counts once.
         is_near = is_visible(at[:, None], near, 0, local) & (near >= sink)
-        is_seen = jnp.concatenate([jnp.arange(sink) <= at[:, None], is_near], axis=1)
+        is_seen = jnp.concatenate([jnp.arange(sink, dtype=jnp.int32) <= at[:, None], is_near], axis=1)
         keys, values = (jnp.concatenate(pair) for pair in zip(first, (keys, values), strict=True))
         return average(weights(scores(queries, keys), is_seen), values)
 

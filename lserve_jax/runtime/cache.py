@@ -114,7 +114,8 @@ def _pool(config: InferenceConfig, storage: Storage | None, pages: int) -> Paged
             return jnp.zeros(shape, storage.dtype)
         bits = _BITS[storage.dtype]
         codes = jnp.zeros((*shape[:-1], head_dim * bits // 8), jnp.uint8)
-        return QuantizedArray(codes=codes, scale=jnp.zeros(shape[:-1]), zero=jnp.zeros(shape[:-1]), bits=bits)
+        scale, zero = (jnp.zeros(shape[:-1], jnp.float32) for _ in range(2))
+        return QuantizedArray(codes=codes, scale=scale, zero=zero, bits=bits)
 
     if not storage.has_statistics:
         return PagedKV(elements(), elements())

@@ -14,6 +14,7 @@ from lserve_jax.models.llama import Params
 from lserve_jax.runtime.attend import as_stored, decode_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
 from pallas_kernels import PagedKV, PageTables, dequantize
+from pallas_kernels.core.dtypes import narrowed
 
 
 @jax.jit
@@ -36,6 +37,7 @@ def attention_recall(
       lengths: [B] int32 tokens of each sequence, the current one included; 0 for an empty slot.
       selected: [B, K, n] int32 logical pages, padded with -1 (what `pallas_kernels.page_select` returns).
     """
+    q, pool, table, lengths, selected = narrowed((q, pool, table, lengths, selected))
     batch, heads = selected.shape[:2]
     grouped = q.reshape(batch, heads, -1, q.shape[-1])
     held = table.shape[1]
@@ -44,7 +46,7 @@ def attention_recall(
         b, head = at // heads, at % heads
         rows = jax.tree.map(lambda x: x[jnp.maximum(table[b], 0), head], pool.k)
         keys = dequantize(rows, jnp.float32).reshape(-1, q.shape[-1])
-        tokens = jnp.arange(keys.shape[0])
+        tokens = jnp.arange(keys.shape[0], dtype=jnp.int32)
         is_seen = tokens < lengths[b]
         scores = jnp.einsum("gh,sh->gs", grouped[b, head].astype(jnp.float32), keys, precision="highest")
         weights = jax.nn.softmax(jnp.where(is_seen, scores * q.shape[-1] ** -0.5, -jnp.inf), axis=-1)
@@ -74,13 +76,15 @@ def recall_step(
     arguments are those of `decode_step`. It may be called next with the returned cache and the same arguments, and
     gives the same result as without this call, because it writes the same values again.
     """
+    arguments = (params, cache, tokens, lengths, decode_steps, tables)
+    params, cache, tokens, lengths, decode_steps, tables = narrowed(arguments)
     inner = decode_attend(config, tables, lengths, decode_steps)
 
     def attend(
         kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
     ) -> tuple[jax.Array, tuple[LayerCache, jax.Array]]:
         out, state = inner(kind, q, k, v, state)
-        nothing = jnp.full(lengths.shape, jnp.nan)
+        nothing = jnp.full(lengths.shape, jnp.nan, jnp.float32)
         num_selected = kind.decode.num_selected
         if num_selected is None or state.selected is None or state.kv.retrieval is None:
             return out, (state, nothing)

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from lserve_jax.config.sampling import MOST_TOP_LOGPROBS, SamplingParams
+from pallas_kernels.core.dtypes import counted_loop
 
 
 class SamplingState(NamedTuple):
@@ -72,7 +73,7 @@ def sample(logits: Array, positions: Array, state: SamplingState) -> Array:
       state: the parameters, B rows.
     """
     clean = jnp.nan_to_num(logits, nan=-jnp.inf, posinf=jnp.finfo(jnp.float32).max, neginf=-jnp.inf)
-    greedy = jnp.argmax(clean, axis=-1).astype(jnp.int32)
+    greedy = jax.lax.argmax(clean, 1, jnp.int32)
     is_drawn = state.temperature > 0
     return jax.lax.cond(
         jnp.any(is_drawn),
@@ -118,7 +119,7 @@ def _draw(logits: Array, positions: Array, state: SamplingState) -> Array:
     kept = jax.lax.cond(jnp.any(use_top_p), lambda: keep_top_p(scaled, kept, p), lambda: kept)
     kept = kept & keep_min_p(scaled, state.min_p)
     noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(state.seed, positions, vocabulary)
-    return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+    return jax.lax.argmax(jnp.where(kept, scaled + noise, -jnp.inf), 1, jnp.int32)
 
 
 def temper(logits: Array, temperature: Array) -> Array:
@@ -169,7 +170,7 @@ def _lowest_kept(keys: Array, weights: Array, target: Array) -> Array:
         candidate = found | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
         return jnp.where(_weight_from(keys, weights, candidate) >= target, candidate, found)
 
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(target.shape, jnp.uint32))
+    return counted_loop(32, try_bit, jnp.zeros(target.shape, jnp.uint32))
 
 
 def _weight_from(keys: Array, weights: Array, lowest: Array) -> Array:

@@ -21,6 +21,7 @@ from lserve_jax.runtime.attend import decode_attend, prefill_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
 from lserve_jax.runtime.sampling import SamplingState, likeliest, sample, token_logprobs
 from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray
+from pallas_kernels.core.dtypes import narrowed
 
 
 class DecodeState(NamedTuple):
@@ -103,6 +104,7 @@ def prefill_step(
       has_history: False promises that all ``starts`` are 0: a smaller program for prompts of one chunk.
       has_all_logits: whether to return the logits of every token, [B, T, V].
     """
+    params, cache, tokens, starts, counts, tables = narrowed((params, cache, tokens, starts, counts, tables))
     hidden, cache = _prefill(params, cache, tokens, starts, counts, tables, config, has_history=has_history)
     return unembed(params, config, hidden if has_all_logits else _last(hidden, counts)), cache
 
@@ -135,6 +137,8 @@ def score_step(
       config: static settings.
       has_history: False promises that all ``starts`` are 0.
     """
+    params, cache, tokens, starts, counts, tables = narrowed((params, cache, tokens, starts, counts, tables))
+    following = narrowed(following)
     hidden, cache = _prefill(params, cache, tokens, starts, counts, tables, config, has_history=has_history)
     batch, length = tokens.shape
     block = min(_SCORED_TOGETHER, length)
@@ -212,7 +216,7 @@ def decode_step(
       tables: page tables [B, max_pages] int32 with a page for the new token.
       config: static settings.
     """
-    return _decode(params, cache, tokens, lengths, decode_steps, tables, config)
+    return _decode(*narrowed((params, cache, tokens, lengths, decode_steps, tables)), config)
 
 
 def _take(
@@ -261,6 +265,8 @@ def decode_loop(
       config: static settings.
       max_steps: rows of the result.
     """
+    arguments = (params, cache, state, tables, sampling, num_steps, forced, adjustments)
+    params, cache, state, tables, sampling, num_steps, forced, adjustments = narrowed(arguments)
     slots, num_top = state.tokens.shape[0], min(MOST_TOP_LOGPROBS, config.model.vocab_size)
     empty = Generated(
         tokens=jnp.full(slots, -1, jnp.int32),
@@ -319,7 +325,8 @@ def sample_first(
     adjustments: Adjustments | None = None,
 ) -> Generated:
     """Returns the tokens [B] sampled from prefill logits [B, V]; ``forced`` [B] and the rest as in `decode_loop`."""
-    return _take(logits, positions, sampling, forced, adjustments, jnp.zeros((0, logits.shape[0]), jnp.int32))
+    nothing_new = jnp.zeros((0, logits.shape[0]), jnp.int32)
+    return _take(*narrowed((logits, positions, sampling, forced, adjustments)), nothing_new)
 
 
 # An exported step (`jax.export`) can be written to a file only if the types of its arguments are registered by name.

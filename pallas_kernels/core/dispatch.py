@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+from pallas_kernels.core.dtypes import narrowed
+
 BACKENDS = ("mosaic_gpu", "triton", "xla", "reference")
 """Every backend name, in the order in which `dispatch` tries those that an op has; ``reference`` only by name."""
 
@@ -47,6 +49,8 @@ def dispatch[T](
 ) -> T:
     """Returns the op's result from the named implementation, or from the first that accepts when none is named.
 
+    Implementations get no array of more than 32 bits (see `narrowed`).
+
     Args:
       op: the op's name, for messages.
       table: the op's implementations by backend name.
@@ -58,6 +62,7 @@ def dispatch[T](
       ValueError: if the name is no backend.
       NotImplementedError: if the named implementation refuses or is absent; it never falls back to another.
     """
+    args, options = narrowed((args, options))
     if implementation is None:
         return _first_accepting(op, table, *args, **options)
     if implementation not in BACKENDS:

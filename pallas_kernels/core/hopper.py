@@ -42,6 +42,9 @@ def on_hopper(api: str) -> Callable[..., Any]:
 
     On other devices it refuses, without the time of Pallas' imports (a sixth of a second).
 
+    The kernel is traced as without ``jax_enable_x64``. No array that comes in or goes out has 64 bits (see `dispatch`),
+    and under the flag Pallas would count its loops (`pl.loop`) in 64 bits, which takes registers.
+
     Args:
       api: ``__name__`` of the op's `api` module; its `mosaic_gpu` is in the same package.
     """
@@ -49,7 +52,9 @@ def on_hopper(api: str) -> Callable[..., Any]:
 
     def run(*args: Any, **options: Any) -> Any:
         require_hopper()
-        return getattr(import_module(f"{package}.mosaic_gpu"), package.rpartition(".")[2])(*args, **options)
+        kernel = getattr(import_module(f"{package}.mosaic_gpu"), package.rpartition(".")[2])
+        with jax.enable_x64(False):
+            return kernel(*args, **options)
 
     return run
 

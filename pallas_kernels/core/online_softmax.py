@@ -83,7 +83,7 @@ def with_ones(v: jax.Array, exists: jax.Array) -> jax.Array:
     head_dim = v.shape[-1]
     width = columns_with_ones(head_dim)
     padding = [(0, 0)] * (v.ndim - 1) + [(0, width - head_dim)]
-    columns = jnp.where(jnp.arange(width) == head_dim, jnp.ones((), v.dtype), jnp.pad(v, padding))
+    columns = jnp.where(jnp.arange(width, dtype=jnp.int32) == head_dim, jnp.ones((), v.dtype), jnp.pad(v, padding))
     return jnp.where(exists[..., None], columns, jnp.zeros((), v.dtype))
 
 

@@ -22,7 +22,7 @@ def decode_attention(
     grouped = q.reshape(q.shape[0], num_heads, -1, q.shape[-1]).astype(jnp.float32)
     outputs = []
     for name, pool, table, heads in pools(kv, tables):
-        keys = jnp.arange(table.shape[1] * pool.page_size)
+        keys = jnp.arange(table.shape[1] * pool.page_size, dtype=jnp.int32)
         if name == "streaming":
             visible = is_visible(lengths[:, None] - 1, keys, sink, local)[:, None]
         else:

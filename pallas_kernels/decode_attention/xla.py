@@ -69,7 +69,7 @@ def _attend(
     scale = head_dim**-0.5
     block = pages_per_block or max(_TOKENS_PER_BLOCK // page_size, 1)
     logical = jnp.where(logical * page_size < lengths[:, None, None], logical, NO_PAGE)
-    counts = jnp.max(jnp.sum(logical >= 0, axis=-1), axis=-1)
+    counts = jnp.max(jnp.sum(logical >= 0, axis=-1, dtype=jnp.int32), axis=-1)
     logical = jnp.pad(logical, ((0, 0), (0, 0), (0, -logical.shape[-1] % block)), constant_values=NO_PAGE)
 
     def attend_sequence(b: jax.Array) -> jax.Array:
@@ -78,7 +78,9 @@ def _attend(
         def attend_block(index: jax.Array, state: OnlineSoftmax) -> OnlineSoftmax:
             pages = jax.lax.dynamic_slice_in_dim(take(logical, b), index * block, block, axis=1)
             physical = jnp.where(pages >= 0, take(table, b, jnp.maximum(pages, 0)), NO_PAGE)
-            positions = (pages[..., None] * page_size + jnp.arange(page_size)).reshape(pages.shape[0], -1)
+            positions = (pages[..., None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(
+                pages.shape[0], -1
+            )
             is_held = jnp.repeat(physical >= 0, page_size, axis=-1)
             visible = is_held & is_visible(length - 1, positions, *window)
             k, v = (_gather(x, physical, heads) for x in (pool.k, pool.v))
@@ -88,11 +90,11 @@ def _attend(
         blocks = div_up(take(counts, b), block)
         return jax.lax.fori_loop(0, blocks, attend_block, OnlineSoftmax.start((heads, group), head_dim)).finish()
 
-    return jax.lax.map(attend_sequence, jnp.arange(batch))
+    return jax.lax.map(attend_sequence, jnp.arange(batch, dtype=jnp.int32))
 
 
 def _gather(pages: jax.Array | QuantizedArray, physical: jax.Array, heads: int) -> jax.Array:
     """Returns tokens [K, n · page_size, H] float32 of physical pages [K or 1, n]."""
-    index = (jnp.maximum(physical, 0), jnp.arange(heads)[:, None])
+    index = (jnp.maximum(physical, 0), jnp.arange(heads, dtype=jnp.int32)[:, None])
     rows = dequantize(jax.tree.map(lambda x: take(x, *index), pages), jnp.float32)
     return rows.reshape(heads, -1, rows.shape[-1])

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core.dtypes import ZERO, counted_loop
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, div_down, div_up, pools, take
 from pallas_kernels.core.quantization import QuantizedArray, quantize
 
@@ -52,11 +53,11 @@ def _write_pool(
         index_of_page = div_down(position, pool.page_size)
         page, row = take(table, b, index_of_page), position - index_of_page * pool.page_size
         offset = position - take(starts, b)
-        in_chunk = jnp.arange(tile) + offset
+        in_chunk = jnp.arange(tile, dtype=jnp.int32) + offset
         is_new = (in_chunk >= 0) & (in_chunk < take(counts, b)) & (page >= 0)
 
         def put(target: jax.Array, chunk: jax.Array) -> jax.Array:
-            return _merge(target, _rows(chunk, b, offset, tile), is_new, (jnp.maximum(page, 0), 0, row))
+            return _merge(target, _rows(chunk, b, offset, tile), is_new, (jnp.maximum(page, 0), ZERO, row))
 
         k_new, v_new = jax.tree.map(put, (pool.k, pool.v), encoded)
         if keys is None:
@@ -69,7 +70,7 @@ def _write_pool(
         first, end = div_down(start, tile), div_up(start + take(counts, b), tile)
         return jax.lax.fori_loop(first, end, lambda index, pool: write_tile(b, index, pool), pool)
 
-    return jax.lax.fori_loop(0, k.shape[0], write_sequence, pool)
+    return counted_loop(k.shape[0], write_sequence, pool)
 
 
 def _encode(x: jax.Array, stored: jax.Array | QuantizedArray) -> Any:
@@ -83,14 +84,14 @@ def _tileable(x: jax.Array, tile: int) -> jax.Array:
 
 def _rows(chunk: jax.Array, b: jax.Array, offset: jax.Array, tile: int) -> jax.Array:
     """Returns rows ``offset … offset + tile`` of sequence b of a padded chunk, heads first: [K, tile, …]."""
-    start = (b, offset + tile - 1) + (0,) * (chunk.ndim - 2)
+    start = (b, offset + tile - 1) + (ZERO,) * (chunk.ndim - 2)
     rows = jax.lax.dynamic_slice(chunk, start, (1, tile, *chunk.shape[2:]))
     return jnp.swapaxes(rows[0], 0, 1)
 
 
 def _merge(target: jax.Array, rows: jax.Array, is_new: jax.Array, start: tuple[Any, ...]) -> jax.Array:
     """Returns ``target`` with the new ones of ``rows`` [K, tile, …] written at ``start``, (page, 0, row)."""
-    start = start + (0,) * (target.ndim - 3)
+    start = start + (ZERO,) * (target.ndim - 3)
     old = jax.lax.dynamic_slice(target, start, (1, *rows.shape))
     is_new = is_new.reshape(1, 1, -1, *(1,) * (rows.ndim - 2))
     return jax.lax.dynamic_update_slice(target, jnp.where(is_new, rows[None], old), start)
@@ -106,12 +107,12 @@ def _merge_statistics(
     subs = max(tile // sub_size, 1)
     keys = keys.astype(pool.k_min.dtype).reshape(heads, subs, -1, head_dim)
     is_new = is_new.reshape(1, subs, -1, 1)
-    first_row = row + jnp.arange(subs)[None, :, None, None] * sub_size
-    first_new = first_row + jnp.argmax(is_new, axis=2, keepdims=True)
+    first_row = row + jnp.arange(subs, dtype=jnp.int32)[None, :, None, None] * sub_size
+    first_new = first_row + jax.lax.argmax(is_new, 2, jnp.int32)[:, :, None]
     # If the sub-page's first token is new, the old statistics do not count.
     is_merge = div_down(first_new, sub_size) * sub_size != first_new
     is_touched = jnp.any(is_new, axis=2, keepdims=True)
-    start = (page, 0, div_down(row, sub_size), 0)
+    start = (page, ZERO, div_down(row, sub_size), ZERO)
 
     def merged(target: jax.Array, reduce: Any, combine: Any, neutral: float) -> jax.Array:
         old = jax.lax.dynamic_slice(target, start, (1, heads, subs, head_dim))

@@ -70,7 +70,7 @@ def page_select(
         is_due = take(is_refresh, b) & (take(lengths, b) > 0)
         return jax.lax.cond(is_due, refreshed, lambda b: take(previous, b), b)
 
-    return jax.lax.map(sequence, jnp.arange(q.shape[0]))
+    return jax.lax.map(sequence, jnp.arange(q.shape[0], dtype=jnp.int32))
 
 
 def _page_scores(
@@ -89,9 +89,10 @@ def _page_scores(
 
     def score_block(index: jax.Array, scores: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         physical = jnp.maximum(jax.lax.dynamic_slice_in_dim(table, index * block, block), 0)
-        high, low = (take(x, physical, jnp.arange(heads)[:, None]) for x in (k_max, k_min))
+        high, low = (take(x, physical, jnp.arange(heads, dtype=jnp.int32)[:, None]) for x in (k_max, k_min))
         bounds = _product(on_high, high) + _product(on_low, low)
-        first = (index * block + jnp.arange(block))[:, None] * page_size + jnp.arange(subs) * sub_size
+        in_block, in_page = jnp.arange(block, dtype=jnp.int32), jnp.arange(subs, dtype=jnp.int32)
+        first = (index * block + in_block)[:, None] * page_size + in_page * sub_size
         bounds = jnp.where(first < length, bounds, -jnp.inf)
         over_group = jnp.max if reduction == "max" else jnp.mean
         found = (over_group(x, axis=1) for x in (jnp.max(bounds, axis=-1), bounds[..., -1]))
@@ -101,7 +102,7 @@ def _page_scores(
         )
 
     blocks = div_up(length, page_size * block)
-    nothing = jnp.full((heads, table.size), -jnp.inf)
+    nothing = jnp.full((heads, table.size), -jnp.inf, jnp.float32)
     scores, ends = jax.lax.fori_loop(0, blocks, score_block, (nothing, nothing))
     return scores[:, :max_pages], ends[:, :max_pages]
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core.dispatch import dispatch
+from pallas_kernels.core.dtypes import narrowed
 from pallas_kernels.core.hopper import on_hopper
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables
 from pallas_kernels.prefill_attention import reference, xla
@@ -70,6 +71,7 @@ def prefill_attention(
       ValueError: if the walk does not fit the other arguments.
     """
     if walk is not None:
+        walk = narrowed(walk)
         _check(walk, kv, *q.shape[:2])
     return dispatch(
         "prefill_attention",

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core.dtypes import ZERO
 from pallas_kernels.core.paging import div_down, div_up, take
 
 
@@ -89,7 +90,7 @@ class BlockRanges:
 
     def is_visited(self, blocks: int) -> jax.Array:
         """Returns whether each of the first ``blocks`` blocks is visited, [B, K, query blocks, blocks] bool."""
-        block = jnp.arange(blocks)
+        block = jnp.arange(blocks, dtype=jnp.int32)
         sinks, low, high = (x[..., None] for x in (self.sinks, self.low, self.high))
         return (block < sinks) | ((block >= low) & (block < high))
 
@@ -116,7 +117,7 @@ class BlockList:
 
     def is_visited(self, blocks: int) -> jax.Array:
         """Returns whether each of the first ``blocks`` blocks is visited, [B, K, query blocks, blocks] bool."""
-        return jnp.any(self.blocks[..., None] == jnp.arange(blocks), axis=-2)
+        return jnp.any(self.blocks[..., None] == jnp.arange(blocks, dtype=jnp.int32), axis=-2)
 
 
 class Walk(NamedTuple):
@@ -138,7 +139,7 @@ def visible_blocks(position: jax.Array, queries: int, keys: KeyRange, window: Wi
     high = div_up(jnp.maximum(end - keys.first, 0), keys.block)
     if window.local is None or window.sink is None:
         return Ranges(jnp.zeros_like(high), jnp.zeros_like(high), high)
-    sinks = jnp.minimum(div_up(jnp.maximum(window.sink - keys.first, 0), keys.block), high)
+    sinks = jnp.minimum(div_up(jnp.maximum(window.sink - keys.first, ZERO), keys.block), high)
     oldest = position - window.local + 1
     low = jnp.where(
         oldest < end, jnp.clip(div_down(jnp.maximum(oldest - keys.first, 0), keys.block), sinks, high), high

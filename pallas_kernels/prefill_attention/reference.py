@@ -25,11 +25,11 @@ def prefill_attention(
     """Returns what `pallas_kernels.prefill_attention` defines."""
     batch, tokens, _, head_dim = q.shape
     grouped = q.reshape(batch, tokens, k.shape[2], -1, head_dim).astype(jnp.float32)
-    chunk = jnp.arange(tokens)
+    chunk = jnp.arange(tokens, dtype=jnp.int32)
     positions = starts[:, None] + chunk
     outputs = []
     for name, pool, table, heads in pools(kv, tables):
-        history = jnp.arange(table.shape[1] * pool.page_size)[None]
+        history = jnp.arange(table.shape[1] * pool.page_size, dtype=jnp.int32)[None]
         keys = jnp.concatenate([jnp.broadcast_to(history, (batch, history.size)), positions], axis=1)
         exists = jnp.concatenate([history < starts[:, None], chunk < counts[:, None]], axis=1)
         window = (sink, local) if name == "streaming" else (None, None)
@@ -55,6 +55,8 @@ def _is_visited(walk: BlockRanges | BlockList | None, tokens: int, history: int)
     if walk is None:
         return jnp.ones((1, 1, 1, 1), jnp.bool_)
     blocks = walk.is_visited(-(-history // walk.keys))
-    row, key = jnp.arange(tokens) // walk.queries, jnp.arange(history) // walk.keys
+    row, key = (
+        jnp.arange(count, dtype=jnp.int32) // size for count, size in ((tokens, walk.queries), (history, walk.keys))
+    )
     visited = blocks[:, :, row][..., key]
     return jnp.concatenate([visited, jnp.ones((*visited.shape[:3], tokens), jnp.bool_)], axis=-1)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core.dtypes import ZERO, counted_loop
 from pallas_kernels.core.online_softmax import OnlineSoftmax, columns_with_ones, with_ones
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, div_up, is_visible, pools, take
 from pallas_kernels.core.quantization import QuantizedArray, dequantize
@@ -99,9 +100,9 @@ def prefill_attention(
                     sources.insert(0, _history(heads, b, head, start, q.dtype))
                 return _attend_head(out, q, at, sources, start, count, heads.window, heads.block)
 
-            return jax.lax.fori_loop(0, heads.count, attend_head, out)
+            return counted_loop(heads.count, attend_head, out)
 
-        out = jax.lax.fori_loop(0, batch, attend_sequence, out)
+        out = counted_loop(batch, attend_sequence, out)
     return out.reshape(batch, -1, q.shape[2] * q.shape[3], q.shape[4])[:, :tokens]
 
 
@@ -139,9 +140,9 @@ def _attend_head(
     group, head_dim = q.shape[3:]
 
     def attend_queries(index: jax.Array, out: jax.Array) -> jax.Array:
-        corner = (b, index * block, head, 0, 0)
+        corner = (b, index * block, head, ZERO, ZERO)
         queries = jax.lax.dynamic_slice(q, corner, (1, block, 1, group, head_dim)).reshape(block * group, head_dim)
-        positions = jnp.repeat(start + index * block + jnp.arange(block), group)
+        positions = jnp.repeat(start + index * block + jnp.arange(block, dtype=jnp.int32), group)
         state = OnlineSoftmax.start((block * group,), columns_with_ones(head_dim))
         for source in sources:
             state = _walk(state, queries, positions, source, source.visits(index), window)
@@ -168,7 +169,7 @@ def _walk(
         if source.is_all_visible:
             keys = jnp.where(exists[:, None], keys, keys[:1])  # a key that does not exist must not give the maximum
         else:
-            at = source.keys.first + index * source.keys.block + jnp.arange(source.keys.block)
+            at = source.keys.first + index * source.keys.block + jnp.arange(source.keys.block, dtype=jnp.int32)
             visible = exists & is_visible(positions[:, None], at, *window)
         scores = jnp.einsum("rh,sh->rs", queries, keys, precision="highest", preferred_element_type=jnp.float32)
         scale = queries.shape[-1] ** -0.5
@@ -202,7 +203,7 @@ def _history(heads: HeadClass, b: jax.Array, head: jax.Array, start: jax.Array, 
         physical = jax.lax.dynamic_slice_in_dim(table, index * pages, pages)
         keys, values = (_tokens(x, jnp.maximum(physical, 0), head, dtype) for x in (pool.k, pool.v))
         is_held = jnp.repeat(physical >= 0, pool.page_size)
-        return keys, values, is_held & (index * size + jnp.arange(size) < start)
+        return keys, values, is_held & (index * size + jnp.arange(size, dtype=jnp.int32) < start)
 
     return KeySource(KeyRange(0, start, size), visits, fetch, is_all_visible=window.local is None)
 
@@ -230,8 +231,8 @@ def _chunk(
         return visible_blocks(start + index * block, block, positions, heads.window)
 
     def fetch(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        corner, shape = (b, index * block, head, 0), (1, block, 1, k.shape[-1])
+        corner, shape = (b, index * block, head, ZERO), (1, block, 1, k.shape[-1])
         keys, values = (jax.lax.dynamic_slice(x, corner, shape).reshape(block, -1) for x in (k, v))
-        return keys, values, index * block + jnp.arange(block) < count
+        return keys, values, index * block + jnp.arange(block, dtype=jnp.int32) < count
 
     return KeySource(positions, visits, fetch, is_all_visible=False)

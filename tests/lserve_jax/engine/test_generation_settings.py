@@ -201,7 +201,7 @@ def test_prompts_may_come_from_a_generator_and_what_is_none_is_refused(dense: LL
         ([PROMPT, None], "prompt 2 of 2"),
     ):
         with pytest.raises(InputError, match=problem):
-            dense.generate(prompts, params)
+            dense.generate(prompts, params)  # type: ignore[arg-type]
 
 
 # --- logits that are not finite --------------------------------------------------------------------------------------
