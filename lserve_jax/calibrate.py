@@ -155,7 +155,8 @@ def _calibrate(args: argparse.Namespace) -> None:
     # Find every error of the user before loading weights.
     method = _METHODS[args.method](args, setup, tokenizer)
     settings = _settings(args, setup) | method.settings
-    progress = Progress(args.out, settings)
+    # The checkpoint's digest says which model it is: where it lies, and how it is called, may change.
+    progress = Progress(args.out, {name: value for name, value in settings.items() if name != "model_name"})
     setup.warn()
     use_compilation_cache()
     with ProgressBars(is_shown=not args.quiet) as bars:

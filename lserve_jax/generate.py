@@ -24,7 +24,7 @@ from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.engine.device import Device, device_elsewhere, this_device
-from lserve_jax.engine.inputs import naming_the_prompt, require_ids
+from lserve_jax.engine.inputs import naming_the_prompt, require_ids, with_bad_words_spelled
 from lserve_jax.engine.outputs import RequestOutput
 from lserve_jax.engine.request import require_room
 from lserve_jax.engine.setup import Setup, default_sampling_params, prepare
@@ -113,10 +113,12 @@ def _generate(args: argparse.Namespace) -> None:
     encode = _encoder(tokenizer, args)
     prompts = [encode(text) for text in texts]
     params = dataclasses.replace(default_sampling_params(setup.checkpoint), **given(args, SamplingParams))
-    params.require_vocabulary(setup.config.model.vocab_size)
+    vocabulary = setup.config.model.vocab_size
+    params.require_vocabulary(vocabulary)
+    params = with_bad_words_spelled(params, tokenizer, vocabulary)
     for number, prompt in enumerate(prompts, start=1):
         with naming_the_prompt(number, len(prompts)):
-            require_ids(prompt, setup.config.model.vocab_size)
+            require_ids(prompt, vocabulary)
             require_room(len(prompt), setup.sizes.max_model_len)
     _warn_of_limits(args, max(map(len, prompts)), setup.sizes.max_model_len)
     use_compilation_cache()

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Unpack
 
@@ -13,7 +13,14 @@ from lserve_jax.config.errors import InputError
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.generation import Costs, Generation, Session
-from lserve_jax.engine.inputs import each_prompt, naming_the_prompt, require_ids
+from lserve_jax.engine.inputs import (
+    each_conversation,
+    each_params,
+    each_prompt,
+    naming_the_prompt,
+    require_ids,
+    with_bad_words_spelled,
+)
 from lserve_jax.engine.outputs import RequestOutput, ScoreOutput, TextChunk
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.setup import DEFAULT_MODEL, Setup, default_sampling_params, logger, prepare
@@ -163,12 +170,9 @@ class LLM:
             token that the model does not have: nothing has run then. Also if the model's logits are not finite.
         """
         each = each_prompt(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or self.default_sampling_params()] * len(each)
-        if len(sampling_params) != len(each):
-            raise InputError(f"{len(each)} prompts need as many sampling_params, got {len(sampling_params)}")
+        each_setting = each_params(sampling_params or self.default_sampling_params(), len(each))
         generations = []
-        for number, (prompt, params) in enumerate(zip(each, sampling_params, strict=True), start=1):
+        for number, (prompt, params) in enumerate(zip(each, each_setting, strict=True), start=1):
             with naming_the_prompt(number, len(each)):
                 generations.append(self._generation(prompt, params))
         for _ in self._run(generations):
@@ -189,10 +193,9 @@ class LLM:
           **options: see `lserve_jax.text.chat.ChatOptions`: ``tools``, ``template_kwargs``, ``chat_template``,
             ``continue_final_message``, ``literal_roles``. The text of a continued message is not part of the output.
         """
-        if not isinstance(next(iter(messages), {}), Mapping):
-            prompts = [self.render_chat(one, **options) for one in messages]  # type: ignore[arg-type]
-            return self.generate(prompts, sampling_params)
-        return self.generate([self.render_chat(messages, **options)], sampling_params)[0]  # type: ignore[arg-type]
+        conversations, is_one = each_conversation(messages)
+        found = self.generate([self.render_chat(one, **options) for one in conversations], sampling_params)
+        return found[0] if is_one else found
 
     def render_chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
         """Returns the token ids of a conversation in the checkpoint's chat format, up to the start of the answer."""
@@ -208,7 +211,8 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[tuple[TextChunk, RequestOutput | None]]:
         """Yields chunks as `stream` does, and with the last one the finished output."""
-        generation = self._generation(prompt, sampling_params or self.default_sampling_params())
+        (params,) = each_params(sampling_params or self.default_sampling_params(), 1)
+        generation = self._generation(prompt, params)
         for _ in self._run([generation]):
             is_done = generation.finish_reason is not None
             yield generation.take_chunk(), (generation.output(self._costs) if is_done else None)
@@ -228,12 +232,16 @@ class LLM:
 
         These are natural logarithms, each given all tokens before it. They come from prefill, in which streaming heads
         are active and page selection is not, and in which ``kv_dtype`` acts as in `logits`; see `score` for both.
+        ``SamplingParams(prompt_logprobs=True)`` gives them beside a continuation.
+
+        Raises:
+          InputError: if the model's logits are not finite.
         """
         with self._alone() as engine:
             return engine.prompt_logprobs(self._encode(token_ids))
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[ScoreOutput]:
-        """Returns the model's scores of given continuations of prompts, in order.
+        """Returns the model's scores of given continuations of prompts, in order; one or several, as for `generate`.
 
         A prompt goes through prefill and its continuation through decode steps, as if the model had generated it, so
         page selection is active as in generation.
@@ -241,9 +249,10 @@ class LLM:
         Raises:
           InputError: if either is empty, they are too long together, or their numbers differ; nothing has run.
         """
-        if len(prompts) != len(continuations):
-            raise InputError(f"{len(prompts)} prompts need as many continuations, got {len(continuations)}")
-        generations = [self._forced(*pair) for pair in zip(prompts, continuations, strict=True)]
+        each, following = each_prompt(prompts), each_prompt(continuations)
+        if len(each) != len(following):
+            raise InputError(f"{len(each)} prompts need as many continuations, got {len(following)}")
+        generations = [self._forced(*pair) for pair in zip(each, following, strict=True)]
         for _ in self._run(generations):
             pass
         return [one.score(self._costs) for one in generations]
@@ -293,21 +302,12 @@ class LLM:
         params.require_vocabulary(vocabulary)
         if params.stop:
             self._need_tokenizer("a stop string")
+        if any(isinstance(word, str) for word in params.bad_words):
+            self._need_tokenizer("a bad word")
+        params = with_bad_words_spelled(params, self.tokenizer, vocabulary)
         ends = () if params.ignore_eos else [token for token in self.end_token_ids if token < vocabulary]
-        words = [ids for word in params.bad_words for ids in self._spellings(word)]
         stops = dict.fromkeys((*params.stop_token_ids, *ends))
-        return dataclasses.replace(params, stop_token_ids=tuple(stops), bad_words=words)
-
-    def _spellings(self, word: str | Sequence[int]) -> list[Sequence[int]]:
-        """Returns the token ids of a bad word, with and without a space before it."""
-        if not isinstance(word, str):
-            return [word]
-        tokenizer, bare = self._need_tokenizer("a bad word"), word.lstrip()
-        spellings = [tokenizer.encode(text, add_special_tokens=False) for text in (bare, f" {bare}")]
-        found = list(dict.fromkeys(tuple(ids) for ids in spellings if ids))
-        if not found:
-            raise InputError(f"bad_words: the tokenizer has no tokens for {word!r}")
-        return list(found)
+        return dataclasses.replace(params, stop_token_ids=tuple(stops))
 
     def _run(self, generations: Sequence[Generation]) -> Iterator[None]:
         """Runs requests to their end; yields after each device call."""

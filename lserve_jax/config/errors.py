@@ -1,5 +1,7 @@
 """The one type of errors that a user can correct, and values in messages."""
 
+from collections.abc import Sequence
+
 _LONGEST = 4000
 """Characters of a message; what a file holds may be quoted in one, and can be of any length."""
 
@@ -15,6 +17,12 @@ class InputError(ValueError):
         line = " ".join(message.splitlines())
         rest = len(line) - _LONGEST
         super().__init__(line if rest <= 0 else f"{line[:_LONGEST]}… and {rest} more characters")
+
+
+def shown_list(names: Sequence[str], most: int = 20) -> str:
+    """Returns names for a message, separated by commas: the first ``most``, each on one line and cut as by `shown`."""
+    found = [name if name.isprintable() and len(name) <= 80 else shown(name) for name in names[:most]]
+    return ", ".join([*found, *([f"and {len(names) - most} more"] if len(names) > most else [])])
 
 
 def shown(value: object, length: int = 80) -> str:

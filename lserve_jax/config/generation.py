@@ -1,5 +1,6 @@
 """Hugging Face's ``generation_config.json``: the sampling settings that a model recommends."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,15 +78,16 @@ _HARMLESS = frozenset(
 """Keys that change nothing here."""
 
 
-def recommended_params(config: Mapping[str, Any], *, source: str) -> SamplingParams:
+def recommended_params(config: Mapping[str, Any], *, source: str, vocabulary: int | None = None) -> SamplingParams:
     """Returns the sampling settings that a parsed ``generation_config.json`` recommends: greedy if it names none.
 
     Args:
       config: the parsed file; empty if there is none.
       source: the model's name, for messages.
+      vocabulary: the model's number of tokens, if ids are to be checked.
 
     Raises:
-      InputError: if a value is out of range.
+      InputError: if a value is out of range, in one line that names the file's keys.
     """
     values = {ours: config[theirs] for theirs, ours in _ALWAYS.items() if config.get(theirs) is not None}
     if "logit_bias" in values:
@@ -93,9 +95,15 @@ def recommended_params(config: Mapping[str, Any], *, source: str) -> SamplingPar
     if config.get("do_sample") is True:
         values |= {"temperature": 1.0} | {name: config[name] for name in _IF_SAMPLED if config.get(name) is not None}
     try:
-        return SamplingParams(**values)
+        params = SamplingParams(**values)
+        if vocabulary is not None:
+            params.require_vocabulary(vocabulary)
     except InputError as error:
-        raise InputError(f"{source}: {FILE}: {error}") from None
+        message = str(error)
+        for theirs, ours in _ALWAYS.items():
+            message = re.sub(rf"\b{ours}(?= must be |: token )", theirs, message)
+        raise InputError(f"{source}: {FILE}: {message}") from None
+    return params
 
 
 def not_honoured(config: Mapping[str, Any]) -> list[str]:

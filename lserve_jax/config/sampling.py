@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+from lserve_jax.config.checks import LARGEST_INT
 from lserve_jax.config.errors import InputError, shown
 from lserve_jax.config.settings import Texts, TextsOrTokens, TokenBiases
 
 MAX_SEED = 2**32 - 1
 MOST_TOP_LOGPROBS = 20
+LARGEST_NUMBER = 1e30  # its products still fit into a float32
 _ID_LISTS = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens")
 _OF_MODEL = "the model's own, else {}"
 
@@ -27,7 +29,8 @@ class SamplingParams:
       logit_bias: a mapping from token ids to biases, or pairs of them.
       bad_words: texts, lists of token ids, or both.
       stop: one string is accepted as well.
-      stop_token_ids: tokens at which the text ends, in addition to the model's end tokens; any number of them.
+      stop_token_ids: tokens at which the text ends, in addition to the model's end tokens; any number of them. Here and
+        in the other lists of ids, one id is accepted as well.
 
     Raises:
       InputError: if values are out of range; the message lists all of them.
@@ -38,7 +41,11 @@ class SamplingParams:
     )
     min_tokens: int = field(
         default=0,
-        metadata={"help": "stop tokens and the model's end tokens come after this many tokens", "default": _OF_MODEL},
+        metadata={
+            "help": "stop tokens and the model's end tokens come after this many tokens at the earliest; "
+            "stop strings end a text at any time",
+            "default": _OF_MODEL,
+        },
     )
     temperature: float = field(
         default=0.0, metadata={"help": "divides the logits; 0 takes the likeliest token", "default": _OF_MODEL}
@@ -128,7 +135,7 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             given: Any = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else _as_tuple(given))
-        object.__setattr__(self, "bad_words", tuple(_as_tuple(x) if not _is_text(x) else x for x in self.bad_words))
+        object.__setattr__(self, "bad_words", tuple(_as_tuple(x) if _is_list(x) else x for x in self.bad_words))
         for name in _ID_LISTS:
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         biases: Any = self.logit_bias
@@ -148,14 +155,11 @@ class SamplingParams:
     def _wrong_values(self) -> list[tuple[str, str]]:
         """Returns each field whose value is wrong, with what it must be."""
         wanted = {
-            "max_tokens": (_is_whole(self.max_tokens, 1), "a whole number from 1"),
-            "min_tokens": (
-                _is_whole(self.min_tokens, 0, self.max_tokens if _is_whole(self.max_tokens, 1) else math.inf),
-                f"a whole number from 0 to max_tokens ({shown(self.max_tokens)})",
-            ),
+            "max_tokens": (_is_whole(self.max_tokens, 1, LARGEST_INT), "a whole number from 1"),
+            "min_tokens": (_is_whole(self.min_tokens, 0, LARGEST_INT), "a whole number from 0"),
             "temperature": (_is_real(self.temperature, 0.0, math.inf), "a finite number from 0"),
             "top_p": (_is_real(self.top_p, 0.0, 1.0) and self.top_p > 0, "a number above 0 and up to 1"),
-            "top_k": (_is_whole(self.top_k, -1), "a whole number from 0 (0 keeps all)"),
+            "top_k": (_is_whole(self.top_k, -1), "a whole number from -1 (0 and -1 keep all)"),
             "min_p": (_is_real(self.min_p, 0.0, 1.0), "a number from 0 to 1"),
             "repetition_penalty": (
                 _is_real(self.repetition_penalty, 0.0, math.inf) and self.repetition_penalty > 0,
@@ -208,16 +212,19 @@ class SamplingParams:
 
 
 def _as_tuple(values: Any) -> tuple[Any, ...]:
-    """Returns the values as a tuple; a value that is not a list becomes a tuple that the checks refuse."""
-    return tuple(values) if isinstance(values, Iterable) and not isinstance(values, Mapping | bytes) else (values,)
+    """Returns the values as a tuple; a value that is no list becomes a tuple of one, which the checks may refuse."""
+    return tuple(values) if _is_list(values) or isinstance(values, str) else (values,)
 
 
 def _pairs(values: Any) -> tuple[Any, ...]:
     return tuple(map(_as_tuple, _as_tuple(values)))
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str | bytes)
+def _is_list(value: Any) -> bool:
+    """Returns whether a value has items; an array of no dimension has none."""
+    return (
+        isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) and getattr(value, "ndim", 1) > 0
+    )
 
 
 def _is_id(value: Any) -> bool:
@@ -232,7 +239,8 @@ def _is_bad_word(value: Any) -> bool:
 def _is_bias(pair: Any) -> bool:
     if len(pair) != 2 or not _is_id(pair[0]):
         return False
-    return _is_real(pair[1], -math.inf, math.inf) or pair[1] == -math.inf
+    bias = pair[1]
+    return _is_real(bias, -math.inf, math.inf) or (isinstance(bias, Real) and bias == -math.inf)
 
 
 def _is_whole(value: Any, low: int, high: float = math.inf) -> bool:
@@ -240,5 +248,7 @@ def _is_whole(value: Any, low: int, high: float = math.inf) -> bool:
 
 
 def _is_real(value: Any, low: float, high: float) -> bool:
+    # Not as a float before the comparison: a whole number of any length may come from a file.
+    number: Any = value
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and low <= float(value) <= high
+    return is_number and bool(max(low, -LARGEST_NUMBER) <= number <= min(high, LARGEST_NUMBER))

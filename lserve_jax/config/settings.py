@@ -43,11 +43,11 @@ def _layer_numbers(text: str) -> tuple[int, ...]:
 
 
 def _token_ids(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
+    return tuple(map(int, text.split(","))) if text else ()
 
 
 def _token_biases(text: str) -> tuple[tuple[int, float], ...]:
-    pairs = (part.split("=") for part in text.split(","))
+    pairs = (part.split("=") for part in text.split(",")) if text else ()
     return tuple((int(token), float(bias)) for token, bias in pairs)
 
 

@@ -19,7 +19,7 @@ class Sizes:
       max_num_seqs: sequences that decode together; each has a slot, a row of the batch.
       prefill_chunk: prompt tokens per prefill call.
       steps_per_call: decode steps per call, after which the host acts.
-      max_stop_tokens: stop tokens per request.
+      max_stop_tokens: stop tokens per request that the device looks for; the host looks for the others.
 
     Raises:
       InputError: if a size is not a whole number from 1; every problem in one line.

@@ -12,7 +12,7 @@ from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.config.sizes import PoolSizes, Sizes
 from lserve_jax.engine.batch import BatchArrays, Rows, params_of
-from lserve_jax.engine.progress import Progress, PromptScores, Taken, top_rows
+from lserve_jax.engine.progress import Progress, PromptScores, Taken, not_finite, top_rows
 from lserve_jax.engine.request import Request, Sequence
 from lserve_jax.engine.scheduler import Decode, Prefill, Scheduler
 from lserve_jax.models.llama import Params
@@ -103,7 +103,10 @@ class Engine:
         """Returns the log-probabilities [T - 1] float32 of a prompt's tokens from the second on, by the same path."""
         chunks = self._prompt_chunks(prompt, lambda plan: self._run_scored(plan)[1])
         scores = [np.asarray(found.logprobs)[0, : plan.count] for plan, found in chunks]
-        return np.concatenate(scores)[: len(prompt) - 1]
+        logprobs = np.concatenate(scores)[: len(prompt) - 1]
+        if not np.isfinite(logprobs).all():
+            raise not_finite(len(prompt))
+        return logprobs
 
     def _prompt_chunks[T](self, prompt: tuple[int, ...], run: Callable[[Prefill], T]) -> Iterator[tuple[Prefill, T]]:
         """Yields the chunks of a prompt that is not continued, each with the result of ``run``."""
@@ -187,7 +190,8 @@ class Engine:
     def _first_calls(self, plan: Prefill) -> list[Call]:
         """Returns calls of all programs that a request needs, in the order in which it needs them."""
         logits = jax.ShapeDtypeStruct((1, self.config.model.vocab_size), np.float32)
-        calls = [self._prefill_call(plan), self._sample_call(logits, plan.sequence)]
+        chunk = self._scored_call if params_of(plan.sequence).prompt_logprobs else self._prefill_call
+        calls = [chunk(plan), self._sample_call(logits, plan.sequence)]
         is_decoding = plan.sequence.max_length > plan.sequence.prompt_length + 1
         return [*calls, self._decode_call(Decode((), ()))] if is_decoding else calls
 
@@ -198,13 +202,15 @@ class Engine:
 
     def _run_scored(self, plan: Prefill) -> tuple[jax.Array, Scores, float]:
         """Returns the chunk's last logits, scores and seconds, and writes the chunk to the cache."""
+        (logits, scores, self.cache), seconds = self._timed(self._scored_call(plan))
+        return logits, scores, seconds
+
+    def _scored_call(self, plan: Prefill) -> Call:
         plain = self._prefill_call(plan)
         following = self._arrays.chunk(plan, plain.args[2].shape[1], shift=1)
         has_top = np.bool_(params_of(plan.sequence).top_logprobs > 0)
         static = {name: plain.static[name] for name in ("config", "has_history")}
-        call = Call(f"{plain.name}_scored", score_step, (*plain.args, following, has_top), static)
-        (logits, scores, self.cache), seconds = self._timed(call)
-        return logits, scores, seconds
+        return Call(f"{plain.name}_scored", score_step, (*plain.args, following, has_top), static)
 
     def _prefill_call(self, plan: Prefill, *, has_all_logits: bool = False) -> Call:
         sequence, chunk = plan.sequence, self.sizes.prefill_chunk

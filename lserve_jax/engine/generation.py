@@ -9,14 +9,13 @@ from time import perf_counter
 
 import numpy as np
 
-from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.pages import retrieval_pages
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.memory import dense_bf16_bytes, page_bytes
 from lserve_jax.engine.outputs import RequestMetrics, RequestOutput, ScoreOutput, TextChunk, TopLogprobs
-from lserve_jax.engine.progress import Progress, PromptScores, Taken
+from lserve_jax.engine.progress import Progress, PromptScores, Taken, not_finite
 from lserve_jax.engine.reads import PageReads
 from lserve_jax.engine.request import Request
 from lserve_jax.engine.request import Sequence as EngineSequence
@@ -190,7 +189,7 @@ class Generation:
         """Returns whether one token finishes the request, after adding it to the text; a stop token is not shown."""
         is_stop = token in self._stop_token_ids
         if not math.isfinite(logprob):
-            self.error = _not_finite(len(self.request.prompt), len(self.token_ids) - 1)
+            self.error = not_finite(len(self.request.prompt), len(self.token_ids) - 1)
         elif self._stream is not None:
             stream = self._stream
             self._add_text(lambda: stream.push(token, is_shown=not is_stop))
@@ -216,6 +215,8 @@ class Generation:
         self._taken.append(progress.taken)
         if progress.scores is not None:
             self._prompt_scores.append(progress.scores)
+            if not all(map(math.isfinite, progress.scores.logprobs)):
+                self.error = not_finite(len(self.request.prompt))
         if progress.recall is not None:
             self._recalls.append(progress.recall)
         if progress.is_prefill:
@@ -315,15 +316,6 @@ class Costs:
                 (kind.num_retrieval, kind.num_streaming, kind.decode.num_selected) for kind in self.config.kinds
             ),
         )
-
-
-def _not_finite(prompt: int, decoded: int) -> InputError:
-    """Returns the error of logits that are no numbers, after ``decoded`` generated tokens."""
-    where = f"decoding, after {decoded} tokens" if decoded else "prefill"
-    return InputError(
-        f"the model's logits are not finite in {where} (prompt of {prompt} tokens): its weights are damaged, or its "
-        "values overflow; check the checkpoint, or try dtype float32"
-    )
 
 
 def _mean_of_measured(rows: list[np.ndarray]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Real
 from operator import index
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from lserve_jax.config.errors import InputError, shown
+from lserve_jax.config.sampling import SamplingParams
+from lserve_jax.text.tokenizer import Tokenizer
 
 
 def each_prompt(prompts: Any) -> list[Any]:
@@ -19,13 +22,46 @@ def each_prompt(prompts: Any) -> list[Any]:
     """
     if isinstance(prompts, str | bytes | bytearray):
         return [prompts]
-    if hasattr(prompts, "__array__"):
+    if hasattr(prompts, "__array__") and np.asarray(prompts).dtype.kind in "iu":
         array = np.asarray(prompts)
+        if array.ndim > 2:
+            raise InputError(f"an array of prompts must have one or two dimensions, got {array.ndim}")
         return [array] if array.ndim < 2 else list(array)
     if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
         raise InputError(f"prompts must be text, lists of token ids or several of these, got {_kind(prompts)}")
     given = list(prompts)
     return [given] if given and _is_number(given[0]) else given
+
+
+def each_conversation(messages: Any) -> tuple[list[Any], bool]:
+    """Returns the conversations of a call, and whether it names one alone: a list of messages.
+
+    Raises:
+      InputError: if it is no list.
+    """
+    if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | bytearray | Mapping):
+        raise InputError(f"messages must be a list of {{'role': …, 'content': …}}, or several, got {_kind(messages)}")
+    given = list(messages)
+    is_one = not given or isinstance(given[0], Mapping)
+    return ([given], True) if is_one else (given, False)
+
+
+def each_params(params: Any, count: int) -> list[SamplingParams]:
+    """Returns the settings of each of ``count`` prompts, from one for all or one per prompt.
+
+    Raises:
+      InputError: if they are no `SamplingParams`, or not as many as there are prompts.
+    """
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    is_list = isinstance(params, Iterable) and not isinstance(params, str | bytes | Mapping)
+    found: list[Any] = list(params) if is_list else [params]
+    wrong = [one for one in found if not isinstance(one, SamplingParams)]
+    if wrong:
+        raise InputError(f"sampling_params must be one SamplingParams, or one per prompt, got {_kind(wrong[0])}")
+    if len(found) != count:
+        raise InputError(f"{count} prompts need as many sampling_params, got {len(found)}")
+    return found
 
 
 @contextmanager
@@ -75,8 +111,37 @@ def _as_index(value: Any) -> int | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) or (hasattr(value, "__array__") and np.ndim(value) == 0)
+    is_scalar = hasattr(value, "__array__") and np.ndim(value) == 0 and not isinstance(value, str)
+    return isinstance(value, Real) or is_scalar
 
 
 def _kind(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__} {shown(value, 40)}"
+
+
+def with_bad_words_spelled(params: SamplingParams, tokenizer: Tokenizer | None, vocabulary: int) -> SamplingParams:
+    """Returns settings whose bad words are lists of ids: each text as the tokenizer writes it, alone and after a space.
+
+    Args:
+      params: the settings.
+      tokenizer: the model's; None only if no bad word is a text.
+      vocabulary: the model's number of tokens; a spelling with tokens beyond it cannot come anyway.
+
+    Raises:
+      InputError: if the tokenizer has no tokens for a text.
+    """
+    words: list[tuple[int, ...]] = []
+    for word in params.bad_words:
+        if not isinstance(word, str):
+            words.append(tuple(word))
+            continue
+        assert tokenizer is not None
+        bare = word.lstrip()
+        found = {tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (bare, f" {bare}")}
+        spellings = [ids for ids in found if ids and max(ids) < vocabulary]
+        if not spellings:
+            raise InputError(f"bad_words: the model has no tokens for {shown(word)}")
+        words += spellings
+    # What ends in another bad word cannot come without it.
+    needed = [ids for ids in dict.fromkeys(words) if not any(ids[at:] in words for at in range(1, len(ids)))]
+    return replace(params, bad_words=needed)

@@ -52,6 +52,8 @@ def _candidates(checkpoint: Checkpoint, named: str | Path | None) -> Iterator[He
     model = checkpoint.config
     shape = model.num_layers, model.num_kv_heads
     if named is not None:
+        if not (Path(named) / GATES_FILE).is_file():
+            raise InputError(f"{named}: no head pattern, which is a folder that holds {GATES_FILE}")
         yield HeadPattern(folder=Path(named), shape=shape, origin=str(named))
     own = checkpoint.folder
     if own is not None and (own / OWN_FOLDER / GATES_FILE).is_file():

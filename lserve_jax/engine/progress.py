@@ -6,8 +6,18 @@ from typing import Self
 
 import numpy as np
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.engine.outputs import TopLogprobs
 from lserve_jax.engine.request import Sequence as EngineSequence
+
+
+def not_finite(prompt: int, decoded: int = 0) -> InputError:
+    """Returns the error of logits that are no numbers, after ``decoded`` generated tokens."""
+    where = f"decoding, after {decoded} tokens" if decoded else "prefill"
+    return InputError(
+        f"the model's logits are not finite in {where} (prompt of {prompt} tokens): its weights are damaged, or its "
+        "values overflow; check the checkpoint, or try dtype float32"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ class Sequence:
       num_cached: how many tokens from the start have their keys and values in the cache.
       decode_steps: decode steps since the prefill: the phase of the page selector.
       slot: the row of the device's batch during prefill and decoding.
-      finish_reason: why it finished: "stop", "length", "abort".
+      finish_reason: why it finished: "stop", "length", "error", "abort".
     """
 
     request: Request

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lserve_jax.config.attention import AttentionConfig, from_preset
-from lserve_jax.config.errors import InputError
+from lserve_jax.config.errors import InputError, shown_list
 from lserve_jax.config.generation import not_honoured, recommended_params
 from lserve_jax.config.heads import HeadClasses, HeadPattern, classify
 from lserve_jax.config.inference import InferenceConfig
@@ -210,7 +210,7 @@ def _warnings(setup: Setup) -> Iterator[str]:
     name, config, model = setup.checkpoint.name, setup.config, setup.checkpoint.config
     yield from setup.checkpoint.warnings
     if ignored := not_honoured(setup.checkpoint.generation_config):
-        yield f"{name}: generation_config.json asks for what is not supported and ignored: {', '.join(ignored)}"
+        yield f"{name}: generation_config.json asks for what is not supported and ignored: {shown_list(ignored)}"
     if config.attention.static_sparsity > 0 and not setup.has_pattern and not setup.has_streaming_heads:
         yield f"no head pattern for {name}: all KV heads are retrieval heads; {_REMEDY}"
     if setup.pattern is not None and setup.pattern.is_guess:
@@ -230,4 +230,5 @@ def _warnings(setup: Setup) -> Iterator[str]:
 
 def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:
     """Returns the sampling settings in the checkpoint's ``generation_config.json``, greedy if it names none."""
-    return recommended_params(checkpoint.generation_config, source=checkpoint.name)
+    vocabulary = checkpoint.config.vocab_size
+    return recommended_params(checkpoint.generation_config, source=checkpoint.name, vocabulary=vocabulary)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lserve_jax.config.checks import LARGEST_INT
 from lserve_jax.config.sampling import SamplingParams
 
 
@@ -69,14 +70,16 @@ class Adjustments(NamedTuple):
                 _fill(row, *(array[slot] for array in dense.values()))
         return cls(
             is_on=_column([one.is_adjusted for one in params], bool),
-            ends_from=_column(
-                [0 if row is None else len(row.prompt) + row.params.min_tokens for row in rows], np.int32
-            ),
+            ends_from=_column([0 if row is None else _ends_from(row) for row in rows], np.int32),
             repetition=_column([one.repetition_penalty for one in params], np.float32),
             presence=_column([one.presence_penalty for one in params], np.float32),
             frequency=_column([one.frequency_penalty for one in params], np.float32),
             **dense,
         )
+
+
+def _ends_from(row: History) -> int:
+    return min(len(row.prompt) + row.params.min_tokens, LARGEST_INT)
 
 
 def _column(values: Sequence[Any], dtype: Any) -> Any:

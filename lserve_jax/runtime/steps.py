@@ -267,14 +267,7 @@ def decode_loop(
     """
     arguments = (params, cache, state, tables, sampling, num_steps, forced, adjustments)
     params, cache, state, tables, sampling, num_steps, forced, adjustments = narrowed(arguments)
-    slots, num_top = state.tokens.shape[0], min(MOST_TOP_LOGPROBS, config.model.vocab_size)
-    empty = Generated(
-        tokens=jnp.full(slots, -1, jnp.int32),
-        logprobs=jnp.zeros(slots, jnp.float32),
-        choices=jnp.full(slots, -1, jnp.int32),
-        top_tokens=jnp.zeros((slots, num_top), jnp.int32),
-        top_logprobs=jnp.zeros((slots, num_top), jnp.float32),
-    )
+    empty = _no_tokens(state.tokens.shape[0], config.model.vocab_size)
     nothing = jax.tree.map(lambda row: jnp.broadcast_to(row, (max_steps, *row.shape)), empty)
 
     def is_running(carry: tuple[jax.Array, Generated, DecodeState, KVCache]) -> jax.Array:
@@ -296,6 +289,18 @@ def decode_loop(
 
     _, out, state, cache = jax.lax.while_loop(is_running, step, (jnp.int32(0), nothing, state, cache))
     return out, state, cache
+
+
+def _no_tokens(slots: int, vocabulary: int) -> Generated:
+    """Returns the result of a step in which no slot takes a token."""
+    num_top = min(MOST_TOP_LOGPROBS, vocabulary)
+    return Generated(
+        tokens=jnp.full(slots, -1, jnp.int32),
+        logprobs=jnp.zeros(slots, jnp.float32),
+        choices=jnp.full(slots, -1, jnp.int32),
+        top_tokens=jnp.zeros((slots, num_top), jnp.int32),
+        top_logprobs=jnp.zeros((slots, num_top), jnp.float32),
+    )
 
 
 def _like(rows: jax.Array, x: jax.Array) -> jax.Array:

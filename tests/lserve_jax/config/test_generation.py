@@ -80,16 +80,23 @@ def test_recommended_settings_are_taken_and_those_of_draws_only_if_the_model_sam
     [
         ({"repetition_penalty": -1}, "repetition_penalty must be a finite number above 0"),
         ({"suppress_tokens": 5.5}, "suppress_tokens must be whole numbers"),
-        ({"bad_words_ids": [["a", 3]]}, "bad_words must be"),
-        ({"sequence_bias": {"a": 1}}, "logit_bias must be"),
-        ({"sequence_bias": 3}, "logit_bias must be"),
+        ({"bad_words_ids": [["a", 3]]}, "bad_words_ids must be"),
+        ({"sequence_bias": {"a": 1}}, "sequence_bias must be"),
+        ({"sequence_bias": 3}, "sequence_bias must be"),
         ({"do_sample": True, "temperature": "hot"}, "temperature must be"),
-        ({"stop_strings": [3]}, "stop must be"),
-        ({"max_new_tokens": 0}, "max_tokens must be"),
-        ({"min_new_tokens": 300}, "min_tokens must be a whole number from 0 to max_tokens"),
+        ({"stop_strings": [3]}, "stop_strings must be"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty must be"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_the_file(config: dict[str, Any], problem: str):
     with pytest.raises(InputError, match=f"^m: generation_config.json: .*{problem}") as caught:
         recommended_params(config, source="m")
     assert "\n" not in str(caught.value)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_with_the_files_key():
+    config = {"bad_words_ids": [[5, 40]], "min_new_tokens": 300}
+    assert recommended_params(config, source="m").min_tokens == 300
+    with pytest.raises(InputError, match=r"^m: generation_config.json: bad_words_ids: token 40 is outside"):
+        recommended_params(config, source="m", vocabulary=40)

@@ -103,6 +103,14 @@ def test_no_end_comes_before_min_tokens(dense: LLM):
         assert len(output.token_ids) > least
 
 
+def test_a_min_tokens_beyond_max_tokens_holds_ends_back_to_the_last(dense: LLM):
+    """Any size of it: neither the end of the context nor 32 bits are a limit of what may be asked for."""
+    free = generate(dense, PROMPT, max_tokens=6).token_ids
+    output = generate(dense, PROMPT, max_tokens=6, min_tokens=2**31 - 1, stop_token_ids=[free[2]])
+    assert len(output.token_ids) == 6
+    assert free[2] not in output.token_ids
+
+
 def test_a_bad_word_as_text_never_comes_with_or_without_a_space(dense: LLM):
     assert dense.tokenizer is not None
     free = generate(dense, PROMPT, max_tokens=20)
@@ -227,6 +235,8 @@ def test_a_weight_that_is_not_finite_ends_a_request_with_an_error_that_says_wher
             generate(dense, PROMPT, max_tokens=8)
         with pytest.raises(InputError, match=r"logits are not finite in prefill"):
             dense.score([PROMPT], [PROMPT[:3]])
+        with pytest.raises(InputError, match=r"logits are not finite in prefill"):
+            dense.prompt_logprobs(PROMPT)
     stream = dense.stream(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
     next(stream)
     with damaged(dense, path, (3, 5), value), pytest.raises(InputError, match="not finite in decoding, after 1 tokens"):

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from lserve_jax.config.errors import InputError
-from lserve_jax.engine.inputs import each_prompt, naming_the_prompt, require_ids
+from lserve_jax.config.sampling import SamplingParams
+from lserve_jax.engine.inputs import (
+    each_conversation,
+    each_params,
+    each_prompt,
+    naming_the_prompt,
+    require_ids,
+    with_bad_words_spelled,
+)
 
 
 def generated() -> Iterator[str]:
@@ -25,7 +33,7 @@ def generated() -> Iterator[str]:
         ([True, 6], [[True, 6]]),
         ([1.5], [[1.5]]),
         ([[5, 6], [7]], [[5, 6], [7]]),
-        (generated(), ["a", "b"]),
+        pytest.param(generated(), ["a", "b"], id="a generator"),
         ([], []),
         (b"hi", [b"hi"]),
         ([b"hi"], [b"hi"]),
@@ -89,3 +97,56 @@ def test_an_error_says_which_of_several_prompts_it_is_about():
         raise InputError("no")
     with pytest.raises(InputError, match=r"^no$"), naming_the_prompt(1, 1):
         raise InputError("no")
+
+
+def test_an_array_of_texts_is_several_prompts_and_one_of_three_dimensions_is_none():
+    assert each_prompt(np.array(["one", "two"])) == ["one", "two"]
+    with pytest.raises(InputError, match="must have one or two dimensions, got 3"):
+        each_prompt(np.zeros((1, 1, 1), np.int32))
+
+
+def test_settings_are_one_for_all_prompts_or_one_per_prompt():
+    one, other = SamplingParams(), SamplingParams(top_k=3)
+    assert each_params(one, 3) == [one] * 3
+    assert each_params((one, other), 2) == [one, other]
+    with pytest.raises(InputError, match="2 prompts need as many sampling_params, got 1"):
+        each_params([one], 2)
+    wrong: list[Any] = [{"max_tokens": 5}, 5, [{"max_tokens": 5}], "x", [one, None]]
+    for params in wrong:
+        with pytest.raises(InputError, match="sampling_params must be one SamplingParams, or one per prompt, got"):
+            each_params(params, 1)
+
+
+def test_a_call_names_one_conversation_or_several():
+    message = {"role": "user", "content": "a"}
+    assert each_conversation([message]) == ([[message]], True)
+    assert each_conversation([[message], [message]]) == ([[message], [message]], False)
+    assert each_conversation(one for one in ([message], [message])) == ([[message], [message]], False)
+    for wrong in (None, 5, "hi", message):
+        with pytest.raises(InputError, match="messages must be a list of"):
+            each_conversation(wrong)
+
+
+class Letters:
+    """Each letter is a token, and so is a space before it: "a" is 1, " a" is 101; "z" is beyond the vocabulary."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        assert not add_special_tokens
+        bare = text.lstrip()
+        ids = [1000 if letter == "z" else ord(letter) - 96 for letter in bare]
+        return [ids[0] + 100, *ids[1:]] if text != bare else ids
+
+
+def test_bad_words_are_spelled_with_and_without_a_space_and_only_as_the_model_can_write_them():
+    tokenizer: Any = Letters()
+
+    def spelled(*words: Any) -> set[Any]:
+        return set(with_bad_words_spelled(SamplingParams(bad_words=words), tokenizer, 200).bad_words)
+
+    assert spelled("ab") == {(1, 2), (101, 2)}
+    assert spelled([5, 6]) == {(5, 6)}
+    assert spelled("cab", "ab") == {(1, 2), (101, 2), (103, 1, 2)} - {(103, 1, 2)}
+    with pytest.raises(InputError, match="bad_words: the model has no tokens for 'az'"):
+        spelled("az")
+    found = with_bad_words_spelled(SamplingParams(bad_words=["ab"]), tokenizer, 200)
+    assert with_bad_words_spelled(found, None, 200) == found
