@@ -73,14 +73,14 @@ class ChatFormat:
     def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
         """Returns a conversation as text, in which the text of a special token in a message means that token."""
         check_messages(messages)
+        _check_options(options)
         return self._render(messages, options)
 
     def render_guarded(self, messages: Sequence[Message], options: ChatOptions) -> tuple[str, Literals]:
         """Returns a conversation as text with stand-ins for texts that are literal, and what they stand for."""
         check_messages(messages)
+        _check_options(options)
         roles = options.get("literal_roles")
-        if isinstance(roles, str):
-            raise InputError(f"literal_roles must be a list of roles, got {roles!r}")
         literals = Literals()
 
         def guard(role: str, value: Any) -> Any:
@@ -92,8 +92,6 @@ class ChatFormat:
 
     def _render(self, messages: Sequence[Message], options: ChatOptions) -> str:
         tools, variables = options.get("tools"), options.get("template_kwargs") or {}
-        _check_tools(tools)
-        _check_variables(variables)
         template = self._template(options)
         self._warn_of_unread(template, [*variables, *(["tools"] if tools else [])])
         is_open = options.get("continue_final_message", False)
@@ -117,8 +115,12 @@ class ChatFormat:
         if named is not None:
             if named in self.templates:
                 return self.templates[str(named)]
-            if not Path(named).is_file():
-                raise InputError(f"{self._source}: chat template {str(named)!r} is neither a name ({own}) nor a file")
+            if not _is_file(named):
+                is_jinja = any(mark in str(named) for mark in ("{%", "{{"))
+                hint = ": write the text of a template to a file and give its name" if is_jinja else ""
+                raise InputError(
+                    f"{self._source}: chat template {shown(str(named))} is neither a name ({own}) nor a file{hint}"
+                )
             return read_text(Path(named))
         for name in ([TOOL_TEMPLATE] if has_tools else []) + [DEFAULT_TEMPLATE]:
             if name in self.templates:
@@ -174,6 +176,13 @@ class _Mark:
         return texts[0].removesuffix(content[len(content.rstrip()) :]) if is_trimmed else texts[0]
 
 
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a character that no name has
+        return False
+
+
 def check_messages(messages: Any) -> None:
     """Checks that messages are a conversation.
 
@@ -196,6 +205,22 @@ def check_messages(messages: Any) -> None:
             raise InputError(
                 f"messages[{index}]: 'content' must be a text or a list of parts, got {type(content).__name__}"
             )
+
+
+def _check_options(options: ChatOptions) -> None:
+    if unknown := sorted(options.keys() - ChatOptions.__annotations__.keys()):
+        raise InputError(
+            f"unknown chat options: {', '.join(unknown)}; known are {', '.join(ChatOptions.__annotations__)} "
+            '(a variable of the template is given as template_kwargs={"NAME": VALUE})'
+        )
+    roles = options.get("literal_roles")
+    if roles is not None and (isinstance(roles, str) or not isinstance(roles, Collection)):
+        raise InputError(f"literal_roles must be a list of roles, got {shown(roles, 60)}")
+    named = options.get("chat_template")
+    if not isinstance(named, str | Path | None):
+        raise InputError(f"chat_template must be the name of a template or a file, got {shown(named, 60)}")
+    _check_tools(options.get("tools"))
+    _check_variables(options.get("template_kwargs") or {})
 
 
 def _check_tools(tools: Any) -> None:

@@ -87,11 +87,26 @@ def test_tools_and_the_turns_that_use_them_are_rendered():
         ({"tools": {"name": "now"}}, "tools must be a list of JSON objects, got dict"),
         ({"tools": ["now"]}, r"tools\[0\] must be a JSON object that describes a function, got 'now'"),
         ({"literal_roles": "user"}, "literal_roles must be a list of roles, got 'user'"),
+        ({"literal_roles": 5}, "literal_roles must be a list of roles, got 5"),
+        ({"chat_template": 5}, "chat_template must be the name of a template or a file, got 5"),
+        ({"chat_template": "no\0name"}, "chat template 'no.x00name' is neither a name .*default.* nor a file$"),
+        ({"chat_template": PLAIN * 9}, "is neither a name .* nor a file: write the text of a template to a file"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], problem: str):
-    with pytest.raises(InputError, match=problem):
-        characters(THINKER).apply_chat_template([user("hi")], **options)
+    for render in (characters(THINKER).apply_chat_template, characters(THINKER).render_chat):
+        with pytest.raises(InputError, match=problem) as caught:
+            render([user("hi")], **options)
+        assert len(str(caught.value)) < 500
+
+
+def test_an_unknown_option_is_refused_and_the_known_ones_are_named():
+    options: Any = {"enable_thinking": False, "chat_template_kwargs": {}}
+    for render in (characters(THINKER).apply_chat_template, characters(THINKER).render_chat):
+        with pytest.raises(InputError, match="unknown chat options: chat_template_kwargs, enable_thinking; known are"):
+            render([user("hi")], **options)
+        with pytest.raises(InputError, match=r"literal_roles \(a variable of the template .* template_kwargs=\{"):
+            render([user("hi")], **options)
 
 
 def test_what_the_template_does_not_read_is_said_once(caplog: pytest.LogCaptureFixture):
