@@ -19,6 +19,9 @@ RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_fi
 TOOL_TEMPLATE = "tool_use"
 """The name of the template that is taken if tools are given and none is named."""
 
+MAX_DEPTH = 100
+"""Levels of lists and mappings in messages, tools or variables of the template; reading them takes a call per level."""
+
 logger = logging.getLogger("lserve_jax")
 
 
@@ -191,6 +194,7 @@ def check_messages(messages: Any) -> None:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError("messages must be a list of at least one {'role': …, 'content': …}")
+    _check_depth("messages", messages)
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise InputError(f"messages[{index}] must be a mapping with 'role' and 'content', got {shown(message, 80)}")
@@ -226,6 +230,7 @@ def _check_options(options: ChatOptions) -> None:
 def _check_tools(tools: Any) -> None:
     if tools is not None and not isinstance(tools, list | tuple):
         raise InputError(f"tools must be a list of JSON objects, got {type(tools).__name__}")
+    _check_depth("tools", tools)
     for index, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping):
             raise InputError(f"tools[{index}] must be a JSON object that describes a function, got {shown(tool, 60)}")
@@ -234,8 +239,26 @@ def _check_tools(tools: Any) -> None:
 def _check_variables(variables: Any) -> None:
     if not isinstance(variables, Mapping):
         raise InputError(f"template_kwargs must be a mapping of names to values, got {type(variables).__name__}")
+    _check_depth("template_kwargs", variables)
     for name in variables:
         if name in RESERVED:
             raise InputError(f"template_kwargs cannot set {name!r}: it is given by the conversation or the tokenizer")
         if not isinstance(name, str) or not name.isidentifier():
             raise InputError(f"template_kwargs: {name!r} is no name of a variable")
+
+
+def _check_depth(name: str, value: Any) -> None:
+    """Checks that lists and mappings in a value are at most `MAX_DEPTH` levels deep; one that holds itself is not."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        parts = (part for outer in level for part in _parts(outer))
+        level = list({id(part): part for part in parts if isinstance(part, Mapping | list | tuple)}.values())
+        if not level:
+            return
+    raise InputError(f"{name}: lists and mappings are nested more than {MAX_DEPTH} levels deep")
+
+
+def _parts(value: Any) -> Collection[Any]:
+    if isinstance(value, Mapping):
+        return [*value, *value.values()]
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else ()

@@ -109,6 +109,45 @@ def test_an_unknown_option_is_refused_and_the_known_ones_are_named():
             render([user("hi")], **options)
 
 
+def nested(levels: int) -> Any:
+    """A list in a list …, as a program reads it from JSON."""
+    return json.loads("[" * levels + "]" * levels)
+
+
+def of_itself() -> Any:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize("deep", [lambda: nested(1100), lambda: nested(101), of_itself])
+@pytest.mark.parametrize(
+    ("place", "conversation"),
+    [
+        ("messages", lambda deep: ([user(deep)], {})),
+        ("messages", lambda deep: ([user("hi") | {"more": {"x": deep}}], {})),
+        ("messages", lambda deep: ([deep], {})),
+        ("messages", lambda deep: ([{"role": deep, "content": "hi"}], {})),
+        ("tools", lambda deep: ([user("hi")], {"tools": [{"name": deep}]})),
+        ("tools", lambda deep: ([user("hi")], {"tools": [deep]})),
+        ("template_kwargs", lambda deep: ([user("hi")], {"template_kwargs": {"enable_thinking": deep}})),
+    ],
+)
+def test_what_is_nested_too_deeply_is_refused_in_one_line(deep: Any, place: str, conversation: Any):
+    messages, options = conversation(deep())
+    for render in (characters(THINKER).apply_chat_template, characters(THINKER).render_chat):
+        with pytest.raises(InputError, match=f"^{place}: lists and mappings are nested more than 100 levels deep$"):
+            render(messages, **options)
+
+
+def test_what_is_nested_less_deeply_is_rendered():
+    tools = [{"name": "now", "parameters": nested(97)}]
+    text = characters(THINKER).render_chat([user("hi")], tools=tools, template_kwargs={"enable_thinking": nested(99)})
+    assert json.dumps(tools[0]) in text
+    ids = characters(THINKER).apply_chat_template([user("hi")], tools=tools)
+    assert characters(THINKER).decode(ids, skip_special_tokens=False) in text
+
+
 def test_what_the_template_does_not_read_is_said_once(caplog: pytest.LogCaptureFixture):
     tokenizer = characters(PLAIN)
     with caplog.at_level(logging.WARNING, "lserve_jax"):
