@@ -73,6 +73,21 @@ class ChatFormat:
         self._compiled: dict[str, ChatTemplate] = {}
         self._warned: set[str] = set()
 
+    def decide(self, advice: str) -> bool:
+        """Returns what `lserve_jax.text.tokenizer.Tokenizer.decide_chat_format` does."""
+        if DEFAULT_TEMPLATE in self.templates:
+            return True
+        if self.templates:
+            raise InputError(f"{self._source}: {self._own_templates}, and none is the default: {advice}")
+        if advice not in self._warned:
+            self._warned.add(advice)
+            logger.warning(f"{self._source} has no chat template: the prompt is continued as it is ({advice})")
+        return False
+
+    @property
+    def _own_templates(self) -> str:
+        return f"its chat templates are {', '.join(self.templates)}" if self.templates else "it has no chat template"
+
     def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
         """Returns a conversation as text, in which the text of a special token in a message means that token."""
         check_messages(messages)
@@ -114,7 +129,6 @@ class ChatFormat:
         return self._compiled[source]
 
     def _template_source(self, named: str | Path | None, *, has_tools: bool) -> str:
-        own = f"its chat templates are {', '.join(self.templates)}" if self.templates else "it has no chat template"
         if named is not None:
             if named in self.templates:
                 return self.templates[str(named)]
@@ -122,7 +136,8 @@ class ChatFormat:
                 is_jinja = any(mark in str(named) for mark in ("{%", "{{"))
                 hint = ": write the text of a template to a file and give its name" if is_jinja else ""
                 raise InputError(
-                    f"{self._source}: chat template {shown(str(named))} is neither a name ({own}) nor a file{hint}"
+                    f"{self._source}: chat template {shown(str(named))} is neither a name ({self._own_templates}) "
+                    f"nor a file{hint}"
                 )
             return read_text(Path(named))
         for name in ([TOOL_TEMPLATE] if has_tools else []) + [DEFAULT_TEMPLATE]:
@@ -134,7 +149,7 @@ class ChatFormat:
                 "(--chat-template FILE, in Python chat_template=FILE)"
             )
         raise InputError(
-            f"{self._source}: {own}, and none is the default; choose one "
+            f"{self._source}: {self._own_templates}, and none is the default; choose one "
             "(--chat-template NAME, in Python chat_template=NAME)"
         )
 

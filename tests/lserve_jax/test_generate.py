@@ -204,6 +204,7 @@ def test_a_model_without_a_template_is_continued_with_a_warning(
     assert result.err.count("has no chat template: the prompt is continued as it is (--raw says that this is") == 1
     assert greedy(llm, PROMPT, max_tokens=4) in result.out
     assert "chat template" not in run(*fields, "--raw", model=str(untemplated)).err
+    check_refusal(run(*fields, "--system-prompt", "x", model=str(untemplated)), "has no chat template; give the prompt")
     (untemplated / "own.jinja").write_text("{{ messages[0].content }}")
     own = ("--chat-template", str(untemplated / "own.jinja"))
     assert "chat template" not in run(*fields, *own, model=str(untemplated)).err

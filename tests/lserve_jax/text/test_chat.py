@@ -158,6 +158,28 @@ def test_what_the_template_does_not_read_is_said_once(caplog: pytest.LogCaptureF
     assert record.getMessage() == "model: the chat template does not read enable_thinking, tools: without effect"
 
 
+# Whether a command writes prompts as messages
+
+
+def test_a_command_writes_messages_if_there_is_a_default_template(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        assert characters(PLAIN).decide_chat_format("give --raw")
+        assert characters({"rag": "r", "default": PLAIN}).decide_chat_format("give --raw")
+    assert not caplog.records
+    with pytest.raises(InputError, match=r"^model: its chat templates are rag, and none is the default: give --raw$"):
+        characters({"rag": "r"}).decide_chat_format("give --raw")
+
+
+def test_a_command_continues_prompts_as_they_are_with_one_warning_if_there_is_no_template(
+    caplog: pytest.LogCaptureFixture,
+):
+    tokenizer = characters({})
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        assert not any(tokenizer.decide_chat_format("give --raw") for _ in range(3))
+    (record,) = caplog.records
+    assert record.getMessage() == "model has no chat template: the prompt is continued as it is (give --raw)"
+
+
 # An answer that is begun
 
 

@@ -89,7 +89,7 @@ def test_the_embedded_tokenizer_knows_its_ends(embedded: Tokenizer):
     assert embedded.eos_token_ids == (2,)
     assert embedded.bos_token_id == 1
     assert embedded.vocab_size == 49152
-    assert embedded.has_chat_template
+    assert embedded.chat_template is not None
 
 
 def test_the_embedded_tokenizer_survives_saving(embedded: Tokenizer, tmp_path: Path):
@@ -261,7 +261,7 @@ def test_special_tokens_may_stand_in_their_own_file(tmp_path: Path):
     tokenizer = Tokenizer.from_folder(str(folder))
     assert tokenizer.bos_token_id == tiny().bos_token_id
     assert tokenizer.eos_token_ids == tuple(tokenizer.encode("<|end|>", add_special_tokens=False))
-    assert not tokenizer.has_chat_template
+    assert tokenizer.chat_template is None
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_templates_have_names_in_lists_and_in_a_folder_of_their_own(tmp_path: Pa
     (folder / "additional_chat_templates" / "short.jinja").write_text("s")
     tokenizer = Tokenizer.from_folder(folder)
     assert list(tokenizer.chat_templates) == ["rag", "tool_use", "short"]
-    assert not tokenizer.has_chat_template
+    assert tokenizer.chat_template is None
     assert tokenizer.render_chat(user("hi"), chat_template="short") == "s"
     assert tokenizer.render_chat(user("hi"), tools=[{}, {}]) == "2"  # the name that transformers looks for
     (tmp_path / "own.jinja").write_text("{{ messages[0].content }}!")
