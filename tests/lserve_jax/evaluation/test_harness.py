@@ -210,7 +210,7 @@ def test_contexts_that_are_too_long_lose_their_beginning(lm: Any, llm: LLM, capl
         (
             "generate_until",
             ("a", {"num_beams": 4}),
-            r"unknown generation setting num_beams; known are do_sample, max_gen",
+            r"unknown generation setting num_beams; known are do_sample, frequency_penalty, max_gen",
         ),
         (
             "generate_until",
