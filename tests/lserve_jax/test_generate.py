@@ -196,6 +196,12 @@ def test_templates_variables_and_tools_are_flags(run: Callable[..., Result], llm
     assert run(*fields, *own, *quiet).out == greedy(llm, f"f{PROMPT}", max_tokens=8) + "\n"
 
 
+def test_tools_that_are_nested_too_deeply_are_refused_in_one_line(run: Callable[..., Result], tmp_path: Path):
+    (tmp_path / "tools.json").write_text('[{"name": ' + "[" * 1100 + "]" * 1100 + "}]")
+    result = run("--prompt", PROMPT, "--tools", str(tmp_path / "tools.json"))
+    check_refusal(result, "tools: lists and mappings are nested more than 100 levels deep")
+
+
 def test_a_model_without_a_template_is_continued_with_a_warning(
     run: Callable[..., Result], llm: LLM, untemplated: Path
 ):
