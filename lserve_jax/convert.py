@@ -7,18 +7,18 @@ import argparse
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from lserve_jax.cli.common import ProgressBars, run_command
+from lserve_jax.cli.common import ProgressBars, run_command, set_up_logging
 from lserve_jax.cli.flags import add_shared, local_path
 from lserve_jax.cli.parser import OneLineParser
 from lserve_jax.config.heads import HeadPattern
 from lserve_jax.engine.device import this_device
 from lserve_jax.engine.patterns import OWN_FOLDER, find_pattern
 from lserve_jax.text.folder import tokenizer_files
-from lserve_jax.text.tokenizer import Tokenizer, TokenizerSource, open_tokenizer, tokenizer_source
+from lserve_jax.text.tokenizer import Tokenizer, TokenizerSource, tokenizer_source
 from lserve_jax.weights import orbax
 from lserve_jax.weights.load import open_checkpoint
 
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    set_up_logging()
     convert(args.model, args.out, args.dtype, args.tokenizer)
 
 
@@ -64,8 +65,7 @@ def convert(model: str, out: Path, dtype: str = "auto", tokenizer: str | None = 
     this_device()  # which holds the weights on their way
     checkpoint = open_checkpoint(model)
     source = tokenizer_source(checkpoint.tokenizer_source, tokenizer)
-    if tokenizer is not None or not isinstance(source, Path):
-        open_tokenizer(source, tokenizer)  # finds its errors before the weights are read
+    write_tokenizer = _tokenizer_writer(source, is_checked=tokenizer is not None)
     for warning in checkpoint.warnings:
         logger.warning(warning)
     pattern = find_pattern(checkpoint)
@@ -82,26 +82,34 @@ def convert(model: str, out: Path, dtype: str = "auto", tokenizer: str | None = 
         params,
         hf_config=hf_config,
         generation_config=checkpoint.generation_config,
-        write_others=partial(_write_others, source, pattern),
+        write_others=partial(_write_others, write_tokenizer, pattern),
     )
 
 
-def _write_others(source: TokenizerSource, pattern: HeadPattern | None, folder: Path) -> None:
-    _write_tokenizer(source, folder)
+def _write_others(write_tokenizer: Callable[[Path], None], pattern: HeadPattern | None, folder: Path) -> None:
+    write_tokenizer(folder)
     if pattern is not None and not pattern.is_guess:
         (folder / OWN_FOLDER).mkdir()
         for file in pattern.files:
             (folder / OWN_FOLDER / file.name).write_bytes(file.read_bytes())
 
 
-def _write_tokenizer(source: TokenizerSource, folder: Path) -> None:
-    if isinstance(source, Path):
-        for file in tokenizer_files(source):
-            target = folder / file.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
-    elif source is not None:
-        Tokenizer.from_gguf(source).save(folder)
+def _tokenizer_writer(source: TokenizerSource, *, is_checked: bool) -> Callable[[Path], None]:
+    """Returns what writes the tokenizer into a folder; finds errors of a GGUF file now, and of a folder if asked to."""
+    if source is None:
+        return lambda folder: None
+    if not isinstance(source, Path):
+        return Tokenizer.from_gguf(source).save
+    if is_checked:
+        Tokenizer.from_folder(source)
+    return partial(_copy_tokenizer, source)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for file in tokenizer_files(source):
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 if __name__ == "__main__":

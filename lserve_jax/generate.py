@@ -35,6 +35,7 @@ from lserve_jax.text.tokenizer import Tokenizer
 logger = logging.getLogger("lserve_jax")
 
 _MAX_NUM_SEQS = 8
+_TEMPLATE_ADVICE = "--raw says that this is meant; --chat-template NAME or FILE gives a template"
 _CHAT_FLAGS = ("--system-prompt", "--assistant-prefix", "--chat-template", "--chat-template-config", "--tools")
 
 
@@ -196,14 +197,9 @@ def _read_text(flag: str, name: str) -> str:
 def _encoder(tokenizer: Tokenizer, args: argparse.Namespace) -> Callable[[str], list[int]]:
     """Returns what turns a prompt into token ids: in the chat format, unless --raw is given or the model has none."""
     named = [flag for flag in _CHAT_FLAGS if getattr(args, flag.strip("-").replace("-", "_")) is not None]
-    if args.raw or not (tokenizer.chat_templates or args.chat_template):
-        if named:
-            raise InputError(f"{', '.join(named)} needs a chat format: this model has none, or --raw is given")
-        if not args.raw:
-            logger.warning(
-                f"{args.tokenizer or args.model} has no chat template: the prompt is continued as it is "
-                "(--raw says that this is meant; --chat-template FILE gives a template)"
-            )
+    if args.raw and named:
+        raise InputError(f"{', '.join(named)} needs the chat format, which --raw leaves out")
+    if args.raw or not (named or tokenizer.decide_chat_format(_TEMPLATE_ADVICE)):
         return tokenizer.encode
     options: ChatOptions = {
         "tools": None if args.tools is None else _read_json("--tools", _read_text("--tools", args.tools), list),

@@ -13,6 +13,7 @@ from lserve_jax.text.tokenizer import Tokenizer
 ANSWER_TOKENS = 128
 """Most tokens of an answer."""
 
+_ADVICE = "for an instruct model, give --tokenizer DIR that has its chat template as the default"
 _FACTS = 8
 _ASKED = 4
 
@@ -120,10 +121,11 @@ def make_prompts(
 ) -> list[Prompt]:
     """Returns ``count`` prompts of at most ``length`` tokens, answers included, with alternating kinds.
 
-    Prompts are in the checkpoint's chat format if it has one. Each depends only on seed, length and its number.
+    Prompts are in the checkpoint's chat format; one that has none is warned of. Each prompt depends only on
+    seed, length and its number.
 
     Raises:
-      InputError: if ``length`` has no room for a task.
+      InputError: if ``length`` has no room for a task, or the checkpoint has chat templates, but no default one.
     """
     chosen = [kinds[index % len(kinds)] for index in range(count)]
     return [_make(tokenizer, kind, length, random.Random(f"{seed} {index}")) for index, kind in enumerate(chosen)]
@@ -185,7 +187,7 @@ def _render(tokenizer: Tokenizer, kind: str, task: Task, lines: Sequence[str]) -
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    if tokenizer.has_chat_template:
+    if tokenizer.decide_chat_format(_ADVICE):
         return tokenizer.apply_chat_template([{"role": "user", "content": text}])
     return tokenizer.encode(f"{text}\n")
 

@@ -14,10 +14,12 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from lserve_jax.config.errors import InputError
+from lserve_jax.config.errors import InputError, shown
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.llm import LLM
 from lserve_jax.text.chat import ChatOptions
+from lserve_jax.text.chat_template import RefusedError
+from lserve_jax.text.parts import DEFAULT_TEMPLATE
 from lserve_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("lserve_jax")
@@ -25,7 +27,9 @@ logger = logging.getLogger("lserve_jax")
 ROUNDS = 16
 """Ratio of requests per call to those that run at once: enough to keep slots busy, few enough to save results often."""
 _DEFAULT_MAX_TOKENS = 256  # the harness's default
-_SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p"})  # the harness and `SamplingParams` agree on these
+_PENALTIES = frozenset({"repetition_penalty", "presence_penalty", "frequency_penalty"})
+_SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p"}) | _PENALTIES
+"""On the names and meanings of these the harness and `SamplingParams` agree."""
 
 type _Key = tuple[str, str] | None
 """The texts of context and continuation, under which the harness caches an answer; None for no caching."""
@@ -48,6 +52,7 @@ class HarnessMethods:
             raise InputError(f"{llm.setup.checkpoint.name} has no tokenizer, which the harness needs: give tokenizer=")
         self.llm = llm
         self._tokenizer: Tokenizer = llm.tokenizer
+        self._template: str | None = None  # the name of the chosen chat template; None for the default one
 
     @classmethod
     def create_from_arg_obj(
@@ -111,13 +116,28 @@ class HarnessMethods:
     @property
     def tokenizer_name(self) -> str:
         """Name under which the harness caches prepared prompts."""
-        return self.llm.setup.checkpoint.name.replace("/", "__")
+        template = [] if self._template is None else [self._template]
+        return "__".join([*self.llm.setup.checkpoint.name.split("/"), *template])
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Returns the source of the chat template, for the harness's records; None if no template is asked for."""
-        if isinstance(chat_template, str):
-            raise InputError(f"the checkpoint has one chat template: leave out its name, {chat_template!r}")
-        return self._tokenizer.chat_template if chat_template else None
+        """Chooses the chat template, and returns its source for the harness's records.
+
+        Args:
+          chat_template: the name of a template; or True for the default one; or False for none, which returns None.
+
+        Raises:
+          InputError: if the checkpoint has no such template.
+        """
+        self._template = chat_template if isinstance(chat_template, str) else None
+        if not chat_template:
+            return None
+        name, templates = self._template or DEFAULT_TEMPLATE, self._tokenizer.chat_templates
+        if name not in templates:
+            raise InputError(
+                f"{self.llm.setup.checkpoint.name} has no chat template {shown(name)}: its templates are "
+                f"{', '.join(templates) or 'none'} (--apply_chat_template NAME chooses one)"
+            )
+        return templates[name]
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """Returns a conversation as the checkpoint's template writes it.
@@ -126,15 +146,16 @@ class HarnessMethods:
           chat_history: messages ``{"role": …, "content": …}``.
           add_generation_prompt: whether the assistant's answer comes next; if not, the last message begins it.
         """
-        options: ChatOptions = {"continue_final_message": not add_generation_prompt}
+        options: ChatOptions = {"continue_final_message": not add_generation_prompt, "chat_template": self._template}
         try:
             return self._tokenizer.render_chat(chat_history, **options)
-        except InputError:
+        except RefusedError:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
+            text = self._tokenizer.render_chat(others, **options)
             logger.warning("the chat template refuses the system message: it is left out, as the harness does")
-            return self._tokenizer.render_chat(others, **options)
+            return text
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns the current settings, which the harness adds to its results."""

@@ -18,6 +18,7 @@ from lserve_jax.text.tokenizer import Tokenizer
 LONGBENCH = "longbench:"
 NAMES = (*TASKS, perplexity.NAME, drift.NAME)
 """What can be measured, besides ``longbench:NAME``."""
+_RAW = "--raw says that prompts are meant to have no chat format"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,8 @@ def open_measurements(
     qa_folder = Path(settings.qa) if settings.qa else None
 
     def answers(task: Any, *, is_raw: bool, **fields: Any) -> Answers:
-        render = raw_render(tokenizer) if is_raw or not tokenizer.has_chat_template else chat_render(tokenizer)
+        is_chat = not is_raw and tokenizer.decide_chat_format(_RAW)
+        render = chat_render(tokenizer) if is_chat else raw_render(tokenizer)
         common = {"tokenizer": tokenizer, "context": context, "seed": settings.seed, "haystack": haystack}
         return Answers(task=task, render=render, **common, **fields)
 

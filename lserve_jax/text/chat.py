@@ -19,6 +19,9 @@ RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_fi
 TOOL_TEMPLATE = "tool_use"
 """The name of the template that is taken if tools are given and none is named."""
 
+MAX_DEPTH = 100
+"""Levels of lists and mappings in messages, tools or variables of the template; reading them takes a call per level."""
+
 logger = logging.getLogger("lserve_jax")
 
 
@@ -70,17 +73,32 @@ class ChatFormat:
         self._compiled: dict[str, ChatTemplate] = {}
         self._warned: set[str] = set()
 
+    def decide(self, advice: str) -> bool:
+        """Returns what `lserve_jax.text.tokenizer.Tokenizer.decide_chat_format` does."""
+        if DEFAULT_TEMPLATE in self.templates:
+            return True
+        if self.templates:
+            raise InputError(f"{self._source}: {self._own_templates}, and none is the default: {advice}")
+        if advice not in self._warned:
+            self._warned.add(advice)
+            logger.warning(f"{self._source} has no chat template: the prompt is continued as it is ({advice})")
+        return False
+
+    @property
+    def _own_templates(self) -> str:
+        return f"its chat templates are {', '.join(self.templates)}" if self.templates else "it has no chat template"
+
     def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
         """Returns a conversation as text, in which the text of a special token in a message means that token."""
         check_messages(messages)
+        _check_options(options)
         return self._render(messages, options)
 
     def render_guarded(self, messages: Sequence[Message], options: ChatOptions) -> tuple[str, Literals]:
         """Returns a conversation as text with stand-ins for texts that are literal, and what they stand for."""
         check_messages(messages)
+        _check_options(options)
         roles = options.get("literal_roles")
-        if isinstance(roles, str):
-            raise InputError(f"literal_roles must be a list of roles, got {roles!r}")
         literals = Literals()
 
         def guard(role: str, value: Any) -> Any:
@@ -92,8 +110,6 @@ class ChatFormat:
 
     def _render(self, messages: Sequence[Message], options: ChatOptions) -> str:
         tools, variables = options.get("tools"), options.get("template_kwargs") or {}
-        _check_tools(tools)
-        _check_variables(variables)
         template = self._template(options)
         self._warn_of_unread(template, [*variables, *(["tools"] if tools else [])])
         is_open = options.get("continue_final_message", False)
@@ -113,12 +129,16 @@ class ChatFormat:
         return self._compiled[source]
 
     def _template_source(self, named: str | Path | None, *, has_tools: bool) -> str:
-        own = f"its chat templates are {', '.join(self.templates)}" if self.templates else "it has no chat template"
         if named is not None:
             if named in self.templates:
                 return self.templates[str(named)]
-            if not Path(named).is_file():
-                raise InputError(f"{self._source}: chat template {str(named)!r} is neither a name ({own}) nor a file")
+            if not _is_file(named):
+                is_jinja = any(mark in str(named) for mark in ("{%", "{{"))
+                hint = ": write the text of a template to a file and give its name" if is_jinja else ""
+                raise InputError(
+                    f"{self._source}: chat template {shown(str(named))} is neither a name ({self._own_templates}) "
+                    f"nor a file{hint}"
+                )
             return read_text(Path(named))
         for name in ([TOOL_TEMPLATE] if has_tools else []) + [DEFAULT_TEMPLATE]:
             if name in self.templates:
@@ -129,7 +149,7 @@ class ChatFormat:
                 "(--chat-template FILE, in Python chat_template=FILE)"
             )
         raise InputError(
-            f"{self._source}: {own}, and none is the default; choose one "
+            f"{self._source}: {self._own_templates}, and none is the default; choose one "
             "(--chat-template NAME, in Python chat_template=NAME)"
         )
 
@@ -174,6 +194,13 @@ class _Mark:
         return texts[0].removesuffix(content[len(content.rstrip()) :]) if is_trimmed else texts[0]
 
 
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a character that no name has
+        return False
+
+
 def check_messages(messages: Any) -> None:
     """Checks that messages are a conversation.
 
@@ -182,6 +209,7 @@ def check_messages(messages: Any) -> None:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError("messages must be a list of at least one {'role': …, 'content': …}")
+    _check_depth("messages", messages)
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise InputError(f"messages[{index}] must be a mapping with 'role' and 'content', got {shown(message, 80)}")
@@ -198,9 +226,26 @@ def check_messages(messages: Any) -> None:
             )
 
 
+def _check_options(options: ChatOptions) -> None:
+    if unknown := sorted(options.keys() - ChatOptions.__annotations__.keys()):
+        raise InputError(
+            f"unknown chat options: {', '.join(unknown)}; known are {', '.join(ChatOptions.__annotations__)} "
+            '(a variable of the template is given as template_kwargs={"NAME": VALUE})'
+        )
+    roles = options.get("literal_roles")
+    if roles is not None and (isinstance(roles, str) or not isinstance(roles, Collection)):
+        raise InputError(f"literal_roles must be a list of roles, got {shown(roles, 60)}")
+    named = options.get("chat_template")
+    if not isinstance(named, str | Path | None):
+        raise InputError(f"chat_template must be the name of a template or a file, got {shown(named, 60)}")
+    _check_tools(options.get("tools"))
+    _check_variables(options.get("template_kwargs") or {})
+
+
 def _check_tools(tools: Any) -> None:
     if tools is not None and not isinstance(tools, list | tuple):
         raise InputError(f"tools must be a list of JSON objects, got {type(tools).__name__}")
+    _check_depth("tools", tools)
     for index, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping):
             raise InputError(f"tools[{index}] must be a JSON object that describes a function, got {shown(tool, 60)}")
@@ -209,8 +254,26 @@ def _check_tools(tools: Any) -> None:
 def _check_variables(variables: Any) -> None:
     if not isinstance(variables, Mapping):
         raise InputError(f"template_kwargs must be a mapping of names to values, got {type(variables).__name__}")
+    _check_depth("template_kwargs", variables)
     for name in variables:
         if name in RESERVED:
             raise InputError(f"template_kwargs cannot set {name!r}: it is given by the conversation or the tokenizer")
         if not isinstance(name, str) or not name.isidentifier():
             raise InputError(f"template_kwargs: {name!r} is no name of a variable")
+
+
+def _check_depth(name: str, value: Any) -> None:
+    """Checks that lists and mappings in a value are at most `MAX_DEPTH` levels deep; one that holds itself is not."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        parts = (part for outer in level for part in _parts(outer))
+        level = list({id(part): part for part in parts if isinstance(part, Mapping | list | tuple)}.values())
+        if not level:
+            return
+    raise InputError(f"{name}: lists and mappings are nested more than {MAX_DEPTH} levels deep")
+
+
+def _parts(value: Any) -> Collection[Any]:
+    if isinstance(value, Mapping):
+        return [*value, *value.values()]
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else ()

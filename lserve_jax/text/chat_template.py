@@ -24,6 +24,10 @@ MAX_SOURCE = 200_000  # characters of a template: compiling takes time too
 MAX_DATE = 100  # characters of a date's format
 
 
+class RefusedError(InputError):
+    """A chat template refuses the messages, by calling ``raise_exception``."""
+
+
 class ChatTemplate:
     """A compiled chat template.
 
@@ -77,7 +81,8 @@ class ChatTemplate:
           template_kwargs: further variables of the template.
 
         Raises:
-          InputError: if the template refuses these messages, fails, or exceeds its budget.
+          RefusedError: if the template refuses these messages.
+          InputError: if it fails otherwise, or exceeds its budget.
         """
         given = {"documents": None, **(template_kwargs or {})}
         conversation = given | {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
@@ -90,7 +95,8 @@ class ChatTemplate:
             with budget.in_force():
                 return "".join(budget.bounded(self._template.generate(self._variables | conversation)))
         except Exception as error:
-            raise InputError(f"{self._source}: the chat template failed: {one_line(error)}") from error
+            kind = RefusedError if isinstance(error, _RaisedError) else InputError
+            raise kind(f"{self._source}: the chat template failed: {one_line(error)}") from error
 
 
 class _Generation(Extension):
@@ -103,8 +109,12 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _RaisedError(TemplateError):
+    """What a template raises itself."""
+
+
 def _raise_exception(message: Any) -> None:
-    raise TemplateError(str(message))
+    raise _RaisedError(str(message))
 
 
 def _strftime_now(form: str) -> str:

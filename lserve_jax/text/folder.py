@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 
 from lserve_jax.config.errors import InputError, shown
 from lserve_jax.config.json_file import read_json
+from lserve_jax.config.reader import Reader
 from lserve_jax.text.errors import is_text, one_line, read_text
 from lserve_jax.text.parts import DEFAULT_TEMPLATE, SPECIAL_NAMES, TokenizerParts
 
@@ -42,7 +43,8 @@ def read_folder(folder: Path) -> TokenizerParts:
     special = _special_tokens(special_map, SPECIAL_MAP_FILE, problems)
     special |= _special_tokens(config, CONFIG_FILE, problems)
     ends = _read_ids(generation, "eos_token_id", GENERATION_FILE, problems)
-    ends += _read_ids(config, "eos_token_ids", CONFIG_FILE, problems)
+    if config.get("eos_token_ids") != []:  # which `Tokenizer.save` writes if no token ends generation
+        ends += _read_ids(config, "eos_token_ids", CONFIG_FILE, problems)
     if backend is not None:
         _add_tokens(backend, config, special, problems)
         ends += [index for index in [backend.token_to_id(special.get("eos_token", ""))] if index is not None]
@@ -126,12 +128,10 @@ def _special_tokens(config: Mapping[str, Any], name: str, problems: list[str]) -
 
 
 def _read_ids(config: Mapping[str, Any], key: str, name: str, problems: list[str]) -> list[int]:
-    value = config.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
-        return ids
-    problems.append(f"{name}: {key} must be a token id or a list of them, got {shown(value, 60)}")
-    return []
+    reader = Reader(config, f"{name}: ")
+    ids = [index for index in reader.token_ids(key, None) if index is not None]
+    problems += reader.problems
+    return ids
 
 
 def _add_tokens(

@@ -160,10 +160,16 @@ class Tokenizer:
         """The sources of all chat templates, by name."""
         return self._chat.templates
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `apply_chat_template` needs no other template: whether there is a default one."""
-        return self.chat_template is not None
+    def decide_chat_format(self, advice: str) -> bool:
+        """Returns whether a command writes prompts as messages; if there is no chat template, warns once and does not.
+
+        Args:
+          advice: what the command's user can do if there is no default template, for messages.
+
+        Raises:
+          InputError: if there are chat templates, but none is the default.
+        """
+        return self._chat.decide(advice)
 
     def render_chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> str:
         """Returns a conversation as text, in which the text of a special token in a message means that token.

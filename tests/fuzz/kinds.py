@@ -136,7 +136,7 @@ def tokenizer(rng: random.Random, folder: Path) -> None:
     found = Tokenizer.from_folder(folder)
     ids = found.encode(mutated_text("Hello, world!", rng)) if rng.random() < 0.5 else found.encode("ab cd")
     found.decode(ids)
-    if found.has_chat_template:
+    if found.chat_template is not None:
         found.apply_chat_template([{"role": "user", "content": "hi"}])
 
 

@@ -1,9 +1,11 @@
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -55,6 +57,38 @@ def test_dtype_of_the_new_folder_is_the_one_asked_for(tmp_path: Path, capfd: pyt
     assert copy.config.dtype == "bfloat16"
     expected = open_checkpoint(model).load_params("bfloat16")
     assert_same_tree(copy.load_params("bfloat16"), jax.tree.map(np.asarray, expected), "bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """The command sets up logging for a process of its own."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_what_a_gguf_tokenizer_is_warned_of_is_printed_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], is_named: bool
+):
+    tokens = ["<|im_end|>", *(chr(code) for code in range(33, 127)), "he"]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * len(tokens),
+        "tokenizer.ggml.merges": ["h e"],
+    }
+    config = tiny_config(vocab_size=len(tokens))
+    path = write_gguf(tmp_path / "model.gguf", config, random_tensors(config), metadata=metadata)
+    named = ("--tokenizer", str(path)) if is_named else ()
+    model = str(TINY / "llama3") if is_named else str(path)
+    assert main(["--model", model, "--out", str(tmp_path / "out"), *named]) == 0
+    assert capfd.readouterr().err.count("the type of token '<|im_end|>' is not that of a control token") == 1
+    copy = Tokenizer.from_folder(tmp_path / "out")
+    assert copy.encode("he", add_special_tokens=False) == [len(tokens) - 1]
 
 
 def test_gguf_file_is_converted_with_its_tokenizer(tmp_path: Path):

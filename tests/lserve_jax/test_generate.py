@@ -196,6 +196,12 @@ def test_templates_variables_and_tools_are_flags(run: Callable[..., Result], llm
     assert run(*fields, *own, *quiet).out == greedy(llm, f"f{PROMPT}", max_tokens=8) + "\n"
 
 
+def test_tools_that_are_nested_too_deeply_are_refused_in_one_line(run: Callable[..., Result], tmp_path: Path):
+    (tmp_path / "tools.json").write_text('[{"name": ' + "[" * 1100 + "]" * 1100 + "}]")
+    result = run("--prompt", PROMPT, "--tools", str(tmp_path / "tools.json"))
+    check_refusal(result, "tools: lists and mappings are nested more than 100 levels deep")
+
+
 def test_a_model_without_a_template_is_continued_with_a_warning(
     run: Callable[..., Result], llm: LLM, untemplated: Path
 ):
@@ -204,6 +210,7 @@ def test_a_model_without_a_template_is_continued_with_a_warning(
     assert result.err.count("has no chat template: the prompt is continued as it is (--raw says that this is") == 1
     assert greedy(llm, PROMPT, max_tokens=4) in result.out
     assert "chat template" not in run(*fields, "--raw", model=str(untemplated)).err
+    check_refusal(run(*fields, "--system-prompt", "x", model=str(untemplated)), "has no chat template; give the prompt")
     (untemplated / "own.jinja").write_text("{{ messages[0].content }}")
     own = ("--chat-template", str(untemplated / "own.jinja"))
     assert "chat template" not in run(*fields, *own, model=str(untemplated)).err

@@ -208,7 +208,7 @@ def test_what_was_measured_on_other_prompts_is_measured_again(
     with interrupted(monkeypatch, Reader, "read_through", call=6):
         assert run("--out", tmp_path / "p", *TABLE).status == 130
     with monkeypatch.context() as patch, counted(monkeypatch, Reader, "read") as prompts:
-        patch.setattr(Tokenizer, "has_chat_template", False)
+        patch.setattr(Tokenizer, "decide_chat_format", lambda self, advice: False)
         assert run("--out", tmp_path / "p", *TABLE).status == 0
         assert run("--out", tmp_path / "fresh", *TABLE).status == 0
     assert len(prompts) == 2 + 3  # plain text has no template: its prompt is the same

@@ -1,5 +1,6 @@
 """Synthetic prompts: their length, where their passages lie, what is asked for, and that a seed repeats them."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from lserve_jax.calibration.passkeys import ALPHABET, ORDINALS, Passkeys
 from lserve_jax.calibration.prompts import ANSWER_TOKENS, KINDS, Prompt, make_prompts
 from lserve_jax.calibration.two_streams import BLOCK
+from lserve_jax.config.errors import InputError
 from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights.gguf import GGUFFile
 
@@ -30,6 +32,28 @@ def raw(embedded_gguf: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def prompts(tokenizer: Tokenizer) -> list[Prompt]:
     return make_prompts(tokenizer, count=12, length=LENGTH, seed=3)
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "copying"])
+def test_a_model_without_a_default_chat_template_is_warned_of_or_refused(
+    embedded_gguf: Path, kind: str, caplog: pytest.LogCaptureFixture
+):
+    metadata = dict(GGUFFile(embedded_gguf).metadata)
+    template = metadata.pop("tokenizer.chat_template")
+    whole, named = (Tokenizer.from_gguf(metadata | {f"tokenizer.chat_template{x}": template}) for x in ("", ".rag"))
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        for count in (1, 2):
+            make_prompts(whole, count=count, length=700, seed=0, kinds=[kind])
+    assert not caplog.records
+    with pytest.raises(InputError, match=r"templates are rag, and none is the default: for an instruct .* --tokenizer"):
+        make_prompts(named, count=1, length=700, seed=0, kinds=[kind])
+    assert len(make_prompts(named, count=1, length=700, seed=0, kinds=["text"])) == 1
+    without = Tokenizer.from_gguf(metadata)
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        for count in (1, 2):
+            make_prompts(without, count=count, length=700, seed=0, kinds=[kind])
+    (record,) = caplog.records
+    assert "has no chat template: the prompt is continued as it is (for an instruct model" in record.getMessage()
 
 
 def passage(tokenizer: Tokenizer, prompt: Prompt, number: int) -> str:

@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.special import log_softmax
+from tokenizers import Tokenizer as Backend
 
 from lserve_jax import LLM, InputError, SamplingParams, harness
-from lserve_jax.text.chat_template import ChatTemplate
+from lserve_jax.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -209,7 +210,7 @@ def test_contexts_that_are_too_long_lose_their_beginning(lm: Any, llm: LLM, capl
         (
             "generate_until",
             ("a", {"num_beams": 4}),
-            r"unknown generation setting num_beams; known are do_sample, max_gen",
+            r"unknown generation setting num_beams; known are do_sample, frequency_penalty, max_gen",
         ),
         (
             "generate_until",
@@ -242,6 +243,9 @@ def test_generation_settings_become_ours(lm: Any, llm: LLM, monkeypatch: pytest.
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.7, 0.9, 5, 9)
     assert params.stop == ("\n", "<|im_end|>")
     assert given["until"] == ["\n", "<|im_end|>", ""]
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": -0.5}
+    params = params_of({"until": "x", "max_gen_toks": 5} | penalties)
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.2, 0.5, -0.5)
     greedy = params_of({"until": "x", "max_gen_toks": 5, "do_sample": False, "temperature": 0.0})
     assert (greedy.temperature, greedy.stop, greedy.max_tokens) == (0.0, ("x",), 5)
     with pytest.raises(ValueError, match="an answer of max_gen_toks=256 leaves no room"):
@@ -279,22 +283,71 @@ def test_chats_are_rendered_as_the_checkpoint_has_them(lm: Any, llm: LLM, tasks:
         assert sample["resps"] == [[llm.generate([prompt], SamplingParams(max_tokens=8))[0].text]]
 
 
+@pytest.fixture
+def with_templates(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Makes the adapter of a model with these chat templates."""
+
+    def make(**templates: str) -> Any:
+        backend = Backend.from_file(f"{MODEL}/tokenizer.json")
+        own = Tokenizer(backend, special_tokens={}, eos_token_ids=[], chat_template=templates, source="tiny")
+        monkeypatch.setattr(llm, "tokenizer", own)
+        return harness.register()(llm)
+
+    return make
+
+
+REFUSING = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+    "{% if messages[0].content == 'bad' %}{{ raise_exception('bad') }}{% endif %}"
+    "{{ messages[-1].content[:5] }}"
+)
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
 def test_a_template_that_refuses_system_messages_gets_none(
-    lm: Any, llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    with_templates: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ):
-    render = ChatTemplate.render
-
-    def refuse(self: ChatTemplate, messages: Any, **options: Any) -> str:
-        if messages[0]["role"] == "system":
-            raise InputError("tiny: the chat template failed: no system messages")
-        return render(self, messages, **options)
-
-    monkeypatch.setattr(ChatTemplate, "render", refuse)
-    chat = [{"role": "user", "content": "hello"}]
+    lm, chat = with_templates(default=REFUSING), [{"role": "user", "content": "hello"}]
     with caplog.at_level(logging.WARNING, "lserve_jax"):
-        told = lm.apply_chat_template([{"role": "system", "content": "Be brief."}, *chat])
-    assert told == lm.apply_chat_template(chat)
+        told = lm.apply_chat_template([SYSTEM, *chat])
+    assert told == lm.apply_chat_template(chat) == "hello"
     assert "refuses the system message" in caplog.text
+
+
+def test_a_system_message_stays_if_something_else_is_wrong(
+    with_templates: Callable[..., Any], caplog: pytest.LogCaptureFixture
+):
+    def problem(template: str, text: str, **options: Any) -> str:
+        lm = with_templates(default=template)
+        with pytest.raises(InputError) as caught:
+            lm.apply_chat_template([SYSTEM, {"role": "user", "content": text}], **options)
+        return str(caught.value)
+
+    failing = "{% if messages[0].role == 'system' %}{{ nothing.at_all }}{% endif %}"
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        assert "the chat template failed: bad" in problem(REFUSING, "bad")
+        assert "'nothing' is undefined" in problem(failing, "hello")
+        begun = problem("{{ messages[-1].content[:5] }}", "a long answer", add_generation_prompt=False)
+        assert "does not write the last message as it is, so that it cannot be continued" in begun
+    assert not caplog.records
+
+
+def test_one_of_several_templates_is_chosen_by_its_name(with_templates: Callable[..., Any], llm: LLM):
+    lm, chat = with_templates(default="d", tool_use="t"), [{"role": "user", "content": "hello"}]
+    for asked, source, text in ((True, "d", "d"), ("tool_use", "t", "t"), ("default", "d", "d"), (False, None, "d")):
+        assert lm.chat_template(asked) == source
+        assert lm.apply_chat_template(chat) == text
+    names = set()
+    for asked in (True, "tool_use"):
+        lm.chat_template(asked)
+        names.add(lm.tokenizer_name)
+    assert len(names) == 2  # the harness's caches of prompts
+    rag = with_templates(rag="r")
+    for asked, name in (("tool_use", "tool_use"), (True, "default")):
+        with pytest.raises(InputError, match=f"has no chat template '{name}': its templates are rag .--apply_chat_t"):
+            rag.chat_template(asked)
+    with pytest.raises(InputError, match="has no chat template 'default': its templates are none"):
+        with_templates().chat_template(True)
 
 
 def test_a_text_that_begins_with_the_beginning_token_gets_no_second_one(

@@ -87,11 +87,65 @@ def test_tools_and_the_turns_that_use_them_are_rendered():
         ({"tools": {"name": "now"}}, "tools must be a list of JSON objects, got dict"),
         ({"tools": ["now"]}, r"tools\[0\] must be a JSON object that describes a function, got 'now'"),
         ({"literal_roles": "user"}, "literal_roles must be a list of roles, got 'user'"),
+        ({"literal_roles": 5}, "literal_roles must be a list of roles, got 5"),
+        ({"chat_template": 5}, "chat_template must be the name of a template or a file, got 5"),
+        ({"chat_template": "no\0name"}, "chat template 'no.x00name' is neither a name .*default.* nor a file$"),
+        ({"chat_template": PLAIN * 9}, "is neither a name .* nor a file: write the text of a template to a file"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], problem: str):
-    with pytest.raises(InputError, match=problem):
-        characters(THINKER).apply_chat_template([user("hi")], **options)
+    for render in (characters(THINKER).apply_chat_template, characters(THINKER).render_chat):
+        with pytest.raises(InputError, match=problem) as caught:
+            render([user("hi")], **options)
+        assert len(str(caught.value)) < 500
+
+
+def test_an_unknown_option_is_refused_and_the_known_ones_are_named():
+    options: Any = {"enable_thinking": False, "chat_template_kwargs": {}}
+    for render in (characters(THINKER).apply_chat_template, characters(THINKER).render_chat):
+        with pytest.raises(InputError, match="unknown chat options: chat_template_kwargs, enable_thinking; known are"):
+            render([user("hi")], **options)
+        with pytest.raises(InputError, match=r"literal_roles \(a variable of the template .* template_kwargs=\{"):
+            render([user("hi")], **options)
+
+
+def nested(levels: int) -> Any:
+    """A list in a list …, as a program reads it from JSON."""
+    return json.loads("[" * levels + "]" * levels)
+
+
+def of_itself() -> Any:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize("deep", [lambda: nested(1100), lambda: nested(101), of_itself])
+@pytest.mark.parametrize(
+    ("place", "conversation"),
+    [
+        ("messages", lambda deep: ([user(deep)], {})),
+        ("messages", lambda deep: ([user("hi") | {"more": {"x": deep}}], {})),
+        ("messages", lambda deep: ([deep], {})),
+        ("messages", lambda deep: ([{"role": deep, "content": "hi"}], {})),
+        ("tools", lambda deep: ([user("hi")], {"tools": [{"name": deep}]})),
+        ("tools", lambda deep: ([user("hi")], {"tools": [deep]})),
+        ("template_kwargs", lambda deep: ([user("hi")], {"template_kwargs": {"enable_thinking": deep}})),
+    ],
+)
+def test_what_is_nested_too_deeply_is_refused_in_one_line(deep: Any, place: str, conversation: Any):
+    messages, options = conversation(deep())
+    for render in (characters(THINKER).apply_chat_template, characters(THINKER).render_chat):
+        with pytest.raises(InputError, match=f"^{place}: lists and mappings are nested more than 100 levels deep$"):
+            render(messages, **options)
+
+
+def test_what_is_nested_less_deeply_is_rendered():
+    tools = [{"name": "now", "parameters": nested(97)}]
+    text = characters(THINKER).render_chat([user("hi")], tools=tools, template_kwargs={"enable_thinking": nested(99)})
+    assert json.dumps(tools[0]) in text
+    ids = characters(THINKER).apply_chat_template([user("hi")], tools=tools)
+    assert characters(THINKER).decode(ids, skip_special_tokens=False) in text
 
 
 def test_what_the_template_does_not_read_is_said_once(caplog: pytest.LogCaptureFixture):
@@ -102,6 +156,28 @@ def test_what_the_template_does_not_read_is_said_once(caplog: pytest.LogCaptureF
         characters(THINKER).render_chat([user("hi")], template_kwargs={"enable_thinking": False}, tools=TOOLS)
     (record,) = caplog.records
     assert record.getMessage() == "model: the chat template does not read enable_thinking, tools: without effect"
+
+
+# Whether a command writes prompts as messages
+
+
+def test_a_command_writes_messages_if_there_is_a_default_template(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        assert characters(PLAIN).decide_chat_format("give --raw")
+        assert characters({"rag": "r", "default": PLAIN}).decide_chat_format("give --raw")
+    assert not caplog.records
+    with pytest.raises(InputError, match=r"^model: its chat templates are rag, and none is the default: give --raw$"):
+        characters({"rag": "r"}).decide_chat_format("give --raw")
+
+
+def test_a_command_continues_prompts_as_they_are_with_one_warning_if_there_is_no_template(
+    caplog: pytest.LogCaptureFixture,
+):
+    tokenizer = characters({})
+    with caplog.at_level(logging.WARNING, "lserve_jax"):
+        assert not any(tokenizer.decide_chat_format("give --raw") for _ in range(3))
+    (record,) = caplog.records
+    assert record.getMessage() == "model has no chat template: the prompt is continued as it is (give --raw)"
 
 
 # An answer that is begun

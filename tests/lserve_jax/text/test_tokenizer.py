@@ -89,7 +89,7 @@ def test_the_embedded_tokenizer_knows_its_ends(embedded: Tokenizer):
     assert embedded.eos_token_ids == (2,)
     assert embedded.bos_token_id == 1
     assert embedded.vocab_size == 49152
-    assert embedded.has_chat_template
+    assert embedded.chat_template is not None
 
 
 def test_the_embedded_tokenizer_survives_saving(embedded: Tokenizer, tmp_path: Path):
@@ -261,7 +261,7 @@ def test_special_tokens_may_stand_in_their_own_file(tmp_path: Path):
     tokenizer = Tokenizer.from_folder(str(folder))
     assert tokenizer.bos_token_id == tiny().bos_token_id
     assert tokenizer.eos_token_ids == tuple(tokenizer.encode("<|end|>", add_special_tokens=False))
-    assert not tokenizer.has_chat_template
+    assert tokenizer.chat_template is None
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_templates_have_names_in_lists_and_in_a_folder_of_their_own(tmp_path: Pa
     (folder / "additional_chat_templates" / "short.jinja").write_text("s")
     tokenizer = Tokenizer.from_folder(folder)
     assert list(tokenizer.chat_templates) == ["rag", "tool_use", "short"]
-    assert not tokenizer.has_chat_template
+    assert tokenizer.chat_template is None
     assert tokenizer.render_chat(user("hi"), chat_template="short") == "s"
     assert tokenizer.render_chat(user("hi"), tools=[{}, {}]) == "2"  # the name that transformers looks for
     (tmp_path / "own.jinja").write_text("{{ messages[0].content }}!")
@@ -353,6 +353,19 @@ def test_saving_keeps_everything(tmp_path: Path):
         assert once | {"eos_token_ids": 0} == twice | {"eos_token_ids": 0}
 
 
+def test_a_tokenizer_without_end_tokens_is_saved_and_read(tmp_path: Path):
+    first = Tokenizer(tiny_backend(), special_tokens={}, eos_token_ids=[], chat_template=None, source="first")
+    first.save(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).eos_token_ids == ()
+
+
+def test_end_tokens_that_are_whole_floats_are_read_as_the_models_configuration_is(tmp_path: Path):
+    ends = {"generation_config": {"eos_token_id": 2.0}, "tokenizer_config": {"eos_token_ids": [3.0, 2]}}
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, tokenizer=tiny_backend().to_str(), **ends))
+    assert tokenizer.eos_token_ids == (2, 3)
+    assert all(type(token) is int for token in tokenizer.eos_token_ids)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -381,6 +394,11 @@ def test_saving_keeps_everything(tmp_path: Path):
             "generation_config.json: eos_token_id must be a token id or a list",
         ),
         ({"generation_config": {"eos_token_id": [1, -2]}}, "eos_token_id must be a token id or a list"),
+        ({"generation_config": {"eos_token_id": 2**31}}, "eos_token_id must be a token id or a list"),
+        (
+            {"tokenizer_config": {"eos_token_ids": [1.5]}},
+            "tokenizer_config.json: eos_token_ids must be a token id or a",
+        ),
     ],
 )
 def test_a_bad_folder_gives_one_line_that_names_the_file(tmp_path: Path, files: dict[str, object], message: str):
