@@ -110,6 +110,7 @@ def _generate(args: argparse.Namespace) -> None:
         print(to_json_line(plan_to_json(setup)) if args.json else plan_to_text(setup))
         return
     # Find every error of the user before loading weights.
+    setup.checkpoint.require_weights()
     tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
     encode = _encoder(tokenizer, args)
     prompts = [encode(text) for text in texts]

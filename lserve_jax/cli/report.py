@@ -47,7 +47,8 @@ def to_json(llm: LLM, output: RequestOutput) -> dict[str, Any]:
 def _logprobs(output: RequestOutput) -> dict[str, Any]:
     """Returns the log-probabilities that were asked for; the likeliest tokens as pairs of id and log-probability."""
     names = ("logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
-    return {name: found for name in names if (found := getattr(output, name)) is not None}
+    prompt = {} if output.prompt_logprobs is None else {"prompt_token_ids": list(output.prompt_token_ids)}
+    return prompt | {name: found for name in names if (found := getattr(output, name)) is not None}
 
 
 def plan_to_json(setup: Setup) -> dict[str, Any]:

@@ -50,13 +50,13 @@ _NEUTRAL: dict[str, Any] = {
 }
 """Keys that are not honoured, and the values at which they change nothing."""
 
+_UNSET_LENGTH = 20  # what transformers takes for a ``max_length`` that nobody set
+
 _HARMLESS = frozenset(
     (
         *("_commit_hash", "_from_model_config", "transformers_version", "do_sample"),
         # Read elsewhere, or of encoder-decoder models.
         *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
-        # The context bounds a text here.
-        "max_length",
         # How transformers works and what it returns, not which text.
         *("cache_config", "cache_implementation", "compile_config", "continuous_batching_config", "disable_compile"),
         *("low_memory", "max_cache_len", "prefill_chunk_size", "use_cache"),
@@ -106,9 +106,17 @@ def recommended_params(config: Mapping[str, Any], *, source: str, vocabulary: in
     return params
 
 
-def not_honoured(config: Mapping[str, Any]) -> list[str]:
-    """Returns the keys of a parsed ``generation_config.json`` that would change the text and are not honoured."""
+def not_honoured(config: Mapping[str, Any], context: int) -> list[str]:
+    """Returns the keys of a parsed ``generation_config.json`` that would change the text and are not honoured.
+
+    Args:
+      config: the parsed file.
+      context: tokens of the model's context, which bounds a text here; a lower ``max_length`` does not.
+    """
     known = {*_ALWAYS, *_IF_SAMPLED, *_HARMLESS}
+    length = config.get("max_length")
+    if length == _UNSET_LENGTH or (isinstance(length, int) and length >= context):
+        known.add("max_length")
     found = [
         key
         for key, value in config.items()

@@ -14,6 +14,7 @@ MAX_SEED = 2**32 - 1
 MOST_TOP_LOGPROBS = 20
 LARGEST_NUMBER = 1e30  # its products still fit into a float32
 _ID_LISTS = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens")
+_SWITCHES = ("ignore_eos", "skip_special_tokens", "logprobs", "prompt_logprobs")
 _OF_MODEL = "the model's own, else {}"
 
 
@@ -134,6 +135,7 @@ class SamplingParams:
         """Checks the values; sequences become tuples, and ``logit_bias`` becomes pairs."""
         for name in ("stop", "bad_words"):
             given: Any = getattr(self, name)
+            given = () if given is None else given
             object.__setattr__(self, name, (given,) if isinstance(given, str) else _as_tuple(given))
         object.__setattr__(self, "bad_words", tuple(_as_tuple(x) if _is_list(x) else x for x in self.bad_words))
         for name in _ID_LISTS:
@@ -167,7 +169,10 @@ class SamplingParams:
             ),
             "presence_penalty": (_is_real(self.presence_penalty, -2.0, 2.0), "a number from -2 to 2"),
             "frequency_penalty": (_is_real(self.frequency_penalty, -2.0, 2.0), "a number from -2 to 2"),
-            "logit_bias": (all(map(_is_bias, self.logit_bias)), "a mapping from token ids to numbers"),
+            "logit_bias": (
+                all(map(_is_bias, self.logit_bias)),
+                "a mapping from token ids to numbers (or -inf)",
+            ),
             "bad_words": (all(map(_is_bad_word, self.bad_words)), "non-empty texts or lists of token ids"),
             "seed": (
                 self.seed is None or _is_whole(self.seed, 0, MAX_SEED),
@@ -175,6 +180,7 @@ class SamplingParams:
             ),
             "stop": (all(isinstance(text, str) and text for text in self.stop), "non-empty strings"),
             **{name: (all(map(_is_id, getattr(self, name))), "whole numbers from 0") for name in _ID_LISTS},
+            **{name: (isinstance(getattr(self, name), bool), "True or False") for name in _SWITCHES},
             "top_logprobs": (
                 _is_whole(self.top_logprobs, 0, MOST_TOP_LOGPROBS if self.logprobs or self.prompt_logprobs else 0),
                 f"a whole number from 0 to {MOST_TOP_LOGPROBS}, and 0 without logprobs or prompt_logprobs",
@@ -199,7 +205,7 @@ class SamplingParams:
         return any(changes) or self.has_penalties
 
     def require_vocabulary(self, size: int) -> None:
-        """Raises `InputError` if a field names a token that a model of this vocabulary does not have."""
+        """Raises `InputError` if a field names a token that a model of this vocabulary lacks, or no token is left."""
         pairs: Any = self.logit_bias
         named = {
             "logit_bias": [token for token, _ in pairs],
@@ -209,6 +215,10 @@ class SamplingParams:
         for name, ids in named.items():
             if beyond := [token for token in ids if token >= size]:
                 raise InputError(f"{name}: token {beyond[0]} is outside the model's vocabulary of {size} tokens")
+        words = (word for word in self.bad_words if not isinstance(word, str) and len(word) == 1)
+        removed = {*self.suppress_tokens, *(token for token, bias in pairs if bias == -math.inf)}
+        if len(removed.union(*words)) >= size:
+            raise InputError("suppress_tokens, logit_bias and bad_words leave no token of the model to choose")
 
 
 def _as_tuple(values: Any) -> tuple[Any, ...]:

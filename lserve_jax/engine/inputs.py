@@ -92,7 +92,9 @@ def require_ids(ids: Any, vocabulary: int) -> tuple[int, ...]:
     found = []
     for value in values:
         token = _as_index(value)
-        if token is None or not 0 <= token < vocabulary:
+        if token is None:
+            raise InputError(f"a prompt must be text or a list of token ids, got a list with {shown(value)}")
+        if not 0 <= token < vocabulary:
             raise InputError(
                 f"prompt token {shown(value, 80)} is outside the model's vocabulary of {vocabulary} tokens"
             )

@@ -89,7 +89,8 @@ class RequestOutput:
     Attributes:
       prompt_token_ids: the prompt.
       token_ids: the generated tokens, a stop token included.
-      text: their text, without special tokens and cut before a stop string; empty if the model has no tokenizer.
+      text: their text, cut before a stop string, without special tokens unless ``skip_special_tokens`` is False; empty
+        if the model has no tokenizer.
       finish_reason: "stop" (a stop token or string), or "length".
       logprobs: the log-probability of each generated token under the model's unmodified distribution, if requested.
       top_logprobs: the likeliest tokens at the place of each generated token, with their log-probabilities, best first,

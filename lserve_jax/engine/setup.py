@@ -209,8 +209,8 @@ def _head_classes(
 def _warnings(setup: Setup) -> Iterator[str]:
     name, config, model = setup.checkpoint.name, setup.config, setup.checkpoint.config
     yield from setup.checkpoint.warnings
-    if ignored := not_honoured(setup.checkpoint.generation_config):
-        yield f"{name}: generation_config.json asks for what is not supported and ignored: {shown_list(ignored)}"
+    if ignored := not_honoured(setup.checkpoint.generation_config, model.max_context):
+        yield f"{name}: generation_config.json asks for what is not supported and is ignored: {shown_list(ignored)}"
     if config.attention.static_sparsity > 0 and not setup.has_pattern and not setup.has_streaming_heads:
         yield f"no head pattern for {name}: all KV heads are retrieval heads; {_REMEDY}"
     if setup.pattern is not None and setup.pattern.is_guess:

@@ -90,13 +90,12 @@ class ChatFormat:
 
     def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
         """Returns a conversation as text, in which the text of a special token in a message means that token."""
-        check_messages(messages)
         _check_options(options)
-        return self._render(messages, options)
+        return self._render(plain_messages(messages), options)
 
     def render_guarded(self, messages: Sequence[Message], options: ChatOptions) -> tuple[str, Literals]:
         """Returns a conversation as text with stand-ins for texts that are literal, and what they stand for."""
-        check_messages(messages)
+        messages = plain_messages(messages)
         _check_options(options)
         roles = options.get("literal_roles")
         literals = Literals()
@@ -173,15 +172,9 @@ class _Mark:
     def after(self, messages: Sequence[Message]) -> list[Message]:
         """Returns the messages with the mark at the end of the last one's text."""
         *others, last = messages
-        return [*others, {**last, "content": self._after(last.get("content"))}]
-
-    def _after(self, content: Any) -> Any:
-        if isinstance(content, str):
-            return f"{content}{self._digits} "
-        parts = list(content) if isinstance(content, Sequence) else []
-        if parts and isinstance(parts[-1], Mapping) and isinstance(parts[-1].get("text"), str):
-            return [*parts[:-1], {**parts[-1], "text": self._after(parts[-1]["text"])}]
-        raise InputError("the last message cannot be continued: its content must be text, or end with a part of text")
+        if not isinstance(last.get("content"), str):
+            raise InputError("the last message cannot be continued: its content must be text")
+        return [*others, {**last, "content": f"{last['content']}{self._digits} "}]
 
     def before(self, rendered: str, last: Message, source: str) -> str:
         """Returns the rendered conversation up to the mark, without the blanks before it if the template trims them."""
@@ -189,7 +182,7 @@ class _Mark:
         if len(texts) != 2:
             how = "does not write the last message as it is" if len(texts) == 1 else "writes the last message twice"
             raise InputError(f"{source}: the chat template {how}, so that it cannot be continued")
-        content = last["content"] if isinstance(last["content"], str) else last["content"][-1]["text"]
+        content = last["content"]
         is_trimmed = not texts[1].startswith(" ") and content.strip() != ""
         return texts[0].removesuffix(content[len(content.rstrip()) :]) if is_trimmed else texts[0]
 
@@ -201,12 +194,36 @@ def _is_file(path: str | Path) -> bool:
         return False
 
 
-def check_messages(messages: Any) -> None:
-    """Checks that messages are a conversation.
+def plain_messages(messages: Any) -> list[Message]:
+    """Returns a conversation in which every content that is a list of text parts is one text, a line per part.
 
     Raises:
-      InputError: if not; the message names the first wrong one.
+      InputError: if it is no conversation, or has parts that are no text; the message names the first wrong one.
     """
+    _check_messages(messages)
+    return [
+        {**message, "content": _joined(index, content)}
+        if isinstance(content := message.get("content"), list | tuple)
+        else message
+        for index, message in enumerate(messages)
+    ]
+
+
+def _joined(index: int, parts: Sequence[Any]) -> str:
+    texts = []
+    for place, part in enumerate(parts):
+        is_text = isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+        if not is_text:
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise InputError(
+                f"messages[{index}]: part {place} of 'content' must be {{'type': 'text', 'text': …}}, got "
+                f"{shown(kind, 40)}: the model reads text alone"
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _check_messages(messages: Any) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError("messages must be a list of at least one {'role': …, 'content': …}")
     _check_depth("messages", messages)

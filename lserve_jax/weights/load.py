@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lserve_jax.config.errors import InputError
+from lserve_jax.config.errors import InputError, shown
 from lserve_jax.config.hf import read_hf
 from lserve_jax.config.json_file import read_json
 from lserve_jax.config.model import ModelConfig
@@ -63,6 +63,11 @@ class Checkpoint:
             return self.loader(self.config, jnp.dtype(dtype), heads, progress)
         except OSError as error:
             raise InputError(f"{error.filename or self.name}: cannot be read ({error.strerror or error})") from None
+
+    def require_weights(self) -> None:
+        """Raises `InputError` if only the shapes of the model are known."""
+        if not self.files():
+            raise _only_shapes(self.name)
 
     @cached_property
     def digest(self) -> str:
@@ -127,6 +132,8 @@ def _open(model: str) -> Checkpoint:
 
 def _local_path(model: str) -> Path:
     """Returns the path that ``model`` would be on this machine; raises `InputError` for what can be none."""
+    if not isinstance(model, str):
+        raise InputError(f"a model is named by a text, got {shown(model)}")
     if not model:
         raise InputError("the name of the model is empty: name a folder, a .gguf file, a hub id or a known model")
     scheme, is_address, rest = model.partition("://")
@@ -177,11 +184,13 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
     )
 
 
+def _only_shapes(name: str) -> InputError:
+    return InputError(f"only the shapes of {name} are known, for --dry-run; pass the folder of a checkpoint to load it")
+
+
 def _open_known(name: str) -> Checkpoint:
     def refuse(config: ModelConfig, dtype: np.dtype, heads: HeadOrder | None, progress: Progress | None) -> Params:
-        raise InputError(
-            f"only the shapes of {name} are known, for --dry-run; pass the folder of a checkpoint to load it"
-        )
+        raise _only_shapes(name)
 
     hf_config = known_configs()[name]
     return Checkpoint(

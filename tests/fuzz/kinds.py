@@ -63,7 +63,7 @@ def generation_config(rng: random.Random, folder: Path) -> None:
     keys = _json(TINY.parent / "generation_config_keys.json")
     value = {key: odd_value(rng) for key in rng.sample(sorted(keys), rng.randrange(1, 6))}
     value |= {"do_sample": rng.random() < 0.7}
-    not_honoured(value)
+    not_honoured(value, 4096)
     recommended_params(value, source=str(folder))
 
 

@@ -45,29 +45,42 @@ HONOURED: dict[str, tuple[Any, dict[str, Any]]] = {
     "sequence_bias": ([[[5], 1.5], [[6], -2.0]], {"logit_bias": ((5, 1.5), (6, -2.0))}),
     "stop_strings": (["END"], {"stop": ("END",)}),
 }
+CONTEXT = 4096
 SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05}
 
 
 def test_every_key_of_transformers_is_honoured_or_harmless_or_named():
-    assert not_honoured(KEYS) == [], "values that change nothing are not named"
+    assert not_honoured(KEYS, CONTEXT) == [], "values that change nothing are not named"
     assert CHANGES.keys() <= KEYS.keys()
     for key, value in CHANGES.items():
-        assert not_honoured({key: value}) == [key]
+        assert not_honoured({key: value}, CONTEXT) == [key]
     for key in KEYS.keys() - CHANGES.keys():
-        assert not_honoured({key: 1}) == [], key
+        assert not_honoured({key: 1}, CONTEXT) == [] or key == "max_length", key
+
+
+def test_a_length_below_the_context_is_named():
+    assert [not_honoured({"max_length": length}, CONTEXT) for length in (20, 50, 4096, "x")] == [
+        [],
+        ["max_length"],
+        [],
+        ["max_length"],
+    ]
 
 
 def test_what_is_unknown_is_named_and_biases_of_several_tokens_are():
-    assert not_honoured({"chat_format": "chatml", "num_beams": 3, "temperature": 1.0}) == ["chat_format", "num_beams"]
+    assert not_honoured({"chat_format": "chatml", "num_beams": 3, "temperature": 1.0}, CONTEXT) == [
+        "chat_format",
+        "num_beams",
+    ]
     config = {"sequence_bias": [[[5], 1.0], [[6, 7], 2.0]]}
-    assert not_honoured(config) == ["sequence_bias (of several tokens)"]
+    assert not_honoured(config, CONTEXT) == ["sequence_bias (of several tokens)"]
     assert recommended_params(config, source="m").logit_bias == ((5, 1.0),)
 
 
 def test_recommended_settings_are_taken_and_those_of_draws_only_if_the_model_samples():
     for key, (value, wanted) in HONOURED.items():
         assert recommended_params({key: value}, source="m") == SamplingParams(**wanted), key
-        assert not_honoured({key: value}) == []
+        assert not_honoured({key: value}, CONTEXT) == []
     assert recommended_params(SAMPLED, source="m") == SamplingParams()
     assert recommended_params(SAMPLED | {"do_sample": True}, source="m") == SamplingParams(**SAMPLED)
     assert recommended_params({"do_sample": True}, source="m") == SamplingParams(temperature=1.0)

@@ -58,6 +58,8 @@ from lserve_jax.config.sampling import SamplingParams
         ("bad_words", b"ab"),
         ("bad_words", 3.5),
         ("top_logprobs", 1),
+        ("logprobs", 5),
+        ("ignore_eos", "no"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(name: str, value: Any):
@@ -104,6 +106,14 @@ def test_lists_of_any_kind_become_tuples_of_plain_values():
     assert SamplingParams(bad_words="word").bad_words == ("word",)
     assert hash(params)
     assert SamplingParams(logit_bias=params.logit_bias).logit_bias == params.logit_bias
+
+
+def test_a_token_must_be_left_to_choose():
+    everything: dict[str, Any] = {"suppress_tokens": [0, 1], "logit_bias": {2: float("-inf")}, "bad_words": [[3]]}
+    SamplingParams(**everything).require_vocabulary(5)
+    with pytest.raises(InputError, match="leave no token"):
+        SamplingParams(**everything).require_vocabulary(4)
+    assert SamplingParams(stop=None, bad_words=None).stop == ()  # type: ignore[arg-type]
 
 
 def test_a_request_knows_whether_it_changes_logits_and_whether_the_host_must_act_after_every_token():

@@ -192,8 +192,13 @@ def test_pages_that_are_recycled_give_what_a_sequence_that_keeps_all_its_pages_g
 def test_programs_are_those_of_the_first_requests_however_requests_vary(sparse: LLM):
     generate(sparse, prompt(3), SamplingParams(max_tokens=3, ignore_eos=True))
     generate(sparse, prompt(100), SamplingParams(max_tokens=3, ignore_eos=True))
+    plain = {"prefill_short", "prefill_72", "sample", "decode"}
+    scored = {"prefill_short_scored", "prefill_72_scored"}
+    assert plain <= set(sparse.engine.programs.names) <= plain | scored
+    for length in (3, 100):
+        generate(sparse, prompt(length), SamplingParams(max_tokens=3, ignore_eos=True, prompt_logprobs=True))
     programs, seconds = sparse.engine.programs.names, sparse.compile_seconds
-    assert set(programs) == {"prefill_short", "prefill_72", "sample", "decode"}
+    assert set(programs) == plain | scored
     requests = random_requests(12, seed=3)
     sparse.generate([tokens for tokens, _ in requests], [params for _, params in requests])
     assert (sparse.engine.programs.names, sparse.compile_seconds) == (programs, seconds)

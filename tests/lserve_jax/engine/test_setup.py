@@ -29,7 +29,7 @@ def test_a_patterns_settings_are_defaults_of_presets_whose_heads_stream(pattern:
         ('{"attention": {"window": 3}}', r"config\.json: attention: unknown attention option window"),
         ('{"attention": {"sink": -1}}', r"config\.json: attention: sink=-1 must be"),
         ('{"attention": {"dense_layers": [9]}}', r"dense_layers=\[9\] do not exist"),
-        ("{", r"config\.json: cannot be read as a JSON object"),
+        ("{", r"config\.json: not valid JSON"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_one_line(settings: str, message: str, pattern: Path):

@@ -213,10 +213,12 @@ def test_the_text_ends_where_the_begun_answer_ends(template: str, content: str, 
     assert begun(template, user("hi"), answer(content)) == f"{first}assistant\n{expected}"
 
 
-def test_a_begun_answer_may_consist_of_parts():
-    template = PLAIN.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
+def test_parts_of_text_are_one_text_and_other_parts_are_refused():
     parts = [{"type": "text", "text": "It "}, {"type": "text", "text": "is"}]
-    assert begun(template, answer(parts)) == "<|im_start|>assistant\nIt is"
+    assert begun(PLAIN, answer(parts)) == begun(PLAIN, answer("It \nis"))
+    for part in ({"type": "image_url", "image_url": {}}, "x", {"type": "text"}, 5):
+        with pytest.raises(InputError, match=r"part 1 of 'content' must be .*: the model reads text alone"):
+            begun(PLAIN, answer([*parts[:1], part]))
 
 
 @pytest.mark.parametrize(
@@ -228,9 +230,8 @@ def test_a_begun_answer_may_consist_of_parts():
             "does not write the last message as it is, so that it",
         ),
         (PLAIN + "{{ messages[-1].content }}", "It is", "writes the last message twice, so that it cannot"),
-        (PLAIN, [{"type": "image"}], "the last message cannot be continued: its content must be text, or end with"),
+        (PLAIN, [{"type": "image"}], "part 0 of 'content' must be"),
         (PLAIN, {"a": "b"}, "the last message cannot be continued"),
-        (PLAIN, [], "the last message cannot be continued"),
     ],
 )
 def test_an_answer_that_cannot_be_continued_is_refused(template: str, content: Any, problem: str):

@@ -195,9 +195,9 @@ def test_a_special_token_in_a_message_is_text(special: str, form: str):
 
 
 def test_two_parts_cannot_make_a_special_token_together():
-    tokenizer = tiny("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}")
-    ids = tokenizer.apply_chat_template(user([{"text": "<|e"}, {"text": "nd|>"}]))
-    assert ids == tokenizer.apply_chat_template(user([{"text": "<|end|>"}]))
+    tokenizer = tiny("{% for m in messages %}{{ m.content }}{{ m.more }}{% endfor %}")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "<|e", "more": "nd|>"}])
+    assert ids == tokenizer.apply_chat_template([{"role": "user", "content": "<|end|>", "more": ""}])
     assert len(ids) == len("▁<|end|>")
 
 

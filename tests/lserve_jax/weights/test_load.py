@@ -58,13 +58,13 @@ def test_embedded_model_is_opened_by_its_name(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("model", ["no-such-model", "./no/such", "no/such/model", "/no/such", "org/model.gguf", ""])
 def test_name_of_nothing_is_refused_with_the_names_that_are_known(model: str, tmp_path: Path, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
-    expected = "missing, so this is no model folder" if model == "" else "no such file or folder.*smollm2.*llama-3.1-8b"
+    expected = "the name of the model is empty" if model == "" else "no such file or folder.*smollm2.*llama-3.1-8b"
     with pytest.raises(ValueError, match=expected):
         open_checkpoint(model)
 
 
 def test_what_the_system_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(InputError, match=r"\Ax+: cannot be read \(File name too long\)\Z"):
+    with pytest.raises(InputError, match=r"\Ax+… and \d+ more characters\Z"):
         open_checkpoint("x" * 5000)
 
     def refuse(self: Path, **options: Any) -> bool:
