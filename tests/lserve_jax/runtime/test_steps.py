@@ -10,6 +10,7 @@ import pytest
 from jax import export
 
 from lserve_jax import HeadClasses, InferenceConfig, init_cache
+from lserve_jax.config.checks import LARGEST_INT
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.runtime.sampling import SamplingState
 from lserve_jax.runtime.steps import DecodeState, decode_loop, decode_step, prefill_step
@@ -76,8 +77,8 @@ def test_layers_without_heads_of_a_class_give_the_logits_of_dense_masked_attenti
 
 def test_permuted_heads_whose_windows_cover_everything_give_the_logits_of_the_unpermuted_model():
     dense, prompt, forced = stepper(preset="dense"), tokens(200), tokens(FORCED, seed=1)
-    # Far beyond what pages can hold, and beyond int32: as good as everything.
-    permuted = stepper(MIXED, **EVERYTHING, local=2**33, prefill_local=2**33)
+    # The largest settings, far beyond what pages can hold: as good as everything, and no sum with them overflows.
+    permuted = stepper(MIXED, **EVERYTHING, local=LARGEST_INT, prefill_local=LARGEST_INT)
     expected = dense.run(prompt, 128, forced)
     np.testing.assert_allclose(permuted.run(prompt, 128, forced), expected, rtol=0, atol=TOLERANCE)
     assert permuted.greedy(prompt, 128, 24) == dense.greedy(prompt, 128, 24)
