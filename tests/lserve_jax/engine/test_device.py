@@ -40,6 +40,7 @@ RAISED = {
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Sets the platforms that are asked for, those that are installed, and lets jax fail as it then does."""
     before = jax.config.jax_platforms
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)  # benches set it in this process
 
     def ask(platforms: str, *, installed: Sequence[str] = ("cpu",), fails: bool = True) -> None:
         def fail() -> str:
