@@ -47,6 +47,7 @@ WITHOUT_JAX = (
     "lserve_jax.config.heads",
     "lserve_jax.config.pages",
     "lserve_jax.config.checks",
+    "lserve_jax.config.digest",
     "lserve_jax.config.settings",
     "lserve_jax.config.sizes",
     "lserve_jax.config.inference",

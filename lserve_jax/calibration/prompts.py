@@ -1,11 +1,11 @@
 """Synthetic prompts with right answers; the answers' tokens show what a head is needed for."""
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from lserve_jax.config.digest import text_digest
 from lserve_jax.config.errors import InputError
 from lserve_jax.text.prose import ADJECTIVES, NOUNS, sentences
 from lserve_jax.text.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ class Prompt:
     @property
     def digest(self) -> str:
         """A name for exactly these tokens, sources and asks."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+        return text_digest(repr(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The one check of whole numbers for all settings."""
+"""The one check of whole numbers for all settings, and the largest numbers."""
 
 from numbers import Integral
 from typing import Any
@@ -7,6 +7,8 @@ from lserve_jax.config.errors import InputError, shown
 
 LARGEST_INT = 2**31 - 1
 """The largest setting: positions and page numbers have 32 bits."""
+LARGEST_NUMBER = 1e30
+"""The largest real number of a setting or a file, above any in use: its products still fit into a float32."""
 
 
 def require_whole(name: str, value: Any, least: int = 1) -> int:

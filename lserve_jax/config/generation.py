@@ -7,7 +7,7 @@ from typing import Any
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.sampling import SamplingParams
 
-FILE = "generation_config.json"
+GENERATION_FILE = "generation_config.json"
 
 _ALWAYS = {
     "max_new_tokens": "max_tokens",
@@ -102,7 +102,7 @@ def recommended_params(config: Mapping[str, Any], *, source: str, vocabulary: in
         message = str(error)
         for theirs, ours in _ALWAYS.items():
             message = re.sub(rf"\b{ours}(?= must be |: token )", theirs, message)
-        raise InputError(f"{source}: {FILE}: {message}") from None
+        raise InputError(f"{source}: {GENERATION_FILE}: {message}") from None
     return params
 
 

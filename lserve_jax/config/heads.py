@@ -1,7 +1,5 @@
 """The classes of KV heads: retrieval heads keep the whole context, streaming heads only sink and window."""
 
-import hashlib
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lserve_jax.config.digest import json_digest
 from lserve_jax.config.errors import InputError, shown
 from lserve_jax.config.json_file import parse_json
 
@@ -67,7 +66,7 @@ class HeadClasses:
         """Returns 16 hexadecimal digits that stand for the classes of all heads; None if no head streams."""
         if set(self.num_retrieval) == {self.num_kv_heads}:
             return None
-        return _digest([self.order, self.num_retrieval])
+        return json_digest([self.order, self.num_retrieval])
 
     @classmethod
     def all_retrieval(cls, num_layers: int, num_kv_heads: int) -> Self:
@@ -106,7 +105,7 @@ class HeadPattern:
     @cached_property
     def digest(self) -> str:
         """Returns 16 hexadecimal digits that stand for gates and settings."""
-        return _digest([self.gates.tolist(), self.settings])
+        return json_digest([self.gates.tolist(), self.settings])
 
     @property
     def files(self) -> list[Folder]:
@@ -117,10 +116,6 @@ class HeadPattern:
     def classify(self, static_sparsity: float) -> HeadClasses:
         """Returns the classes of all heads if that share of them streams, see `classify`."""
         return classify(self.gates, static_sparsity)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_gates(folder: str | Folder, num_layers: int, num_kv_heads: int) -> NDArray[np.float64]:

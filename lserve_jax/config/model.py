@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lserve_jax.config.checks import LARGEST_INT
+from lserve_jax.config.checks import LARGEST_INT, LARGEST_NUMBER
 from lserve_jax.config.errors import InputError
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
@@ -18,7 +18,6 @@ AUTO_DTYPES = {"bfloat16": "bfloat16", "float16": "bfloat16", "float32": "float3
 
 DEFAULT_THETA = 10000.0
 LARGEST_COUNT = 1 << 16  # of layers and of heads, which are counted one by one; far above any model
-LARGEST_NUMBER = 1e30  # above any frequency base; its products still fit into a float
 
 
 def is_positive_int(value: object) -> bool:

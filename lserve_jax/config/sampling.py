@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from lserve_jax.config.checks import LARGEST_INT
+from lserve_jax.config.checks import LARGEST_INT, LARGEST_NUMBER
 from lserve_jax.config.errors import InputError, shown
 from lserve_jax.config.settings import Texts, TextsOrTokens, TokenBiases
 
 MAX_SEED = 2**32 - 1
 MOST_TOP_LOGPROBS = 20
-LARGEST_NUMBER = 1e30  # its products still fit into a float32
 _ID_LISTS = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens")
 _SWITCHES = ("ignore_eos", "skip_special_tokens", "logprobs", "prompt_logprobs")
 _OF_MODEL = "the model's own, else {}"
@@ -223,7 +222,7 @@ class SamplingParams:
 
 def _as_tuple(values: Any) -> tuple[Any, ...]:
     """Returns the values as a tuple; a value that is no list becomes a tuple of one, which the checks may refuse."""
-    return tuple(values) if _is_list(values) or isinstance(values, str) else (values,)
+    return tuple(values) if _is_list(values) else (values,)
 
 
 def _pairs(values: Any) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
+from lserve_jax.config.checks import LARGEST_INT
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.pages import retrieval_pages
@@ -138,7 +139,7 @@ def plan_memory(config: InferenceConfig, sizes: Sizes, *, available_bytes: int |
         return weights + pools.retrieval * retrieval + pools.streaming * streaming
 
     page = config.attention.page_size
-    low, high = 0, (2**31 - 1) // page  # lengths are int32; in pages
+    low, high = 0, LARGEST_INT // page  # lengths are int32; in pages
     while available_bytes is not None and low < high:
         middle = (low + high + 1) // 2
         fits = needed(middle * page) <= available_bytes * _HEADROOM

@@ -11,7 +11,7 @@ import numpy as np
 
 from lserve_jax.config.attention import AttentionConfig, from_preset
 from lserve_jax.config.errors import InputError, shown_list
-from lserve_jax.config.generation import not_honoured, recommended_params
+from lserve_jax.config.generation import GENERATION_FILE, not_honoured, recommended_params
 from lserve_jax.config.heads import HeadClasses, HeadPattern, classify
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.sampling import SamplingParams
@@ -210,7 +210,7 @@ def _warnings(setup: Setup) -> Iterator[str]:
     name, config, model = setup.checkpoint.name, setup.config, setup.checkpoint.config
     yield from setup.checkpoint.warnings
     if ignored := not_honoured(setup.checkpoint.generation_config, model.max_context):
-        yield f"{name}: generation_config.json asks for what is not supported and is ignored: {shown_list(ignored)}"
+        yield f"{name}: {GENERATION_FILE} asks for what is not supported and is ignored: {shown_list(ignored)}"
     if config.attention.static_sparsity > 0 and not setup.has_pattern and not setup.has_streaming_heads:
         yield f"no head pattern for {name}: all KV heads are retrieval heads; {_REMEDY}"
     if setup.pattern is not None and setup.pattern.is_guess:

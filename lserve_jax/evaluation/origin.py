@@ -1,18 +1,17 @@
 """What results were measured on: digests of the checkpoint, the tokenizer, the head pattern and this package."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lserve_jax
 import pallas_kernels
+from lserve_jax.config.digest import json_digest
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import HeadPattern
 from lserve_jax.text.folder import tokenizer_files
 from lserve_jax.text.tokenizer import TokenizerSource
-from lserve_jax.weights.digest import DIGITS, content_digest
+from lserve_jax.weights.digest import content_digest
 from lserve_jax.weights.load import Checkpoint
 
 type Origin = dict[str, str | None]
@@ -52,7 +51,7 @@ def _tokenizer_digest(source: TokenizerSource) -> str | None:
     if source is None:
         return None
     own = {name: value for name, value in source.items() if name.startswith("tokenizer.")}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:DIGITS]
+    return json_digest(own)
 
 
 def compare_origins(rows: Iterable[Mapping[str, Any]], now: Mapping[str, Any], where: str) -> list[str]:

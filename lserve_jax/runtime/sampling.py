@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lserve_jax.config.checks import LARGEST_INT
 from lserve_jax.config.sampling import MOST_TOP_LOGPROBS, SamplingParams
 from pallas_kernels.core.dtypes import counted_loop
 
@@ -49,7 +50,7 @@ class SamplingState(NamedTuple):
         columns: dict[str, Any] = {  # NumPy: programs take it directly, so nothing is copied to a device here
             "temperature": np.array([row.temperature for row in rows], np.float32),
             "top_p": np.array([row.top_p for row in rows], np.float32),
-            "top_k": np.array([max(0, min(row.top_k, 2**31 - 1)) for row in rows], np.int32),
+            "top_k": np.array([max(0, min(row.top_k, LARGEST_INT)) for row in rows], np.int32),
             "min_p": np.array([row.min_p for row in rows], np.float32),
             "seed": np.array(seeds, np.uint32),
             "num_top": np.array([row.top_logprobs if row.logprobs else 0 for row in rows], np.int32),

@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from lserve_jax.config.errors import InputError, shown
+from lserve_jax.config.generation import GENERATION_FILE
 from lserve_jax.config.json_file import read_json
 from lserve_jax.config.reader import Reader
 from lserve_jax.text.errors import is_text, one_line, read_text
@@ -15,7 +16,6 @@ from lserve_jax.text.parts import DEFAULT_TEMPLATE, SPECIAL_NAMES, TokenizerPart
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-GENERATION_FILE = "generation_config.json"
 SPECIAL_MAP_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_JSON_FILE = "chat_template.json"

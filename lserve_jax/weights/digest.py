@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+from lserve_jax.config.digest import DIGITS
 from lserve_jax.config.errors import InputError
 
-DIGITS = 16
-"""Hexadecimal digits of every digest: enough to tell files apart that nobody made to collide."""
 _WHOLE = 16 << 20
 _STRIDE = 1 << 20
 _SAMPLE = 4 << 10

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lserve_jax.config.errors import InputError, shown
+from lserve_jax.config.generation import GENERATION_FILE
 from lserve_jax.config.hf import read_hf
 from lserve_jax.config.json_file import read_json
 from lserve_jax.config.model import ModelConfig
@@ -170,7 +171,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
         hint = f"; to use {ggufs[0]}, pass that file" if ggufs else ""
         raise InputError(f"{config_path}: missing, so this is no model folder{hint}")
     hf_config = read_json(config_path)
-    generation_path = folder / "generation_config.json"
+    generation_path = folder / GENERATION_FILE
     generation_config = read_json(generation_path) if generation_path.exists() else {}
     source = orbax.OrbaxFolder(folder) if orbax.is_orbax_folder(folder) else SafetensorsFolder(folder)
     return Checkpoint(

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.generation import GENERATION_FILE
 from lserve_jax.models.llama import Params
 from lserve_jax.weights.rules import Naming, Tensor
 from lserve_jax.weights.tensors import Inventory, ReadTensor, get_leaf, set_leaf
@@ -67,7 +68,7 @@ def save(
     try:
         _write_json(partial / "config.json", hf_config)
         if generation_config:
-            _write_json(partial / "generation_config.json", generation_config)
+            _write_json(partial / GENERATION_FILE, generation_config)
         write_others(partial)
         leaves = jax.tree_util.tree_leaves_with_path(params)
         _write_json(partial / LIST_FILE, {".".join(key.key for key in path): leaf.shape for path, leaf in leaves})
