@@ -20,7 +20,7 @@ from lserve_jax.runtime.adjustments import Adjustments
 from lserve_jax.runtime.cache import KVCache, empty_cache
 from lserve_jax.runtime.programs import Call, Programs
 from lserve_jax.runtime.recall import recall_step
-from lserve_jax.runtime.steps import Scores, decode_loop, prefill_step, sample_first, score_step
+from lserve_jax.runtime.steps import decode_loop, prefill_step, sample_first, score_step
 
 SHORT_CHUNK = 64
 """Chunk size of a separate program for prompts that fit into it, so that a short prompt does not cost a long chunk."""
@@ -101,18 +101,21 @@ class Engine:
 
     def prompt_logprobs(self, prompt: tuple[int, ...]) -> np.ndarray:
         """Returns the log-probabilities [T - 1] float32 of a prompt's tokens from the second on, by the same path."""
-        chunks = self._prompt_chunks(prompt, lambda plan: self._run_scored(plan)[1])
-        scores = [np.asarray(found.logprobs)[0, : plan.count] for plan, found in chunks]
-        logprobs = np.concatenate(scores)[: len(prompt) - 1]
+        chunks = self._prompt_chunks(prompt, lambda plan: self._chunk(plan)[1], prompt_logprobs=True)
+        scores = (found for _, found in chunks if found is not None)
+        logprobs = np.array([logprob for found in scores for logprob in found.logprobs], np.float32)
         if not np.isfinite(logprobs).all():
             raise not_finite(len(prompt))
         return logprobs
 
-    def _prompt_chunks[T](self, prompt: tuple[int, ...], run: Callable[[Prefill], T]) -> Iterator[tuple[Prefill, T]]:
+    def _prompt_chunks[T](
+        self, prompt: tuple[int, ...], run: Callable[[Prefill], T], *, prompt_logprobs: bool = False
+    ) -> Iterator[tuple[Prefill, T]]:
         """Yields the chunks of a prompt that is not continued, each with the result of ``run``."""
         assert self.scheduler.is_idle, "logits are computed between generations"
         self._restore_cache()
-        sequence = self.scheduler.add(Request(id=-1, prompt=prompt, sampling=SamplingParams(max_tokens=1)))
+        params = SamplingParams(max_tokens=1, prompt_logprobs=prompt_logprobs)
+        sequence = self.scheduler.add(Request(id=-1, prompt=prompt, sampling=params))
         with self._ending_all_on_failure():
             while isinstance(plan := self.scheduler.schedule(), Prefill):
                 yield plan, run(plan)
@@ -166,7 +169,7 @@ class Engine:
         if not params.prompt_logprobs:
             logits, seconds = self._run_prefill(plan)
             return logits, None, seconds
-        logits, scores, seconds = self._run_scored(plan)
+        (logits, scores, self.cache), seconds = self._timed(self._scored_call(plan))
         count = min(plan.count, plan.sequence.prompt_length - 1 - plan.start)
         logprobs, top_tokens, top_logprobs = (np.asarray(x)[0, :count] for x in scores)
         top = top_rows(top_tokens, top_logprobs, params.top_logprobs)
@@ -199,11 +202,6 @@ class Engine:
         """Returns the chunk's logits and seconds, and writes the chunk to the cache."""
         (logits, self.cache), seconds = self._timed(self._prefill_call(plan, has_all_logits=has_all_logits))
         return logits, seconds
-
-    def _run_scored(self, plan: Prefill) -> tuple[jax.Array, Scores, float]:
-        """Returns the chunk's last logits, scores and seconds, and writes the chunk to the cache."""
-        (logits, scores, self.cache), seconds = self._timed(self._scored_call(plan))
-        return logits, scores, seconds
 
     def _scored_call(self, plan: Prefill) -> Call:
         plain = self._prefill_call(plan)

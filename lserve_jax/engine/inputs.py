@@ -132,6 +132,8 @@ def with_bad_words_spelled(params: SamplingParams, tokenizer: Tokenizer | None, 
     Raises:
       InputError: if the tokenizer has no tokens for a text.
     """
+    if not params.bad_words:
+        return params
     words: list[tuple[int, ...]] = []
     for word in params.bad_words:
         if not isinstance(word, str):

@@ -1,7 +1,7 @@
 """What one call of a compiled program brings for one sequence."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
@@ -37,11 +37,10 @@ class Taken:
     top_logprobs: list[TopLogprobs]
 
     @classmethod
-    def joined(cls, parts: Iterable[Self]) -> Self:
+    def joined(cls, parts: Sequence[Self]) -> Self:
         """Returns the tokens of all parts, in order; of no part, no tokens."""
-        columns = zip(*(vars(part).values() for part in parts), strict=True)
-        found = [[value for values in column for value in values] for column in columns]
-        return cls(**dict(zip(("tokens", "logprobs", "choices", "top_logprobs"), found or [[]] * 4, strict=True)))
+        names = [one.name for one in fields(cls)]
+        return cls(**{name: [value for part in parts for value in getattr(part, name)] for name in names})
 
     @classmethod
     def of(cls, generated: Sequence[np.ndarray], slot: int, num_top: int) -> Self:
