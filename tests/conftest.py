@@ -144,6 +144,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture
+def restored_logging() -> Iterator[None]:
+    """For tests that run a command here: it sets up logging for a process of its own."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     """Random numbers that are the same in every run and on every worker."""
     return np.random.default_rng(0)

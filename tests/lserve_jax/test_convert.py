@@ -1,11 +1,9 @@
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -16,6 +14,8 @@ from lserve_jax.convert import main
 from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights import open_checkpoint
 from tests.lserve_jax.checkpoints import assert_same_tree, random_tensors, tiny_config, write_folder, write_gguf
+
+pytestmark = pytest.mark.usefixtures("restored_logging")
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "golden" / "tiny"
@@ -57,16 +57,6 @@ def test_dtype_of_the_new_folder_is_the_one_asked_for(tmp_path: Path, capfd: pyt
     assert copy.config.dtype == "bfloat16"
     expected = open_checkpoint(model).load_params("bfloat16")
     assert_same_tree(copy.load_params("bfloat16"), jax.tree.map(np.asarray, expected), "bfloat16")
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    """The command sets up logging for a process of its own."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.mark.parametrize("is_named", [False, True])

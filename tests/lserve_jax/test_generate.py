@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -20,6 +19,8 @@ from lserve_jax import LLM, AttentionConfig, SamplingParams, prepare
 from lserve_jax.cli.common import use_compilation_cache
 from lserve_jax.generate import main
 
+pytestmark = pytest.mark.usefixtures("restored_logging")
+
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "golden" / "tiny"
 MODEL = str(TINY / "llama3")
@@ -28,16 +29,6 @@ SAMPLED = str(TINY / "llama31")  # its generation_config.json: do_sample, temper
 SIZES = ("--max-model-len", "128", "--prefill-chunk", "64")
 PROMPT = "hello there"
 HUGE = str(10**30)
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    """The command sets up logging for a process of its own."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`python -m lserve_jax.calibrate`: what it writes, that a seed repeats it, resumption, and refusals in one line."""
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from lserve_jax.text.tokenizer import Tokenizer
 from tests.lserve_jax.calibration import planted
 from tests.lserve_jax.runtime.tiny_steps import TINY
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("restored_logging")]
 
 MODEL = str(TINY / "llama3")  # 2 layers of 2 KV heads, a byte or so a token
 # One shape for all runs, so that each program is compiled once.
@@ -36,16 +35,6 @@ class Result(NamedTuple):
     status: int
     out: str
     err: str
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    """The command sets up logging for a process of its own."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture

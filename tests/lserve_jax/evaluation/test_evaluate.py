@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import logging
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from lserve_jax.weights.safetensors import SafetensorsFolder
 from lserve_jax.weights.tensors import Inventory
 from tests.lserve_jax import checkpoints
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("restored_logging")]
 
 ROOT = Path(__file__).parents[3]
 TOKENIZER = ROOT / "tests" / "golden" / "tiny" / "llama3"  # about a character a token
@@ -31,16 +30,6 @@ TASKS = ("--tasks", "niah_single_1,perplexity,drift", "--lengths", "700", "--sam
 SIZES = ("--batch", "2", "--tail", "16", "--drift-tokens", "24", "--corpus", str(ROOT / "LICENSE"))
 VARIANTS = ("--variants", f"dense,{SPARSE}")
 COMMAND = (*TASKS, *SIZES, *VARIANTS)
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    """The command sets up logging for a process of its own."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")
