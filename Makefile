@@ -1,6 +1,6 @@
 # Each target does its own set-up from a clean clone. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast lint format typecheck pytest lock clean
+.PHONY: help demo serve test fast lint format typecheck pytest lock clean
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 
@@ -13,7 +13,7 @@ INPUTS := pyproject.toml constraints.txt scripts/install.sh scripts/find_python.
 
 # An environment whose interpreter has gone is no environment: its stamps are void.
 ifneq ($(shell $(PYTHON) -c 'import sys, pip; print(sys.version_info >= (3, 12))' 2>/dev/null),True)
-$(shell rm -f .venv/.installed .venv/.installed-dev)
+$(shell rm -f .venv/.installed .venv/.installed-serve .venv/.installed-dev)
 endif
 
 help: ## list the targets
@@ -21,6 +21,9 @@ help: ## list the targets
 
 demo: .venv/.installed ## answer a question about a document with the embedded model
 	@$(PYTHON) -m lserve_jax.demo $(ARGS)
+
+serve: .venv/.installed-serve ## serve the embedded model in OpenAI's API; ARGS="--port 8001" passes on, Ctrl-C ends it
+	@$(PYTHON) -m lserve_jax.serve $(ARGS)
 
 test: lint typecheck pytest ## everything that must hold: style, types, all tests (15 minutes on two cores)
 
@@ -52,6 +55,10 @@ clean: ## remove the environment, builds and caches
 	@scripts/install.sh
 	@touch $@
 
-.venv/.installed-dev: $(INPUTS)
-	@scripts/install.sh dev,bench,hub,eval
+.venv/.installed-serve: $(INPUTS)
+	@scripts/install.sh serve
 	@touch $@ .venv/.installed
+
+.venv/.installed-dev: $(INPUTS)
+	@scripts/install.sh dev,bench,hub,eval,serve
+	@touch $@ .venv/.installed .venv/.installed-serve

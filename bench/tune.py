@@ -47,6 +47,11 @@ NEIGHBOURS: dict[str, Callable[[Fields], list[Fields]]] = {
         *({"stages": n} for n in (config["stages"] // 2, config["stages"] * 2) if n >= 1),
     ],
     "prefill_attention": lambda config: [{"stages": n} for n in (2, 3, 4)],
+    "quantized_matmul": lambda config: [
+        *({"splits": n} for n in (config["splits"] // 2, config["splits"] * 2) if n >= 1),
+        *({"stages": n} for n in (config["stages"] - 1, config["stages"] + 1) if n >= 1),
+        {"warpgroups": 3 - config["warpgroups"]},
+    ],
 }
 """Fields to replace, by the op of the kernel. A configuration that does not compile gives a line that says so."""
 
@@ -65,6 +70,7 @@ _PAIRS = (
     ("prefill_attention", "llama3_8b_128k_chunk8k_int8"),
     ("kv_write_prefill", "llama3_8b_128k_chunk8k_int8"),
     ("decode_attention", "smollm2_135m_8k"),
+    *(("quantized_matmul", f"llama3_8b_gate_up_b1_{weights}") for weights in ("w4g128", "w8")),
 )
 WORKLOAD_SETS = {"targets": _PAIRS, "full": _PAIRS, "tiny": (("decode_attention", "tiny_mixed"),)}
 

@@ -1,4 +1,7 @@
-"""`python -m lserve_jax.calibrate`: finds which KV heads of a model may stream and writes a head pattern."""
+"""`python -m lserve_jax.calibrate`: finds which KV heads of a model may stream and writes a head pattern.
+
+Smoothing factors for weights in 8 bits are written beside it.
+"""
 
 import argparse
 import sys
@@ -28,6 +31,7 @@ from lserve_jax.calibration.scores import (
     to_gates,
 )
 from lserve_jax.calibration.shares import describe, expected_losses, num_readings
+from lserve_jax.calibration.smoothing import find_smoothing
 from lserve_jax.calibration.training import TrainingConfig, train
 from lserve_jax.cli.common import (
     ProgressBars,
@@ -45,8 +49,12 @@ from lserve_jax.engine.patterns import architecture
 from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.models.llama import Params
 from lserve_jax.text.tokenizer import Tokenizer
+from lserve_jax.weights.load import open_checkpoint
+from pallas_kernels.core.quantized_matrix import quantized_matrices
 
 _LONGEST = 32768
+SMOOTHING_PROMPTS = 4
+"""Prompts that are read for smoothing factors."""
 _WINDOWS = {
     "sink": {"default": AttentionConfig.sink},
     "local": {
@@ -130,7 +138,13 @@ def build_parser() -> argparse.ArgumentParser:
     for group, flags in ((parser, _FLAGS), (scoring, _SCORE_FLAGS), (training, _TRAINING_FLAGS)):
         for flag, options in flags.items():
             group.add_argument(flag, **options)
-    add_shared(parser, "--dtype", "--prefill-chunk/--chunk", "--quiet")
+    add_shared(parser, "--dtype")
+    add_shared(
+        parser,
+        "--weight-dtype",
+        help="form of the weight matrices; gradients need numbers (default: numbers of --dtype)",
+    )
+    add_shared(parser, "--prefill-chunk/--chunk", "--quiet")
     return parser
 
 
@@ -152,6 +166,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     setup = _prepare(args)
     tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
     held_out = make_prompts(tokenizer, count=args.held_out, length=args.length, seed=f"held out {args.seed}")
+    plain = make_prompts(tokenizer, count=SMOOTHING_PROMPTS, length=args.length, seed=f"smoothing {args.seed}")
     # Find every error of the user before loading weights.
     method = _METHODS[args.method](args, setup, tokenizer)
     settings = _settings(args, setup) | method.settings
@@ -160,17 +175,26 @@ def _calibrate(args: argparse.Namespace) -> None:
     setup.warn()
     use_compilation_cache()
     with ProgressBars(is_shown=not args.quiet) as bars:
-        params = setup.checkpoint.load_params(
-            setup.config.dtype, None, lambda done, total: bars.report("weights", done, total)
+        params = setup.checkpoint.load_params(  # without the factors of an earlier calibration
+            *(setup.config.dtype, None, lambda done, total: bars.report("weights", done, total)),
+            weight_dtype=setup.forms.weight_dtype,
         )
 
         def report(done: int) -> None:
-            bars.report("calibration", done, method.num_steps + num_readings(held_out))
+            bars.report("calibration", done, method.num_steps + len(plain) + num_readings(held_out))
 
         gates, scores = method.find(params, progress, report)
+        smoothing = find_smoothing(
+            *(params, setup.config, plain),
+            chunk=setup.sizes.prefill_chunk,
+            done=progress,
+            on_progress=lambda done: report(method.num_steps + done),
+        )
         picture = None if args.no_picture else _picture(gates, settings)
         progress.save()  # before the pattern: a folder with a pattern alone is finished
-        write_pattern(args.out, gates, settings | {"expected_loss": []}, scores=scores, picture=picture)
+        write_pattern(
+            *(args.out, gates, settings | {"expected_loss": []}), scores=scores, picture=picture, smoothing=smoothing
+        )
         rows = []
         if held_out:
             chunk = setup.sizes.prefill_chunk
@@ -178,7 +202,7 @@ def _calibrate(args: argparse.Namespace) -> None:
                 *(params, setup.config, held_out, gates),
                 chunk=chunk,
                 done=progress,
-                on_progress=lambda stage, done, total: report(method.num_steps + done),
+                on_progress=lambda stage, done, total: report(method.num_steps + len(plain) + done),
             )
     write_settings(args.out, settings | {"expected_loss": [asdict(row) for row in rows]})
     progress.remove()
@@ -208,15 +232,24 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> Setup:
+    checkpoint = open_checkpoint(args.model)
     setup = prepare(
-        args.model,
+        checkpoint,
         attention="dense",
         dtype=args.dtype,
+        # Not the device's default: the pattern of a model is the same everywhere.
+        weight_dtype=args.weight_dtype or (checkpoint.config.dtype if args.dtype == "auto" else args.dtype),
         max_model_len=args.length,
         max_num_seqs=1,
         prefill_chunk=args.prefill_chunk,
         **given(args, AttentionConfig),
     )
+    way = "--method train" if args.method == "train" else f"--score {args.score}"
+    if (args.method == "train" or args.score in SLOPES) and quantized_matrices(setup.params):
+        raise InputError(
+            f"{way} follows gradients, which pass through weights that are numbers: these are "
+            f"{setup.plan.weight_words}; --weight-dtype {setup.config.dtype} makes numbers of them"
+        )
     if not setup.plan.fits:
         raise InputError(
             f"--length {args.length} does not fit into memory with {args.model}: at most {setup.plan.largest_context}"
@@ -238,6 +271,7 @@ def _settings(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         "quota": args.quota,
         "seed": args.seed,
         "dtype": setup.config.dtype,
+        "weight_dtype": setup.forms.weight_dtype,
         "length": args.length,
     }
 

@@ -1,7 +1,7 @@
 """`python -m lserve_jax.evaluate`: compares settings on tasks, perplexity and drift, with confidence intervals.
 
 A variant is PRESET[:field=value[+field=value...]], such as lserve:static_sparsity=0.75+token_budget=25%; the fields are
-the attention flags of generate with underscores. All variants are compared with the first one.
+the attention flags of generate with underscores, and weight_dtype. All variants are compared with the first one.
 Every result is written to --out at once; the same command continues an interrupted run.
 """
 
@@ -26,7 +26,7 @@ from lserve_jax.cli.parser import OneLineParser
 from lserve_jax.cli.streams import to_json_line
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
-from lserve_jax.engine.patterns import find_pattern
+from lserve_jax.engine.patterns import find_pattern, find_smoothing
 from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.evaluation import ablations, plots
 from lserve_jax.evaluation.opening import LONGBENCH, NAMES, PromptSettings, measurement_names, open_measurements
@@ -76,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_comparison(parser.add_argument_group("what to measure"))
     model = parser.add_argument_group("model")
     add_shared(model, "--model", "--tokenizer", "--dtype")
-    add_shared(model, "--head-pattern", help=f"of variants that name none: {SHARED['--head-pattern']['help']}")
+    for flag in ("--weight-dtype", "--head-pattern"):
+        add_shared(model, flag, help=f"of variants that name none: {SHARED[flag]['help']}")
     add_shared(model, "--implementation")
     add_shared(model, "--max-num-seqs/--batch", default=4)
     add_fields(parser.add_argument_group("prompts"), PromptSettings)
@@ -141,8 +142,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     lengths, names = _lengths(args.lengths), measurement_names(args.tasks)
     named = _variants(args)
     checkpoint = open_checkpoint(args.model).kept()
-    _prepare(args, checkpoint, attention="dense")
-    axes, variants = _suited(args, checkpoint, named)
+    forms = {"weight_dtype": args.weight_dtype, "head_pattern": args.head_pattern}
+    setup = _prepare(args, checkpoint, attention="dense", **forms)
+    assert setup.forms.weight_dtype is not None
+    axes, variants = _suited(args, checkpoint, named, setup.forms.weight_dtype)
     for variant in variants:
         for length in lengths:
             variant.config(length)
@@ -164,7 +167,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _origin(args: argparse.Namespace, checkpoint: Checkpoint) -> Origin:
     source = tokenizer_source(checkpoint.tokenizer_source, args.tokenizer)
-    return origin_of(checkpoint, source, find_pattern(checkpoint, args.head_pattern))
+    named = args.head_pattern
+    return origin_of(checkpoint, source, find_pattern(checkpoint, named), find_smoothing(checkpoint, named))
 
 
 def _measure(
@@ -247,12 +251,13 @@ def _variants(args: argparse.Namespace) -> list[Variant]:
 
 
 def _suited(
-    args: argparse.Namespace, checkpoint: Checkpoint, named: Sequence[Variant]
+    args: argparse.Namespace, checkpoint: Checkpoint, named: Sequence[Variant], weight_dtype: str
 ) -> tuple[list[ablations.Setting], list[Variant]]:
-    """Returns the settings of the ablation, and all variants, with the model's defaults filled in."""
+    """Returns the settings of the ablation, and all variants, with the defaults of the model and the run filled in."""
 
     def suited(variant: Variant) -> Variant:
-        return replace(variant, pattern=find_pattern(checkpoint, variant.head_pattern or args.head_pattern))
+        pattern = find_pattern(checkpoint, variant.head_pattern or args.head_pattern)
+        return replace(variant, pattern=pattern, weight_dtype=variant.weight_dtype or weight_dtype)
 
     *compared, base = map(suited, named)
     axes = args.ablation.split(",") if args.ablation else []

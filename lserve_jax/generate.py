@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,25 @@ from lserve_jax.cli.common import (
     set_up_logging,
     use_compilation_cache,
 )
-from lserve_jax.cli.flags import add_attention, add_fields, add_shared, given, local, memory_size
+from lserve_jax.cli.flags import (
+    add_attention,
+    add_fields,
+    add_shared,
+    engine_settings,
+    given,
+    local,
+    local_path,
+    positive_memory_size,
+)
 from lserve_jax.cli.parser import OneLineParser
+from lserve_jax.cli.prompts import PromptEncoder
 from lserve_jax.cli.report import plan_to_json, plan_to_text, summary, to_json
 from lserve_jax.cli.streams import to_json_line
-from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.sampling import SamplingParams
+from lserve_jax.config.sizes import CacheSettings
+from lserve_jax.engine.context_file import SavedContext
+from lserve_jax.engine.contexts import context_format
 from lserve_jax.engine.device import Device, device_elsewhere, this_device
 from lserve_jax.engine.inputs import naming_the_prompt, require_ids, with_bad_words_spelled
 from lserve_jax.engine.outputs import RequestOutput
@@ -43,8 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of all flags."""
     parser = OneLineParser(prog="python -m lserve_jax.generate", description=__doc__)
     model = parser.add_argument_group("model")
-    add_shared(model, "--model", "--tokenizer", "--dtype", "--max-model-len", "--prefill-chunk")
+    add_shared(model, "--model", "--tokenizer", "--dtype", "--weight-dtype", "--max-model-len", "--prefill-chunk")
     add_shared(model, "--implementation", "--recall-interval")
+    add_fields(model, CacheSettings, ["kv_memory", "prefix_cache"])
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times, for a batch"
@@ -56,6 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE",
         help="UTF-8 text; - is stdin; as --prompt",
+    )
+    prompt.add_argument(
+        "--context-file",
+        type=local_path,
+        metavar="FILE",
+        help="a saved context (see --save-context), which each prompt continues and which is not read again",
     )
     prompt.add_argument("--system-prompt", metavar="TEXT", help="the conversation's system message (default: none)")
     prompt.add_argument("--assistant-prefix", metavar="TEXT", help="begins the answer; only what follows is printed")
@@ -79,10 +98,16 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--json", action="store_true", help="print one JSON object per prompt, one per line, or one for the plan"
     )
+    output.add_argument(
+        "--save-context",
+        type=local_path,
+        metavar="FILE",
+        help="read the prompt, save what the model keeps of it for --context-file, and stop",
+    )
     output.add_argument("--dry-run", action="store_true", help="print the memory plan and stop; loads no weights")
     output.add_argument(
         "--memory",
-        type=memory_size,
+        type=positive_memory_size,
         metavar="SIZE",
         help="plan for a device of another machine with this much memory, such as 80GiB, of which jax takes three "
         "quarters on a GPU (default: the free memory of this machine's device)",
@@ -104,6 +129,8 @@ def _generate(args: argparse.Namespace) -> None:
     named = SamplingParams(**given(args, SamplingParams))  # finds wrong values before the model is opened
     if (named.logprobs or named.prompt_logprobs) and not args.json:
         raise InputError("--logprobs and --prompt-logprobs need --json, which has a place for them")
+    if args.save_context is not None:
+        _check_saving(args, len(texts))
     setup = _prepare(args, len(texts))
     if args.dry_run:
         setup.warn()
@@ -112,8 +139,8 @@ def _generate(args: argparse.Namespace) -> None:
     # Find every error of the user before loading weights.
     setup.checkpoint.require_weights()
     tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
-    encode = _encoder(tokenizer, args)
-    prompts = [encode(text) for text in texts]
+    encoder = _encoder(tokenizer, args)
+    context, prompts = _prompts(setup, encoder, args, texts)
     params = dataclasses.replace(default_sampling_params(setup.checkpoint), **given(args, SamplingParams))
     vocabulary = setup.config.model.vocab_size
     params.require_vocabulary(vocabulary)
@@ -122,13 +149,27 @@ def _generate(args: argparse.Namespace) -> None:
         with naming_the_prompt(number, len(prompts)):
             require_ids(prompt, vocabulary)
             require_room(len(prompt), setup.sizes.max_model_len)
-    _warn_of_limits(args, max(map(len, prompts)), setup.sizes.max_model_len)
+    longest = max(map(len, prompts))
+    if args.save_context is None:
+        _warn_of_limits(args, longest, setup.sizes.max_model_len)
+    else:
+        context_format(setup, tokenizer).require_savable(longest)
     use_compilation_cache()
     with ProgressBars(is_shown=not args.quiet) as bars:
-        llm = LLM.from_setup(
-            setup, tokenizer=tokenizer, on_progress=bars.report, expected_tokens=max(map(len, prompts))
-        )
+        llm = LLM.from_setup(setup, tokenizer=tokenizer, on_progress=bars.report, expected_tokens=longest)
+        if context is not None:
+            llm.load_context(context)
+        if args.save_context is not None:
+            llm.save_context(prompts[0], args.save_context)
+            bars.close()
+            if not args.quiet:
+                print(f"saved {longest} tokens: {args.save_context}", file=sys.stderr)
+            return
         outputs = _run(llm, prompts, params, is_streaming=not args.json, bars=bars)
+    _report(args, llm, outputs)
+
+
+def _report(args: argparse.Namespace, llm: LLM, outputs: Sequence[RequestOutput]) -> None:
     for output in outputs:
         if args.json:
             print(to_json_line(to_json(llm, output)), flush=True)
@@ -136,20 +177,39 @@ def _generate(args: argparse.Namespace) -> None:
         print(summary(llm, outputs), file=sys.stderr)
 
 
+def _check_saving(args: argparse.Namespace, num_prompts: int) -> None:
+    """Raises `InputError` for a context that could not be saved after all, before anything is opened."""
+    path = args.save_context
+    if num_prompts != 1 or args.context_file is not None or args.json or args.assistant_prefix is not None:
+        raise InputError(
+            "--save-context saves one prompt and generates nothing: give one --prompt or --prompt-file, and neither "
+            "--context-file, --assistant-prefix nor --json"
+        )
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"--save-context {path}: must be a file in a folder that exists")
+
+
+def _prompts(
+    setup: Setup, encoder: PromptEncoder, args: argparse.Namespace, texts: Sequence[str]
+) -> tuple[SavedContext | None, list[list[int]]]:
+    """Returns the context that --context-file names, and all tokens of each prompt."""
+    if args.save_context is not None:
+        return None, [encoder.opening(text) for text in texts]
+    if args.context_file is None:
+        return None, [encoder.whole(text) for text in texts]
+    context = context_format(setup, encoder.tokenizer).read(args.context_file)
+    return context, [[*context.tokens, *encoder.rest(text, context.tokens, str(args.context_file))] for text in texts]
+
+
 def _prepare(args: argparse.Namespace, num_prompts: int) -> Setup:
     return prepare(
         args.model,
-        attention=args.attention,
-        head_pattern=args.head_pattern,
-        dtype=args.dtype,
-        max_model_len=args.max_model_len,
         recall_interval=args.recall_interval,
         max_num_seqs=min(max(num_prompts, 1), _MAX_NUM_SEQS),
-        prefill_chunk=args.prefill_chunk,
-        implementation=args.implementation,
         device=_device(args),
         assume_streaming=args.dry_run,
-        **given(args, AttentionConfig),
+        has_tails=False,  # compiling them takes longer than they save to a few prompts
+        **engine_settings(args),
     )
 
 
@@ -195,13 +255,13 @@ def _read_text(flag: str, name: str) -> str:
         raise InputError(f"{flag} {name} is not UTF-8 text (byte {error.start})") from None
 
 
-def _encoder(tokenizer: Tokenizer, args: argparse.Namespace) -> Callable[[str], list[int]]:
+def _encoder(tokenizer: Tokenizer, args: argparse.Namespace) -> PromptEncoder:
     """Returns what turns a prompt into token ids: in the chat format, unless --raw is given or the model has none."""
     named = [flag for flag in _CHAT_FLAGS if getattr(args, flag.strip("-").replace("-", "_")) is not None]
     if args.raw and named:
         raise InputError(f"{', '.join(named)} needs the chat format, which --raw leaves out")
     if args.raw or not (named or tokenizer.decide_chat_format(_TEMPLATE_ADVICE)):
-        return tokenizer.encode
+        return PromptEncoder(tokenizer=tokenizer)
     options: ChatOptions = {
         "tools": None if args.tools is None else _read_json("--tools", _read_text("--tools", args.tools), list),
         "template_kwargs": _read_json("--chat-template-config", args.chat_template_config or "{}", dict),
@@ -211,7 +271,7 @@ def _encoder(tokenizer: Tokenizer, args: argparse.Namespace) -> Callable[[str], 
     }
     first = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
     last = [] if args.assistant_prefix is None else [{"role": "assistant", "content": args.assistant_prefix}]
-    return lambda text: tokenizer.apply_chat_template([*first, {"role": "user", "content": text}, *last], **options)
+    return PromptEncoder(tokenizer=tokenizer, options=options, first=first, last=last)
 
 
 def _read_json(flag: str, text: str, kind: type[list] | type[dict]) -> Any:

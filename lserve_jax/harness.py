@@ -3,9 +3,9 @@
     python -m lserve_jax.harness --model_args model=FOLDER,attention=lserve,kv_dtype=int8 --tasks hellaswag
     python -m lserve_jax.harness ls tasks
 
-The flags are the harness's; ``--model_args`` takes the arguments of `LLM`, such as ``token_budget=all``.
-``--batch_size N`` above 1 is ``max_num_seqs``. ``--device`` has no effect: JAX_PLATFORMS chooses the device. In Python,
-`register` returns the harness's model class, which wraps an `LLM`.
+The flags are the harness's; ``--model_args`` takes the arguments of `LLM`, such as ``token_budget=all`` or
+``weight_dtype=int8``. ``--batch_size N`` above 1 is ``max_num_seqs``. ``--device`` has no effect: JAX_PLATFORMS chooses
+the device. In Python, `register` returns the harness's model class, which wraps an `LLM`.
 """
 
 import sys

@@ -5,12 +5,16 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.sampling import SamplingParams
+from lserve_jax.engine.context_file import ContextFormat, SavedContext
+from lserve_jax.engine.contexts import context_format, is_cached, read_context, require_prefix_cache, restore_context
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.generation import Costs, Generation, Session
 from lserve_jax.engine.inputs import (
@@ -22,7 +26,7 @@ from lserve_jax.engine.inputs import (
     with_bad_words_spelled,
 )
 from lserve_jax.engine.outputs import RequestOutput, ScoreOutput, TextChunk
-from lserve_jax.engine.request import Request
+from lserve_jax.engine.request import Request, require_room
 from lserve_jax.engine.setup import DEFAULT_MODEL, Setup, default_sampling_params, logger, prepare
 from lserve_jax.runtime.key_offsets import key_offset_warning
 from lserve_jax.text.chat import ChatOptions, Message
@@ -105,10 +109,12 @@ class LLM:
             else open_tokenizer(setup.checkpoint.tokenizer_source, tokenizer)
         )
         self.engine = Engine(
-            setup.checkpoint.abstract_params(self.config.dtype),
+            setup.params,
             self.config,
             setup.sizes,
             setup.plan.pools,
+            turns=setup.turns,
+            has_prefix_cache=setup.plan.has_prefix_cache,
             has_recall=setup.has_recall,
             on_compile=lambda program: report(f"compile {program}", 0, 1),
         )
@@ -119,7 +125,7 @@ class LLM:
                 self.engine.expect(Request(id=-1, prompt=prompt, sampling=SamplingParams(max_tokens=2)))
             report("weights", done, total)
 
-        self.engine.load(setup.checkpoint.load_params(self.config.dtype, self.config.heads, on_weights))
+        self.engine.load(setup.load_params(on_weights))
         setup.warn()
         if (warning := key_offset_warning(self.engine.params, self.config)) is not None:
             logger.warning(warning)
@@ -135,7 +141,7 @@ class LLM:
 
     @property
     def implementations(self) -> tuple[Choice, ...]:
-        """Returns the implementation that each attention op took in the programs that have run, and why others refused.
+        """Returns the implementation that each op took in the programs that have run, and why others refused.
 
         Empty if nothing has run.
         """
@@ -174,10 +180,10 @@ class LLM:
         generations = []
         for number, (prompt, params) in enumerate(zip(each, each_setting, strict=True), start=1):
             with naming_the_prompt(number, len(each)):
-                generations.append(self._generation(prompt, params))
+                generations.append(self.request(prompt, params))
         for _ in self._run(generations):
             pass
-        return [one.output(self._costs) for one in generations]
+        return [self.output(one) for one in generations]
 
     def chat(
         self,
@@ -211,11 +217,48 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[tuple[TextChunk, RequestOutput | None]]:
         """Yields chunks as `stream` does, and with the last one the finished output."""
-        (params,) = each_params(sampling_params or self.default_sampling_params(), 1)
-        generation = self._generation(prompt, params)
+        generation = self.request(prompt, sampling_params)
         for _ in self._run([generation]):
             is_done = generation.finish_reason is not None
-            yield generation.take_chunk(), (generation.output(self._costs) if is_done else None)
+            yield generation.take_chunk(), (self.output(generation) if is_done else None)
+
+    def request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+    ) -> Generation:
+        """Returns a request for this model's `session`, which a server opens, advances and ends by itself.
+
+        Callable from any thread, also while requests run.
+
+        Args:
+          prompt: text, or token ids.
+          sampling_params: None takes `default_sampling_params`.
+          priority: requests with a lower number are admitted first.
+          salt: only requests with the same salt share cached prefixes.
+
+        Raises:
+          InputError: as for `generate`.
+        """
+        (params,) = each_params(sampling_params or self.default_sampling_params(), 1)
+        request = Request(
+            id=next(self._ids),
+            prompt=self._encode(prompt),
+            sampling=self._resolved(params),
+            arrival=time.perf_counter(),
+            priority=priority,
+            salt=salt,
+            is_cacheable=not params.prompt_logprobs,  # every token of its prompt must be computed
+        )
+        require_room(len(request.prompt), self.setup.sizes.max_model_len)
+        return Generation(request, self.tokenizer, self.compile_seconds)
+
+    def output(self, generation: Generation) -> RequestOutput:
+        """Returns the output of a finished request."""
+        return generation.output(self._costs)
 
     def logits(self, token_ids: Prompt) -> np.ndarray:
         """Returns the logits [T, V] float32 after every token of a prompt, through the same path as generation.
@@ -257,6 +300,76 @@ class LLM:
             pass
         return [one.score(self._costs) for one in generations]
 
+    def save_context(self, prompt: Prompt, path: str | Path) -> tuple[int, ...]:
+        """Returns the tokens of a prompt, after it has read the prompt and saved it for `load_context`.
+
+        The file has all tokens, and the cache's pages of the whole chunks (``prefill_chunk`` tokens each) at the start:
+        the rest, less than a chunk, is read anew each time. It appears whole or not at all.
+
+        Args:
+          prompt: text, or token ids; at least one chunk.
+          path: the file, by convention ``*.safetensors``; replaced if it is there.
+
+        Raises:
+          InputError: if the prompt is too short or too long, the prefix cache is off or too small, or the file cannot
+            be written.
+        """
+        ids = self._encode(prompt)
+        first = self.context_prompt(ids)
+        if not self.has_context(ids):
+            for _ in self._run([self.request(first, SamplingParams(max_tokens=1))]):
+                pass
+        self.contexts.write(Path(path), self.read_context(ids))
+        return ids
+
+    def context_prompt(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the part of a prompt that must be read before `read_context`: its whole chunks.
+
+        Raises:
+          InputError: if the prompt is too short or too long for a context, or there is no prefix cache.
+        """
+        require_prefix_cache(self.engine)
+        self.contexts.require_savable(len(ids))
+        require_room(len(ids), self.setup.sizes.max_model_len)
+        return ids[: self.contexts.boundary(len(ids))]
+
+    def has_context(self, ids: tuple[int, ...]) -> bool:
+        """Returns whether the prefix cache has the whole context of a prompt."""
+        return is_cached(self.engine, self.contexts, ids)
+
+    def read_context(self, ids: tuple[int, ...]) -> SavedContext:
+        """Returns the context of a prompt that has just been read, for ``contexts.write``.
+
+        Raises:
+          InputError: if its pages are not in the prefix cache.
+        """
+        with self.session.entered() as engine:
+            return read_context(engine, self.contexts, ids)
+
+    def load_context(self, path: str | Path | SavedContext, *, salt: bytes = b"") -> tuple[int, ...]:
+        """Returns the tokens of a saved context, after it has put its pages into the prefix cache.
+
+        Prompts that begin with these tokens and have the same salt then start where the context ends, with the same
+        logits as if the model had read it. The pages stay until other prompts need the room.
+
+        Args:
+          path: the file; or a context that `contexts` has read before.
+          salt: as for `request`.
+
+        Raises:
+          InputError: if the file was saved by another model or with other settings, is damaged, or is larger than the
+            cache; in one line, and nothing has changed.
+        """
+        context = path if isinstance(path, SavedContext) else self.contexts.read(Path(path))
+        with self.session.entered() as engine:
+            restore_context(engine, self.contexts, context, salt=salt)
+        return context.tokens
+
+    @cached_property
+    def contexts(self) -> ContextFormat:
+        """Returns the format of saved contexts, which belong to a model and its settings."""
+        return context_format(self.setup, self.tokenizer)
+
     def _forced(self, prompt: Prompt, continuation: Prompt) -> Generation:
         ids, forced = self._encode(prompt), self._encode(continuation, is_start=False)
         limit = self.setup.sizes.max_model_len
@@ -289,12 +402,6 @@ class LLM:
         if isinstance(prompt, str):  # a tokenizer may add a token even to an empty text
             ids = self._need_tokenizer("a text prompt").encode(prompt, add_special_tokens=is_start) if prompt else ()
         return require_ids(ids, self.config.model.vocab_size)
-
-    def _generation(self, prompt: Prompt, params: SamplingParams) -> Generation:
-        """Returns a request whose prompt is encoded and whose settings are `_resolved`."""
-        ids = self._encode(prompt)
-        request = Request(id=next(self._ids), prompt=ids, sampling=self._resolved(params), arrival=time.perf_counter())
-        return Generation(request, self.tokenizer, self.compile_seconds)
 
     def _resolved(self, params: SamplingParams) -> SamplingParams:
         """Returns settings in token ids: the stop tokens include the model's end tokens, bad words are lists of ids."""

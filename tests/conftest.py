@@ -9,7 +9,8 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -144,29 +145,36 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture
-def restored_logging() -> Iterator[None]:
-    """For tests that run a command here: it sets up logging for a process of its own."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
-
-@pytest.fixture
 def rng() -> np.random.Generator:
     """Random numbers that are the same in every run and on every worker."""
     return np.random.default_rng(0)
 
 
+@contextmanager
+def _logging_as_it_was() -> Iterator[None]:
+    """The command lines set up logging for a process of their own: the root's handlers, and levels of both loggers."""
+    root, package = logging.getLogger(), logging.getLogger("lserve_jax")
+    levels, handlers = (root.level, package.level), list(root.handlers)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(levels[0])
+        package.setLevel(levels[1])
+
+
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
-    """The command lines set up logging for a process of their own."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
+    """Each test leaves logging as it found it."""
+    with _logging_as_it_was():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
+    """Each fixture that more than one test sees leaves logging as it found it: it may run a command line."""
+    with nullcontext() if fixturedef.scope == "function" else _logging_as_it_was():
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Runs by itself, in an environment with neither pytest nor the constraints: the installed packages import and answer.
 
-`python smoke.py` imports the installed wheel and refuses the checkout. Exit status 0 or a traceback.
+`python smoke.py` imports the installed wheel, without what needs an extra, and refuses the checkout. `python smoke.py
+serve` imports what needs that extra. Exit status 0 or a traceback.
 """
 
 import importlib.metadata
@@ -31,6 +32,7 @@ from lserve_jax.weights import abstract_params
 from pallas_kernels import PageTables
 
 PRINTED = ("lserve_jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "gguf", "tokenizers", "numpy")
+EXTRAS = {"serve": "lserve_jax.serve"}
 TINY = {
     "model_type": "llama",
     "vocab_size": 64,
@@ -45,23 +47,32 @@ TINY = {
 }
 
 
-def import_everything(package: ModuleType) -> int:
-    """How many modules a package has, all of them imported."""
-    names = [module.name for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
-    for name in names:
-        import_module(name)
-    return len(names)
+def import_everything(package: ModuleType) -> None:
+    """Imports the modules of a package, except those below that need an extra."""
+    assert package.__file__ is not None
+    checkout, location = Path(__file__).resolve().parents[1], Path(package.__file__).resolve()
+    assert checkout not in location.parents, f"{location} is the checkout, not an installed package"
+    count = sum(import_below(found.name) for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."))
+    assert count > 0, f"{package.__name__} is empty"
+    print(f"{package.__name__}: {count} modules imported")
 
 
-def main() -> None:
-    checkout = Path(__file__).resolve().parents[1]
+def import_below(name: str) -> int:
+    """How many modules a name stands for, all of them imported; none if they need an extra."""
+    if name in EXTRAS.values():
+        return 0
+    module = import_module(name)
+    below = pkgutil.iter_modules(getattr(module, "__path__", ()), name + ".")
+    return 1 + sum(import_below(found.name) for found in below)
+
+
+def main(extras: list[str]) -> None:
+    if extras:
+        for extra in extras:
+            import_everything(import_module(EXTRAS[extra]))
+        return
     for package in (lserve_jax, pallas_kernels):
-        assert package.__file__ is not None
-        location = Path(package.__file__).resolve()
-        assert checkout not in location.parents, f"{location} is the checkout, not an installed package"
-        count = import_everything(package)
-        assert count > 0, f"{package.__name__} is empty"
-        print(f"{package.__name__}: {count} modules imported")
+        import_everything(package)
     versions = {name: importlib.metadata.version(name) for name in PRINTED}
     print(", ".join(f"{name} {version}" for name, version in versions.items()), f"on Python {sys.version.split()[0]}")
     generate()
@@ -105,4 +116,4 @@ def answer() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

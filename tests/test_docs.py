@@ -153,9 +153,9 @@ def test_the_pages_show_every_command():
     folder = ROOT / "lserve_jax"
     programs = {
         f"lserve_jax.{path.stem}" for path in folder.glob("*.py") if '__name__ == "__main__"' in path.read_text()
-    }
+    } | {f"lserve_jax.{path.parent.name}" for path in folder.glob("*/__main__.py")}
     assert programs <= shown
-    assert {"bench.cpu", "bench.e2e", "bench.gpu", "bench.kernels"} <= shown
+    assert {"bench.cpu", "bench.e2e", "bench.gpu", "bench.kernels", "bench.serve"} <= shown
 
 
 @pytest.mark.parametrize("command", all_commands(), ids=" ".join)
@@ -188,9 +188,13 @@ def test_every_flag_that_the_text_names_is_one(monkeypatch: pytest.MonkeyPatch):
         "lserve_jax.generate",
         "lserve_jax.calibrate",
         "lserve_jax.evaluate",
+        "lserve_jax.serve",
         "bench.cpu",
+        "bench.serve",
         "bench.kernels",
         "bench.gpu",
+        "tests.fuzz",
+        "tests.soak",
     )
     known = {name: flags(name, monkeypatch) for name in names}
     wrong = []
@@ -266,6 +270,8 @@ def test_the_picture_of_the_readme_shows_dense_and_lserve():
 RESULTS = ROOT / "bench" / "results"
 SYSTEMS = {
     "`lserve`": "lserve",
+    "`lserve`, int8 weights (default)": "lserve",
+    "`lserve`, bfloat16 weights": "lserve_bf16",
     "`lserve`, int8 pages": "lserve_int8",
     "`lserve`, budget 1024": "lserve",
     "`lserve`, budget 4096": "lserve:token_budget=4096",
@@ -273,7 +279,10 @@ SYSTEMS = {
     "`dense`": "dense",
     "transformers": "transformers bf16",
     "transformers, bfloat16, SDPA": "transformers bf16",
+    "transformers, bfloat16": "transformers bf16",
     "llama.cpp F16": "llama.cpp F16",
+    "llama.cpp F16, flash attention": "llama.cpp F16 flash",
+    "llama.cpp Q8_0, flash attention": "llama.cpp Q8_0 flash",
     "llama.cpp Q4_1 (weights of a third of the bytes)": "llama.cpp Q4_1",
 }
 FIELDS = {
@@ -304,8 +313,9 @@ def rows_after(page: str, heading: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("page", "heading", "folder", "part"),
     [
-        ("README.md", "## Speed on a CPU", "cpu", "single"),
-        ("docs/performance.md", "## One sequence on a CPU", "cpu", "single"),
+        ("README.md", "## Speed on a CPU", "cpu_weights", "single"),
+        ("docs/performance.md", "## One sequence on a CPU", "cpu_weights", "single"),
+        ("docs/performance.md", "### With AMX, from an earlier version", "cpu", "single"),
         ("docs/performance.md", "## Long contexts", "cpu_long", "long"),
     ],
 )

@@ -12,13 +12,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "lserve_jax")
-OPS = ("kv_write", "prefill_attention", "page_select", "decode_attention")
+OPS = ("kv_write", "prefill_attention", "page_select", "decode_attention", "quantized_matmul")
 COMMANDS = ("generate", "convert", "demo", "calibrate", "evaluate", "harness")
 
 # Bottom first. A module may import from the rows under its own; "name.*" is a room: its modules may import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("pallas_kernels.core.*",),
-    ("pallas_kernels.decode_attention.program", "pallas_kernels.prefill_attention.blocks"),
+    (
+        "pallas_kernels.decode_attention.program",
+        "pallas_kernels.prefill_attention.blocks",
+        "pallas_kernels.prefill_attention.codes",
+        "pallas_kernels.prefill_attention.own",
+        "pallas_kernels.quantized_matmul.digits",
+        "pallas_kernels.quantized_matmul.program",
+    ),
     # An implementation knows neither another one nor another op.
     tuple(f"pallas_kernels.{op}.{name}" for op in OPS for name in ("reference", "xla", "mosaic_gpu")),
     tuple(f"pallas_kernels.{op}.api" for op in OPS),
@@ -33,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lserve_jax.llm",),
     ("lserve_jax",),
     ("lserve_jax.evaluation.*", "lserve_jax.cli.*"),
+    ("lserve_jax.serve.*",),
     tuple(f"lserve_jax.{name}" for name in (*COMMANDS, "engine_setup")),
 )
 
@@ -54,6 +62,10 @@ WITHOUT_JAX = (
     "lserve_jax.engine.request",
     "lserve_jax.engine.allocator",
     "lserve_jax.engine.scheduler",
+    "lserve_jax.engine.plans",
+    "lserve_jax.engine.pools",
+    "lserve_jax.engine.prefix_cache",
+    "lserve_jax.engine.room",
     "lserve_jax.engine.reads",
     "lserve_jax.engine.host",
 )

@@ -42,16 +42,18 @@ PUBLIC_OPS = {
     "PageTables",
     "PagedKV",
     "QuantizedArray",
+    "QuantizedMatrix",
     "decode_attention",
     "dequantize",
     "kv_write",
     "page_select",
     "prefill_attention",
     "quantize",
+    "quantized_matmul",
     "rotate",
     "selection_width",
 }
-COMMANDS = ("generate", "calibrate", "evaluate", "convert", "harness", "demo")
+COMMANDS = ("generate", "calibrate", "evaluate", "convert", "harness", "demo", "serve.__main__")
 
 
 def test_the_packages_export_what_they_always_did():

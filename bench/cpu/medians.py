@@ -15,6 +15,7 @@ FIELDS = (
     "compile_s",
     "peak_bytes",
     "plan_ratio",
+    "extra_gib",
     "num_compilations",
     "grown",
 )
@@ -44,18 +45,21 @@ def medians(lines: Iterable[Line]) -> dict[Point, Spread]:
     """Returns the median and spread of every number in the measurements."""
     values: dict[Point, list[float]] = {}
     for line in samples(lines):
-        if (ratio := plan_ratio(line)) is not None:
-            line = {**line, "plan_ratio": ratio}  # noqa: PLW2901
+        numbers: Line = {**line, **beside_plan(line)}
         for field in FIELDS:
-            if line.get(field) is not None:
+            if numbers.get(field) is not None:
                 point = Point(line["part"], line["system"], line["length"], line["batch"], line["cache"], field)
-                values.setdefault(point, []).append(line[field])
+                values.setdefault(point, []).append(numbers[field])
     return {point: spread(found) for point, found in values.items()}
 
 
-def plan_ratio(line: Line) -> float | None:
-    """Returns a process's peak memory, less what it had before it loaded anything, over what the plan says."""
+def beside_plan(line: Line) -> dict[str, float]:
+    """Returns a process's peak memory, less what it had before it loaded anything, beside the plan's figure.
+
+    ``plan_ratio`` is the one over the other, ``extra_gib`` their difference.
+    """
     facts = line.get("facts", {})
     if "plan_bytes" not in facts or line["part"] not in ("memory", "long"):
-        return None
-    return (line["peak_bytes"] - facts["base_bytes"]) / facts["plan_bytes"]
+        return {}
+    used, planned = line["peak_bytes"] - facts["base_bytes"], facts["plan_bytes"]
+    return {"plan_ratio": used / planned, "extra_gib": (used - planned) / 2**30}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cpu.process import Worker, WorkerError
-from bench.cpu.weights import as_f16, as_folder, gguf_of
+from bench.cpu.weights import as_folder, as_gguf, gguf_of
 from bench.provenance import ROOT
 from lserve_jax.evaluation.variants import parse_variant
 
@@ -22,17 +22,24 @@ OURS = {
     "streaming_int8": f"streaming:{_WINDOWS}+kv_dtype=int8",
     "lserve": f"lserve:{_WINDOWS}+token_budget=1024",
     "lserve_int8": f"lserve:{_WINDOWS}+token_budget=1024+kv_dtype=int8",
+    "lserve_bf16": f"lserve:{_WINDOWS}+token_budget=1024+weight_dtype=bfloat16",
+    "lserve_packed": f"lserve:{_WINDOWS}+token_budget=1024+weight_dtype=auto",
     "lserve_64": f"lserve:{_WINDOWS}+token_budget=1024+page_size=64+sub_page_size=16",
     "lserve_preset": "lserve",
 }
-"""Our settings as `parse_variant` reads them: windows that kept the embedded model's accuracy (docs/accuracy.md)."""
-DEFAULT_OURS = ("dense", "streaming", "lserve", "lserve_int8", "lserve_64")
+"""Our settings as `parse_variant` reads them: windows that kept the embedded model's accuracy (docs/accuracy.md).
+
+Weights are int8, the default on a CPU, where a setting names no other form.
+"""
+DEFAULT_OURS = ("dense", "lserve", "lserve_bf16", "lserve_int8")
 
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformers bf16": ("transformers", {"dtype": "bfloat16"}),
     "transformers f32": ("transformers", {"dtype": "float32"}),
     "llama.cpp F16": ("llama.cpp", {"weights": "f16", "has_flash": False, "use_extra_bufts": True}),
     "llama.cpp F16 flash": ("llama.cpp", {"weights": "f16", "has_flash": True, "use_extra_bufts": True}),
+    "llama.cpp Q8_0": ("llama.cpp", {"weights": "q8_0", "has_flash": False, "use_extra_bufts": False}),
+    "llama.cpp Q8_0 flash": ("llama.cpp", {"weights": "q8_0", "has_flash": True, "use_extra_bufts": False}),
     # The kernels for AMX crash on quantised files of the embedded model (llama-cpp-python 0.3.36).
     "llama.cpp Q4_1": ("llama.cpp", {"weights": "shipped", "has_flash": False, "use_extra_bufts": False}),
     "llama.cpp Q4_1 flash": ("llama.cpp", {"weights": "shipped", "has_flash": True, "use_extra_bufts": False}),
@@ -74,13 +81,13 @@ class System:
             settings = {"prepare": prepare, "expected_tokens": expected_tokens}
         else:
             settings = {**self.settings, "max_length": max_length, "batch": batch}
-        return Worker(self.command, {**settings, "threads": threads}, self._environment(threads, compiled))
+        return Worker(self.command, {**settings, "threads": threads}, self.environment(threads, compiled))
 
     def open(self, threads: int, **settings: Any) -> Worker:
         """Returns a worker that loads what the settings name, or nothing without settings."""
-        return Worker(self.command, {**settings, "threads": threads}, self._environment(threads, None))
+        return Worker(self.command, {**settings, "threads": threads}, self.environment(threads, None))
 
-    def _environment(self, threads: int, compiled: Path | None) -> dict[str, str]:
+    def environment(self, threads: int, compiled: Path | None) -> dict[str, str]:
         """Returns this process's environment without variables that change how a system runs."""
         changed = ("JAX_", "OMP_", "MKL_", "PYTHON", "PJRT_NPROC", "NPROC")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(changed)}
@@ -101,7 +108,8 @@ def our_system(name: str, model: str) -> System:
         raise ValueError(f"{name!r}: token_budget must be a number of tokens: one engine serves prompts of all lengths")
     variant.config(0)
     settings = {"model": model, "attention": variant.preset, "head_pattern": variant.head_pattern, "dtype": "bfloat16"}
-    return System(name, "ours", _command("ours", sys.executable), {**settings, **variant.options})
+    settings |= {"weight_dtype": variant.weight_dtype, **variant.options}
+    return System(name, "ours", _command("ours", sys.executable), settings)
 
 
 def peer_systems(
@@ -164,7 +172,7 @@ def _weights(library: System, settings: Mapping[str, Any], model: str, work: Pat
     """Returns the file or folder that a peer loads, and makes it if it does not exist."""
     if library.kind == "llama.cpp":
         gguf = gguf_of(model)
-        return gguf if settings["weights"] == "shipped" else as_f16(gguf, work)
+        return gguf if settings["weights"] == "shipped" else as_gguf(gguf, work, settings["weights"])
     if Path(model).is_dir():
         return Path(model)
     gguf = gguf_of(model)

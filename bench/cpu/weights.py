@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, dequantize, quantize
 
 from lserve_jax.weights import embedded
 
@@ -31,9 +31,16 @@ def as_folder(gguf: Path, work: Path, export: Callable[[Path], None]) -> Path:
     return made(work / f"{gguf.stem}.bf16", export)
 
 
-def as_f16(gguf: Path, work: Path) -> Path:
-    """Returns the model as a GGUF file of the same values in float16."""
-    return made(work / f"{gguf.stem}.f16.gguf", lambda temporary: write_f16(gguf, temporary))
+TYPES = {
+    "f16": (LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
+    "q8_0": (LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0),
+}
+"""The types of weights that a GGUF file is made with: of the file, and of its matrices."""
+
+
+def as_gguf(gguf: Path, work: Path, kind: str) -> Path:
+    """Returns the model as a GGUF file of the same values, with matrices of a type in `TYPES`."""
+    return made(work / f"{gguf.stem}.{kind}.gguf", lambda temporary: write_gguf(gguf, temporary, kind))
 
 
 def made(target: Path, write: Callable[[Path], None]) -> Path:
@@ -47,8 +54,9 @@ def made(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def write_f16(source: Path, target: Path) -> None:
-    """Writes a GGUF file of the same metadata and values, matrices in float16 and vectors in float32."""
+def write_gguf(source: Path, target: Path, kind: str) -> None:
+    """Writes a GGUF file of the same metadata and values, matrices as a type in `TYPES`, vectors in float32."""
+    file_type, matrix_type = TYPES[kind]
     reader = GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     writer = GGUFWriter(target, architecture)
@@ -57,10 +65,14 @@ def write_f16(source: Path, target: Path) -> None:
             continue
         inner = entry.types[-1] if entry.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(name, entry.contents(), entry.types[0], inner)
-    writer.add_file_type(LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(file_type)
     for tensor in reader.tensors:
         values = dequantize(tensor.data, GGMLQuantizationType(tensor.tensor_type))
-        writer.add_tensor(tensor.name, values.astype(np.float32 if values.ndim == 1 else np.float16))
+        if values.ndim == 1:
+            writer.add_tensor(tensor.name, values.astype(np.float32))
+        else:
+            data = quantize(values, matrix_type)
+            writer.add_tensor(tensor.name, data, raw_dtype=matrix_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -9,7 +9,7 @@ from lserve_jax.engine.memory import tree_bytes
 from lserve_jax.engine.reads import PageReads
 from lserve_jax.runtime.cache import init_cache
 from lserve_jax.weights import abstract_params
-from pallas_kernels import PagedKV
+from pallas_kernels import PagedKV, QuantizedKeys
 
 
 def weight_bytes_read(config: InferenceConfig) -> int:
@@ -38,7 +38,8 @@ def cache_bytes_read(config: InferenceConfig, lengths: range) -> float:
         )
         ratio = reads.ratio(lengths.start - 1, len(lengths))
         assert ratio is not None
-        head_page = tree_bytes((pool.k, pool.v)) // pool.num_kv_heads
+        is_quantized = isinstance(pool.k, QuantizedKeys)  # codes of keys need the bounds, which others are selected by
+        head_page = tree_bytes(pool if is_quantized else (pool.k, pool.v)) // pool.num_kv_heads
         return ratio * held * sum(n + m for n, m, _ in heads) * head_page
 
     subs = attention.page_size // attention.sub_page_size

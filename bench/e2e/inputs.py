@@ -14,7 +14,7 @@ from lserve_jax.config.sizes import PoolSizes
 from lserve_jax.models.llama import Params
 from lserve_jax.runtime.cache import KVCache
 from lserve_jax.weights import abstract_params
-from pallas_kernels import NO_PAGE, PageTables, QuantizedArray
+from pallas_kernels import NO_PAGE, PageTables, QuantizedArray, QuantizedKeys
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -29,7 +29,9 @@ def _codes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _filled(tree: Any, fill: Callable[[str, jax.Array, Any], Any]) -> Any:
     """Returns real arrays for a tree of abstract ones, made on the device leaf by leaf to limit temporaries."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: isinstance(x, QuantizedArray | QuantizedKeys)
+    )
     keys = jax.random.split(jax.random.key(0, impl="rbg"), len(leaves))
     named = [(jax.tree_util.keystr(path[-1:], simple=True), leaf) for path, leaf in leaves]
     return structure.unflatten(fill(name, key, leaf) for (name, leaf), key in zip(named, keys, strict=True))
@@ -45,13 +47,15 @@ def random_params(config: InferenceConfig) -> Params:
 
 
 def random_cache(template: KVCache) -> KVCache:
-    """Returns pages of standard normal keys and values, and bounds around zero as their statistics."""
+    """Returns pages and tails of standard normal keys and values, and bounds of keys around zero."""
 
     def fill(name: str, key: jax.Array, leaf: Any) -> Any:
-        if isinstance(leaf, QuantizedArray):  # codes of all bits, evenly: from about -3 to 3
-            levels = 2**leaf.bits - 1
-            scale, zero = (jnp.full(leaf.scale.shape, value, leaf.scale.dtype) for value in (6 / levels, levels / 2))
-            return QuantizedArray(codes=_codes(key, leaf.codes.shape), scale=scale, zero=zero, bits=leaf.bits)
+        if isinstance(leaf, QuantizedKeys):
+            return QuantizedKeys(codes=_codes(key, leaf.codes.shape), bits=leaf.bits)
+        if isinstance(leaf, QuantizedArray):  # codes of all bits, evenly: from -3 to 3
+            numbers = (6 / (2**leaf.bits - 1), -3)
+            scale, low = (jnp.full(leaf.scale.shape, value, leaf.scale.dtype) for value in numbers)
+            return QuantizedArray(codes=_codes(key, leaf.codes.shape), scale=scale, low=low, bits=leaf.bits)
         match name:
             case "selected":
                 return jnp.full(leaf.shape, NO_PAGE, leaf.dtype)
@@ -66,7 +70,7 @@ def random_cache(template: KVCache) -> KVCache:
 def page_tables(
     config: InferenceConfig, pools: PoolSizes, *, slots: int, context: int, span: range, window: int
 ) -> PageTables:
-    """Returns random page tables of ``slots`` sequences for a call of the queries ``span``.
+    """Returns random page tables of ``slots`` sequences, each with a slot, for a call of the queries ``span``.
 
     The streaming table holds the pages that they see and no others, as the engine's does. Pages go round in a ring, so
     that what successive calls both see stays where it is.
@@ -82,7 +86,8 @@ def page_tables(
     is_seen = visible_pages(
         span.start, len(span), sink=attention.sink, window=window, page_size=attention.page_size, num_pages=width
     )
-    return PageTables(retrieval.astype(np.int32), np.where(is_seen, own[:, ring], NO_PAGE).astype(np.int32))
+    streaming = np.where(is_seen, own[:, ring], NO_PAGE)
+    return PageTables(*(x.astype(np.int32) for x in (retrieval, streaming, np.arange(slots))))
 
 
 def attention_inputs(config: InferenceConfig, batch: int, count: int) -> tuple[jax.Array, jax.Array]:

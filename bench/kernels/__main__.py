@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from bench.command_line import command_parser
-from bench.kernels.ops import OPS, WORKLOADS
+from bench.kernels.ops import OPS, WORKLOADS, inapplicable
 from bench.kernels.tasks import WORKLOAD_SETS, Task, perform, run_tasks, tasks
 from bench.log import Log
 from bench.measure import device_limits
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         chosen = tasks(args.workload_set, args.implementation)
     if args.list:
-        for task in chosen:
+        for task in (task for task in chosen if inapplicable(task.op, WORKLOADS[task.workload]) is None):
             sizes = OPS[task.op].sizes(WORKLOADS[task.workload])
             print(json.dumps({**task._asdict(), "bytes": sizes.moved, "flops": sizes.flops}))
         return

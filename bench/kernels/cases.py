@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from bench.kernels.arrays import layer, normal, selection
-from bench.kernels.compare import compare_lists, compare_rows, compare_stored
-from bench.kernels.sizes import dense, first_of_window, is_rotated
+from bench.kernels.arrays import layer, normal, selection, weights
+from bench.kernels.compare import compare_lists, compare_rows, compare_written
+from bench.kernels.sizes import dense, first_of_window
 from bench.measure import is_gpu
 from pallas_kernels import NO_PAGE, LayerKV, PagedKV, dequantize, selection_width
 from pallas_kernels.core.paging import is_visible, pools
-from pallas_kernels.core.workloads import Workload
+from pallas_kernels.core.sealing import keys_of
+from pallas_kernels.core.workloads import Product, Workload
 
 type References = list[tuple[str, Callable[[Any, Any], Any]]]
 
@@ -68,9 +69,14 @@ def decode_case(w: Workload, calls: int, sets: int, *, is_dense: bool) -> Case:
 
 
 def prefill_case(w: Workload, calls: int, sets: int, *, is_dense: bool) -> Case:
-    """Returns the last chunk of a context."""
+    """Returns the last chunk of a context.
+
+    It must reach past the page in which it begins: all tokens before it are then in pages, and nothing is read from the
+    tail, which holds other tokens than the chunk's.
+    """
     w = dense(w) if is_dense else w
     start = w.context - w.chunk
+    assert start % w.page_size + w.chunk > w.page_size
     kv, tables = layer(w, sets, first_of_window(w, start, w.prefill_local))
     shape = (w.batch, w.chunk, w.num_kv_heads, w.head_dim)
     own = [
@@ -109,12 +115,12 @@ def attended_rows(w: Workload, rows: np.ndarray, kv: LayerKV, own: Any) -> jax.A
     for name, pool, table, heads in pools(kv, tables):
         visible = is_visible(query, key, *((w.sink, w.prefill_local) if name == "streaming" else (None, None)))
 
-        def joined(stored: Any, new: jax.Array, table: jax.Array = table, heads: slice = heads) -> jax.Array:
-            held = dequantize(jax.tree.map(lambda x: x[table[0]], stored), jnp.float32)
+        def joined(held: jax.Array, new: jax.Array, heads: slice = heads) -> jax.Array:
             old = jnp.swapaxes(held, 1, 2).reshape(-1, *held.shape[1::2])[:start]
             return jnp.concatenate([old, new[0, :, heads].astype(jnp.float32)])
 
-        keys, values = joined(pool.k, k), joined(pool.v, v)
+        pages = jax.tree.map(lambda x, table=table: x[table[0]], pool)
+        keys, values = joined(keys_of(pages, jnp.float32), k), joined(dequantize(pages.v, jnp.float32), v)
         queries = q[0, rows].astype(jnp.float32).reshape(len(rows), w.num_kv_heads, w.group, w.head_dim)[:, heads]
         scores = jnp.einsum("tkgh,skh->kgts", queries, keys, precision="highest") * w.head_dim**-0.5
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
@@ -165,26 +171,29 @@ def write_case(w: Workload, calls: int, sets: int, *, is_decode: bool) -> Case:
 
     def call(kv: LayerKV, own: Any, *, implementation: str) -> LayerKV:
         k, v, tables, starts = own
-        # As the engine does: statistics then bound other keys than the rotated ones that 4-bit pages hold.
-        bounded = v if is_rotated(w) else None
-        return pallas_kernels.kv_write(
-            k, v, kv, tables, starts, counts, k_bounded=bounded, implementation=implementation
-        )
+        return pallas_kernels.kv_write(k, v, kv, tables, starts, counts, implementation=implementation)
 
-    first = own[0]
-    pages = np.arange(int(first[3][0]) // w.page_size, -(-(int(first[3][0]) + tokens) // w.page_size))
+    _, _, first_tables, first_starts = own[0]
+    span = range(int(first_starts[0]), int(first_starts[0]) + tokens)
 
     def compare(actual: LayerKV, expected: LayerKV) -> None:
-        for name in ("retrieval", "streaming"):
-            touched = np.unique(np.asarray(getattr(first[2], name))[:, pages])
-            for field in PagedKV._fields:
-                both = [getattr(getattr(kv, name), field, None) for kv in (actual, expected)]
-                if both[0] is not None:
-                    compare_stored(*(jax.tree.map(lambda x: x[touched], x) for x in both))  # noqa: B023
+        compare_written(actual, expected, first_tables, span)
 
     is_affordable = w.batch * tokens <= 100 and w.batch * w.context <= 2**18
     references = _references(call, is_affordable=is_affordable, is_looped=True)
     return Case(call, kv, own, references, is_writing=True, compare=compare)
+
+
+def product_case(w: Product, calls: int, sets: int) -> Case:
+    """Returns the rows of a decode step times one of some matrices."""
+    matrices = [weights(w, i) for i in range(sets)]
+    own = [(normal(w, 10 + i, w.batch, w.inputs), matrices[i % sets]) for i in range(calls)]
+
+    def call(_: None, own: Any, *, implementation: str) -> jax.Array:
+        return pallas_kernels.quantized_matmul(*own, implementation=implementation)
+
+    references = _references(call, is_affordable=w.outputs * w.inputs <= (2**30 if is_gpu() else 2**25))
+    return Case(call, None, own, references, is_writing=False, compare=compare_rows)
 
 
 def _references(call: Callable[..., Any], *, is_affordable: bool, is_looped: bool = False) -> References:

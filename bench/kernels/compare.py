@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import QuantizedArray, dequantize
+from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray, QuantizedKeys, dequantize
+from pallas_kernels.core.paging import pools, slots_of
+from pallas_kernels.core.sealing import keys_of
 
 TOLERANCE = 3e-2
 """Greatest error of an output row (of one token and head), relative to its norm: bfloat16 leaves a tenth of it."""
@@ -30,11 +33,37 @@ def compare_lists(actual: Any, expected: Any) -> None:
     assert different <= max(1, expected.size // 1000), f"{different} of {expected.size} pages differ"
 
 
-def compare_stored(actual: Any, expected: Any) -> None:
+def compare_written(actual: LayerKV, expected: LayerKV, tables: PageTables, span: range) -> None:
+    """Raises AssertionError if a write of the positions ``span`` of each sequence left other pages or another tail."""
+    size = expected.page_size
+    touched = np.arange(span.start // size, -(-span.stop // size))
+    for (_, mine, table, _), (_, theirs, _, _) in zip(*(pools(kv, tables) for kv in (actual, expected)), strict=True):
+        pages = np.unique(np.asarray(table)[:, touched])
+        _compare_pages(*(jax.tree.map(lambda x, pages=pages: x[pages], pool) for pool in (mine, theirs)))
+    slots, rows = slots_of(tables, len(tables.retrieval)), (span.stop - 1) % size + 1
+    for mine, theirs in zip(actual.tail, expected.tail, strict=True):
+        _compare_stored(*(x[slots, :, :rows] for x in (mine, theirs)), steps=0.0)
+
+
+def _compare_pages(actual: PagedKV, expected: PagedKV) -> None:
+    """Raises AssertionError if pages of a pool differ by more than rounding explains."""
+    k_steps = v_steps = 0.0
+    if expected.k_min is not None:
+        low, high = (np.asarray(x, np.float32) for x in (expected.k_min, expected.k_max))
+        for mine, theirs in ((actual.k_min, low), (actual.k_max, high)):
+            _compare_stored(mine, theirs, steps=0.0)
+        if isinstance(expected.k, QuantizedKeys):
+            k_steps = np.repeat((high - low) / (2**expected.k.bits - 1), expected.sub_page_size, axis=2)
+    if isinstance(expected.v, QuantizedArray):
+        v_steps = np.asarray(expected.v.scale, np.float32)[..., None]
+    _compare_stored(*(keys_of(x, jnp.float32) for x in (actual, expected)), steps=k_steps)
+    _compare_stored(*(dequantize(x.v, jnp.float32) for x in (actual, expected)), steps=v_steps)
+
+
+def _compare_stored(actual: Any, expected: Any, *, steps: Any) -> None:
     """Raises AssertionError if codes differ by more than one, or more often than halfway quotients explain."""
-    wide = [np.asarray(dequantize(x, jnp.float32)) for x in (actual, expected)]
-    steps = np.asarray(expected.scale)[..., None] * 1.01 if isinstance(expected, QuantizedArray) else 0.0
-    difference = np.abs(wide[0] - wide[1])
-    assert not np.isnan(wide[0]).any(), "NaN in a page"
-    assert (difference <= steps).all(), f"stored numbers differ by {float(difference.max()):.4g}"
+    actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
+    difference = np.abs(actual - expected)
+    assert not np.isnan(actual).any(), "NaN in a page"
+    assert (difference <= steps * 1.01).all(), f"stored numbers differ by {float(difference.max()):.4g}"
     assert (difference > 0.0).mean() < 0.01, f"{(difference > 0).mean():.1%} of the stored numbers differ"

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 KERNEL_MODULES = tuple(
-    f"pallas_kernels.{op}.mosaic_gpu" for op in ("decode_attention", "kv_write", "page_select", "prefill_attention")
+    f"pallas_kernels.{op}.mosaic_gpu"
+    for op in ("decode_attention", "kv_write", "page_select", "prefill_attention", "quantized_matmul")
 )
 
 

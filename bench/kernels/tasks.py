@@ -8,6 +8,7 @@ from bench.kernels.timing import measure
 from bench.log import Log
 from bench.measure import Limits, result
 from bench.text import one_line
+from pallas_kernels.core.workloads import PRODUCTS
 
 
 class Task(NamedTuple):
@@ -33,6 +34,7 @@ _TARGETS: tuple[tuple[str, str], ...] = (
     ("decode_attention", "llama3_8b_128k_int8"),
     ("decode_dense", "llama3_8b_128k_int8"),
     ("prefill_dense", "llama3_8b_128k_whole"),
+    *(("quantized_matmul", f"llama3_8b_gate_up_b1_{weights}") for weights in ("w4g128", "w8", "w8a8", "w4g32")),
 )
 """The rows of the targets, those with the least known results first."""
 
@@ -50,13 +52,17 @@ def _full() -> Iterator[tuple[str, str]]:
         for bits in ("", "_int8", "_int4"):
             yield from ((op, f"llama3_8b_{name}{bits}") for op in ("prefill_attention", "kv_write_prefill"))
     yield from ((op, "smollm2_135m_8k_chunk2k") for op in ("prefill_attention", "prefill_dense", "kv_write_prefill"))
+    yield from (("quantized_matmul", name) for name in PRODUCTS)
     yield from (("kv_write_prefill", f"llama3_8b_128k{bits}") for bits in ("", "_int8", "_int4"))  # of 512 tokens
 
 
 WORKLOAD_SETS: dict[str, tuple[tuple[str, str], ...]] = {
     "targets": _TARGETS,
     "full": tuple(dict.fromkeys(_full())),
-    "tiny": tuple((op, "tiny_mixed") for op in OPS if op not in ("decode_dense", "kv_write_decode", "prefill_dense")),
+    "tiny": (
+        *((op, "tiny_mixed") for op in ("decode_attention", "page_select", "kv_write_prefill", "prefill_attention")),
+        ("quantized_matmul", "tiny_w4g32"),
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lserve_jax.calibration.progress import PROGRESS_FILE
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import CONFIG_FILE, GATES_FILE
+from lserve_jax.weights.smoothing import Smoothing
 
 SCORES_FILE = "scores.npz"
 PICTURE_FILE = "heads.png"
@@ -34,6 +35,7 @@ def write_pattern(
     *,
     scores: Mapping[str, Mapping[str, NDArray[np.floating]]] | None = None,
     picture: bytes | None = None,
+    smoothing: Smoothing | None = None,
 ) -> None:
     """Writes a pattern, the gates last, so that a folder without gates is incomplete.
 
@@ -43,6 +45,7 @@ def write_pattern(
       settings: the content of `CONFIG_FILE`.
       scores: kind of prompt → score → [L, K], stored in `SCORES_FILE` as ``kind/score``.
       picture: a PNG.
+      smoothing: factors for weights in 8 bits.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if scores is not None:
@@ -52,6 +55,8 @@ def write_pattern(
         _write(folder / SCORES_FILE, buffer.getvalue())
     if picture is not None:
         _write(folder / PICTURE_FILE, picture)
+    if smoothing is not None:
+        smoothing.save(folder)
     write_settings(folder, settings)
     rows = "".join("\t".join(f"{gate:.6f}" for gate in row) + "\n" for row in gates)
     _write(folder / GATES_FILE, rows.encode())

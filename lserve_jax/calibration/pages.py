@@ -13,8 +13,8 @@ from lserve_jax.models import layerwise
 from lserve_jax.models.layers import each_layer
 from lserve_jax.models.llama import Params, RopeTables
 from lserve_jax.runtime.cache import KVCache, LayerCache
-from pallas_kernels import PagedKV, PageTables, kv_write
-from pallas_kernels.core.paging import is_visible
+from pallas_kernels import LayerKV, PageTables, kv_write
+from pallas_kernels.core.paging import is_visible, newest_page
 
 
 class Chunk(NamedTuple):
@@ -50,12 +50,12 @@ class Chunk(NamedTuple):
 
 
 class LayerHeads(NamedTuple):
-    """A layer's heads: the chunk's queries [K, G, T, H], keys and values [T, K, H], and the pages before it."""
+    """A layer's heads: the chunk's queries [K, G, T, H], keys and values [T, K, H], and the tokens before it."""
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    pool: PagedKV
+    kv: LayerKV
 
     def map[T](self, chunk: Chunk, head: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], T]) -> T:
         """Returns the stacked results of ``head`` for each KV head, computed one at a time, and again for a gradient.
@@ -64,13 +64,21 @@ class LayerHeads(NamedTuple):
           chunk: the chunk, which names the pages.
           head: number of the head, queries [G, T, H], keys and values [S + T, H] → any arrays.
         """
-        size, head_dim = chunk.sources.size, self.k.shape[-1]
+        size, head_dim, pool = chunk.sources.size, self.k.shape[-1], self.kv.retrieval
+        assert pool is not None
+        open_page = newest_page(chunk.start, self.kv.page_size)  # of the token before the chunk
+        is_open = (jnp.arange(chunk.table.size, dtype=jnp.int32) == open_page)[:, None, None]
 
         @jax.checkpoint
         def one(index: jax.Array) -> T:
             keys, values = (
-                jnp.concatenate([pages[chunk.table, index].reshape(size, head_dim), new[:, index]])
-                for pages, new in ((self.pool.k, self.k), (self.pool.v, self.v))
+                jnp.concatenate(
+                    [
+                        jnp.where(is_open, tail[0, index], pages[chunk.table, index]).reshape(size, head_dim),
+                        new[:, index],
+                    ]
+                )
+                for pages, tail, new in zip((pool.k, pool.v), self.kv.tail, (self.k, self.v), strict=True)
                 if isinstance(pages, jax.Array)  # Reader refuses quantised pages
             )
             return head(index, self.q[index], keys, values)
@@ -135,8 +143,7 @@ def _layer(
     def through_pages(
         kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
     ) -> tuple[jax.Array, Any]:
-        assert state.kv.retrieval is not None
-        heads = LayerHeads(by_kv_head(q[0], k.shape[2]), k[0], v[0], state.kv.retrieval)
+        heads = LayerHeads(by_kv_head(q[0], k.shape[2]), k[0], v[0], state.kv)
         outputs, found = attend(layer, x, heads, gate)
         k, v = (jax.lax.stop_gradient(new) for new in (k, v))  # the chunk does not read the pages that it writes
         kv = kv_write(k, v, state.kv, PageTables(table, table), chunk.start[None], chunk.count[None])

@@ -12,6 +12,7 @@ from lserve_jax.calibration.attention import average, scores, weights
 from lserve_jax.calibration.pages import Chunk, LayerHeads, forward, visible_keys
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.models import layerwise
+from lserve_jax.models.layers import numbers
 from lserve_jax.models.llama import Params
 from lserve_jax.runtime.cache import KVCache
 
@@ -63,7 +64,7 @@ def probe(
 
     def attend(layer: int, x: jax.Array, heads: LayerHeads, gate: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         found = compare(heads)
-        kernel = params[f"layers_{layer}"]["attention"]["o_proj"]["kernel"]
+        kernel = numbers(params[f"layers_{layer}"]["attention"]["o_proj"]["kernel"], jnp.dtype(config.dtype))
         return found.dense, {name: value @ shares for name, value in _measures(found, kernel, x).items()}
 
     gates = jnp.ones((config.model.num_layers, config.model.num_kv_heads), jnp.float32)
@@ -126,7 +127,7 @@ def _measures(heads: Heads, kernel: jax.Array, x: jax.Array) -> dict[str, jax.Ar
 
     Args:
       heads: the heads' outputs and shares.
-      kernel: [D, N, H] the layer's output projection.
+      kernel: [D, N · H] the layer's output projection.
       x: [1, T, D] the layer's input hidden states.
     """
     dense, lost = heads.dense, heads.dense - heads.streaming

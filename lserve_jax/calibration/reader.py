@@ -1,7 +1,9 @@
 """Reads prompts into a dense KV cache chunk by chunk, so that memory does not grow quadratically with their length."""
 
-from collections.abc import Sequence
-from typing import Protocol
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +19,10 @@ from lserve_jax.runtime.steps import prefill_step
 from pallas_kernels import PageTables
 
 
-class Step(Protocol):
-    """A function that computes a chunk's term of a sum over a prompt."""
+class Step[T](Protocol):
+    """A function that computes a chunk's term of a prompt's result: an array, or a pytree of them."""
 
-    def __call__(
-        self, params: Params, cache: KVCache, chunk: Chunk, *, config: InferenceConfig
-    ) -> tuple[jax.Array, KVCache]:
+    def __call__(self, params: Params, cache: KVCache, chunk: Chunk, *, config: InferenceConfig) -> tuple[T, KVCache]:
         """Returns the chunk's term and the cache with the chunk; ``cache`` may be donated."""
         ...
 
@@ -69,15 +69,15 @@ class Reader:
             _, self.cache = prefill_step(self.params, self.cache, tokens, starts, counts, tables, config=self.config)
         return self._piece(prompt, last, self._width)
 
-    def read_through(self, prompt: Prompt, step: Step) -> float:
-        """Returns the sum of ``step`` over all chunks of a prompt, answer included."""
+    def read_through[T](self, prompt: Prompt, step: Step[T], combine: Callable[[Any, Any], Any] = operator.add) -> T:
+        """Returns the sum of ``step`` over all chunks of a prompt, answer included; ``combine`` replaces the sum."""
         parts = []
         for start in range(0, len(prompt.tokens) - 1, self._chunk):
             part, self.cache = step(
                 self.params, self.cache, self._piece(prompt, start, self._chunk), config=self.config
             )
             parts.append(part)
-        return float(sum(parts))
+        return jax.tree.map(lambda *terms: reduce(combine, terms), *parts)
 
     def _piece(self, prompt: Prompt, start: int, size: int) -> Chunk:
         """Returns ``size`` tokens from ``start`` on, without the prompt's last token, which predicts nothing."""

@@ -93,7 +93,7 @@ def expected_losses(
         for number, prompt in enumerate(prompts, start=1):
             key = f"loss {prompt.digest} {np.packbits(is_retrieval).tobytes().hex()}"
             if key not in done:
-                loss = reader.read_through(prompt, partial(masked_step, is_retrieval=jnp.asarray(is_retrieval)))
+                loss = float(reader.read_through(prompt, partial(masked_step, is_retrieval=jnp.asarray(is_retrieval))))
                 done[key] = np.asarray(loss / prompt.num_answer)
             losses.setdefault(prompt.kind, []).append(float(done[key]))
             if on_progress is not None:

@@ -13,7 +13,7 @@ from lserve_jax.config.inference import InferenceConfig, LayerKind
 from lserve_jax.models import layerwise
 from lserve_jax.models.layers import each_layer
 from lserve_jax.models.llama import Params, RopeTables
-from pallas_kernels import LayerKV, PagedKV, PageTables, prefill_attention
+from pallas_kernels import LayerKV, PagedKV, PageTables, Tail, prefill_attention
 from pallas_kernels.core.paging import is_visible
 
 BLOCK = 256
@@ -62,10 +62,16 @@ def _full_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns causal attention outputs [1, T, N, H] twice; the whole sequence is one prompt chunk."""
     page = jnp.zeros((1, k.shape[2], state.attention.page_size, k.shape[3]), k.dtype)  # never read: there is no history
-    kv = LayerKV(retrieval=PagedKV(page, page), streaming=None)
+    kv = LayerKV(retrieval=PagedKV(page, page), streaming=None, tail=Tail(page, page))
     table, start, count = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.full(1, q.shape[1], jnp.int32)
     tables = PageTables(table, table)
-    out = prefill_attention(q, k, v, kv, tables, start, count, sink=0, local=1, implementation=state.implementation)
+    out = prefill_attention(
+        *(q, k, v, kv, tables, start, count),
+        sink=0,
+        local=1,
+        has_history=False,
+        implementation=state.implementation,
+    )
     return out, out
 
 

@@ -1,16 +1,17 @@
 """Flags that several commands share, and flags derived from the fields of a dataclass."""
 
 import argparse
-import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
 from lserve_jax.config.attention import PRESETS, AttentionConfig
 from lserve_jax.config.errors import InputError
-from lserve_jax.config.inference import DTYPES
-from lserve_jax.config.settings import KINDS, Texts, TextsOrTokens, describe_default, read, settings
+from lserve_jax.config.inference import DTYPES, WEIGHT_DTYPES
+from lserve_jax.config.settings import KINDS, Texts, TextsOrTokens, describe_default, memory_size, read, settings
+from lserve_jax.config.sizes import CacheSettings
 from lserve_jax.engine.setup import DEFAULT_MODEL, IMPLEMENTATIONS
 
 type Group = argparse.ArgumentParser | argparse._ArgumentGroup
@@ -30,16 +31,12 @@ def local_path(text: str) -> Path:
     return Path(local(text))
 
 
-_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def memory_size(text: str) -> int:
-    """Returns the bytes that a text such as ``80GiB`` names."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
-    size = float(found[1]) * _UNITS[found[2].upper()] if found and found[2].upper() in _UNITS else 0
-    if not 1 <= size < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of bytes, or one with GB or GiB, such as 80GiB")
-    return int(size)
+def positive_memory_size(text: str) -> int:
+    """Returns the bytes, at least one, that a text such as ``80GiB`` names."""
+    with suppress(ValueError):
+        if (size := memory_size(text)) > 0:
+            return size
+    raise argparse.ArgumentTypeError(f"{text!r} must be a number of bytes, or one with GB or GiB, such as 80GiB")
 
 
 SHARED: dict[str, dict[str, Any]] = {
@@ -55,7 +52,11 @@ SHARED: dict[str, dict[str, Any]] = {
     "--dtype": {
         "choices": ("auto", *DTYPES),
         "default": "auto",
-        "help": "element type of weights and activations; auto is the checkpoint's own (default: %(default)s)",
+        "help": "type of activations, and of weights not quantised; auto is the checkpoint's (default: %(default)s)",
+    },
+    "--weight-dtype": {
+        "choices": WEIGHT_DTYPES,
+        "help": "form of matrices; auto keeps the file's (default: auto; on CPUs int8 if smoothing factors are known)",
     },
     "--max-model-len": {
         "type": int,
@@ -139,17 +140,18 @@ def add_fields(
       cls: the dataclass, see `lserve_jax.config.settings`.
       names: the settings to add; None adds all.
       default: how ``--help`` words a default; "{}" stands for the value.
-      own: "default" and "help" of this command by setting; `given` returns such a default as if it were named.
+      own: what this command has by setting: its "default", which `given` returns as if it were named, its default in
+        "words", and its "help".
     """
     found = settings(cls)
     for name in found if names is None else names:
         setting, changed = found[name], (own or {}).get(name, {})
-        words = (
+        usual = (
             describe_default(setting, setting.default, default)
             if "default" not in changed
             else describe_default(setting, changed["default"])
         )
-        text = f"{changed.get('help', setting.metadata['help'])} (default: {words})"
+        text = f"{changed.get('help', setting.metadata['help'])} (default: {changed.get('words', usual)})"
         group.add_argument(
             f"--{name.replace('_', '-')}",
             default=changed.get("default"),
@@ -162,6 +164,12 @@ def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     """Returns the settings of a dataclass that the user named, by name."""
     values = {name: getattr(args, name, None) for name in settings(cls)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of `lserve_jax.engine.setup.prepare` that commands for one model have in common."""
+    names = ("attention", "head_pattern", "dtype", "weight_dtype", "max_model_len", "prefill_chunk", "implementation")
+    return {name: getattr(args, name) for name in names} | given(args, CacheSettings) | given(args, AttentionConfig)
 
 
 def _form(setting: Field[Any]) -> dict[str, Any]:

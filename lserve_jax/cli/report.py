@@ -21,7 +21,8 @@ def to_json(llm: LLM, output: RequestOutput) -> dict[str, Any]:
         "completion_tokens": len(output.token_ids),
         "finish_reason": output.finish_reason,
         "ttft_s": round(metrics.ttft_s, 4),
-        "prefill_tokens_per_s": _rate(len(output.prompt_token_ids), metrics.prefill_s),
+        "cached_tokens": metrics.cached_tokens,
+        "prefill_tokens_per_s": _rate(len(output.prompt_token_ids) - metrics.cached_tokens, metrics.prefill_s),
         "decode_tokens_per_s": _rate(metrics.decoded_tokens, metrics.decode_s),
         "compile_s": round(llm.compile_seconds, 3),
         "attention": {
@@ -29,6 +30,7 @@ def to_json(llm: LLM, output: RequestOutput) -> dict[str, Any]:
             "retrieval_heads": list(llm.config.num_retrieval),
             "implementation": llm.config.implementation or "auto",
         },
+        "weights": {"forms": llm.setup.plan.weight_words, "bytes": llm.setup.plan.weight_bytes},
         "kv_cache": {
             "dtype": llm.config.kv_dtype,
             "retrieval_bytes": metrics.retrieval_bytes,
@@ -66,11 +68,15 @@ def plan_to_json(setup: Setup) -> dict[str, Any]:
         "head_pattern": setup.pattern_origin,
         "retrieval_pages": plan.pools.retrieval,
         "streaming_pages": plan.pools.streaming,
+        "weight_forms": plan.weight_words,
         "weight_bytes": plan.weight_bytes,
         "retrieval_bytes": plan.retrieval_bytes,
         "streaming_bytes": plan.streaming_bytes,
+        "open_page_bytes": plan.tail_bytes,
         "total_bytes": plan.total_bytes,
         "free_bytes": plan.available_bytes,
+        "prefix_cache": plan.has_prefix_cache,
+        "swap_pages": plan.pools.swap,
         "fits": None if plan.available_bytes is None else plan.fits,
         "largest_context": plan.largest_context,
         "implementations": by_op(setup.implementations) or None,
@@ -88,6 +94,7 @@ def plan_to_text(setup: Setup) -> str:
 def summary(llm: LLM, outputs: Sequence[RequestOutput]) -> str:
     """Returns the closing statistics for people, one fact per line."""
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    cached = sum(output.metrics.cached_tokens for output in outputs)
     answer = sum(len(output.token_ids) for output in outputs)
     decoded = sum(output.metrics.decoded_tokens for output in outputs)
     first = outputs[0].metrics.ttft_s
@@ -100,7 +107,9 @@ def summary(llm: LLM, outputs: Sequence[RequestOutput]) -> str:
     attention = llm.config.attention
     recalls = [output.metrics.attention_recall for output in outputs if output.metrics.attention_recall is not None]
     lines = [
-        f"prompt {prompt} tokens, {_rate(prompt, prefill_s)} tokens/s; first token after {first:.2f} s",
+        f"prompt {prompt} tokens"
+        + (f", {cached} of them cached" if cached else "")
+        + f", {_rate(prompt - cached, prefill_s)} tokens/s; first token after {first:.2f} s",
         (
             f"answer {answer} tokens, {_rate(decoded, decode_s)} tokens/s; "
             f"compilation {llm.compile_seconds:.1f} s (not counted in speeds)"
@@ -109,6 +118,7 @@ def summary(llm: LLM, outputs: Sequence[RequestOutput]) -> str:
         f"token budget {attention.token_budget or 'all'}"
         + (f", {sum(ratios) / len(ratios):.0%} of the pages read" if ratios else "")
         + (f", which held {sum(recalls) / len(recalls):.1%} of the attention" if recalls else ""),
+        f"weights {llm.setup.plan.weight_words}: {llm.setup.plan.weight_bytes / 2**20:.1f} MiB",
         f"KV cache {llm.config.kv_dtype}: {held / 2**20:.1f} MiB, {held / dense:.2f}x of dense bfloat16",
         f"kernels {describe(llm.implementations)}",
     ]

@@ -16,6 +16,8 @@ from lserve_jax.config.json_file import parse_json
 
 GATES_FILE = "full_attention_heads.tsv"
 CONFIG_FILE = "config.json"
+SMOOTHING_FILE = "smoothing.safetensors"
+"""Factors for weights in 8 bits (`lserve_jax.weights.smoothing`), which calibration finds along with the gates."""
 QUOTAS = ("model", "layer")
 
 type Folder = Path | Traversable
@@ -110,7 +112,7 @@ class HeadPattern:
     @property
     def files(self) -> list[Folder]:
         """Returns the files of the pattern."""
-        names = (GATES_FILE, CONFIG_FILE) if self.has_settings else (GATES_FILE,)
+        names = (GATES_FILE, CONFIG_FILE, SMOOTHING_FILE) if self.has_settings else (GATES_FILE, SMOOTHING_FILE)
         return [file for name in names if (file := self.folder / name).is_file()]
 
     def classify(self, static_sparsity: float) -> HeadClasses:

@@ -85,7 +85,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (0,),
     "n_routed_experts": (0,),
 }
-QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 
 
 def read_hf(
@@ -209,11 +208,9 @@ def _refuse_unsupported(reader: Reader) -> None:
         if value is not None and value not in neutral:
             only = f", only {' or '.join(map(repr, neutral))}" if neutral else ""
             reader.problems.append(f"{key} {shown(value)} is not supported{only}")
-    for key in QUANTIZATION_KEYS:
-        method = config.get(key)
-        if method:
-            name = method.get("quant_method", method) if isinstance(method, Mapping) else method
-            reader.problems.append(f"{key} ({shown(name)}) is not supported; use an unquantised or a GGUF checkpoint")
+    if config.get("quantization"):  # MLX's; those of Hugging Face are read with the weights
+        shape = shown(config["quantization"])
+        reader.problems.append(f"quantization ({shape}) is not supported; use an unquantised or a GGUF checkpoint")
 
 
 def _check_layer_types(reader: Reader, window: int | None) -> None:

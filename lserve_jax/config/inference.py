@@ -10,6 +10,7 @@ from lserve_jax.config.heads import HeadClasses
 from lserve_jax.config.model import ModelConfig
 
 DTYPES = ("bfloat16", "float32")
+WEIGHT_DTYPES = ("auto", *DTYPES, "int8", "int4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +20,13 @@ class Storage:
     Attributes:
       num_kv_heads: heads with such pages, at least 1.
       dtype: element type: "bfloat16", "float32", "int8" or "int4".
-      has_statistics: whether the bounds of each sub-page's keys are stored too, which only page selection reads.
+      sub_page_size: tokens whose keys have their bounds stored, which page selection and quantised keys need; None if
+        neither does.
     """
 
     num_kv_heads: int
     dtype: str
-    has_statistics: bool
+    sub_page_size: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ class InferenceConfig:
 
     @property
     def is_rotated(self) -> bool:
-        """Returns whether pages hold rotated keys and values (`pallas_kernels.rotate`): with "int4", for all heads."""
+        """Returns whether pages hold rotated values (`pallas_kernels.rotate`): with "int4", for all heads."""
         return self.kv_dtype == "int4"
 
     def num_selected(self, layer: int) -> int | None:
@@ -157,12 +159,24 @@ class InferenceConfig:
         streaming = self.model.num_kv_heads - retrieval
         num_selected = None if layer in attention.dense_layers or not retrieval else attention.num_selected
 
-        def storage(heads: int, dtype: str, *, has_statistics: bool) -> Storage | None:
-            return Storage(num_kv_heads=heads, dtype=dtype, has_statistics=has_statistics) if heads else None
+        def storage(heads: int, dtype: str, *, is_selected: bool) -> Storage | None:
+            needs_bounds = is_selected or dtype in ("int8", "int4")
+            size = self.sub_page_size if needs_bounds else None
+            return Storage(num_kv_heads=heads, dtype=dtype, sub_page_size=size) if heads else None
 
         return LayerKind(
-            retrieval=storage(retrieval, self.kv_dtype, has_statistics=num_selected is not None),
-            streaming=storage(streaming, self.streaming_dtype, has_statistics=False),
+            retrieval=storage(retrieval, self.kv_dtype, is_selected=num_selected is not None),
+            streaming=storage(streaming, self.streaming_dtype, is_selected=False),
             prefill=Reading(sink=attention.sink, local=attention.prefill_local, num_selected=None),
             decode=Reading(sink=attention.sink, local=attention.local, num_selected=num_selected),
         )
+
+    @property
+    def sub_page_size(self) -> int:
+        """Returns the tokens per sub-page of pools that have bounds: whole pages for 8-bit keys that nobody selects.
+
+        Such keys lose little within the bounds of a page; keys of 4 bits lose over twice as much as with 16 tokens.
+        """
+        attention = self.attention
+        is_small = attention.num_selected is not None or self.kv_dtype == "int4"
+        return attention.sub_page_size if is_small else attention.page_size

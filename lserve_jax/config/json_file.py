@@ -28,10 +28,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(text, str(path))
 
 
-def parse_json(data: bytes, source: str) -> dict[str, Any]:
-    """Returns the object in the bytes of a file; ``source`` is its name. Raises as `read_json` does."""
+def parse_json(data: bytes, source: str, *, allows_constants: bool = True) -> dict[str, Any]:
+    """Returns the object in the bytes of a file. Raises as `read_json` does.
+
+    Args:
+      data: the bytes.
+      source: the file's name, for messages.
+      allows_constants: whether numbers may be NaN and Infinity, which are not JSON but stand in some files.
+    """
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
+        constant = None if allows_constants else _refuse_constant
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=constant)
     except _TwiceError as error:
         raise InputError(f"{source}: key {error} has two different values; remove one") from None
     except (ValueError, RecursionError) as error:
@@ -39,6 +46,10 @@ def parse_json(data: bytes, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{source}: must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 class _TwiceError(Exception):

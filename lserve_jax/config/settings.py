@@ -10,6 +10,7 @@ A field whose ``metadata`` has "help" is a setting. The keys of ``metadata``:
 - "metavar": what stands for its value in ``--help``.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ TokenBiases = Mapping[int, float] | Sequence[tuple[int, float]]
 Texts = str | Sequence[str]
 TextsOrTokens = str | Sequence[str | Sequence[int]]
 """The types of settings whose flag is repeated, once per text."""
+type Bytes = int
+type BytesOrWord = int | str | None
+"""The types of settings that are a number of bytes, or a word."""
 
 
 class Kind(NamedTuple):
@@ -51,7 +55,20 @@ def _token_biases(text: str) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), float(bias)) for token, bias in pairs)
 
 
+_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def memory_size(text: str) -> int:
+    """Returns the bytes that a text such as ``80GiB`` names; raises `ValueError` for another text."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
+    size = float(found[1]) * _UNITS[found[2].upper()] if found and found[2].upper() in _UNITS else -1
+    if not 0 <= size < 2**63:
+        raise ValueError(f"{text!r} is no number of bytes")
+    return int(size)
+
+
 _WHOLE = Kind(int, "a whole number", "N")
+_BYTES = Kind(memory_size, "a number of bytes, or one with GB or GiB, such as 80GiB", "SIZE")
 _WORD = Kind(str, "a word", "WORD")
 
 KINDS: dict[Any, Kind] = {
@@ -65,6 +82,8 @@ KINDS: dict[Any, Kind] = {
     Texts: _WORD,
     TextsOrTokens: _WORD,
     Sequence[int]: Kind(_token_ids, "token ids with commas between, such as 5,17", "ID,ID"),
+    Bytes: _BYTES,
+    BytesOrWord: _BYTES,
     TokenBiases: Kind(_token_biases, "token ids and numbers, such as 5=-1.5,17=2", "ID=X,ID=X"),
 }
 """The kind of values of each type of field."""

@@ -10,9 +10,9 @@ from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.pages import retrieval_pages
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.config.sizes import Sizes
-from lserve_jax.engine.allocator import stack_tables
+from lserve_jax.engine.allocator import stack_rows, stack_tables
+from lserve_jax.engine.plans import Chunk, Decode
 from lserve_jax.engine.request import Sequence as EngineSequence
-from lserve_jax.engine.scheduler import Decode, Prefill
 from lserve_jax.runtime.adjustments import Adjustments, History
 from lserve_jax.runtime.sampling import SamplingState
 from lserve_jax.runtime.steps import DecodeState
@@ -42,18 +42,22 @@ class BatchArrays:
         pages = retrieval_pages(self.sizes.max_model_len, self.config.attention.page_size)
         return PageTables(*stack_tables(sequences, self.sizes.max_num_seqs, pages))
 
-    def tables_of(self, sequence: EngineSequence) -> PageTables:
-        """Returns the page tables [1, max_pages] int32 of one sequence."""
-        slot = sequence.slot
-        assert slot is not None
-        return PageTables(*(table[slot : slot + 1] for table in self.tables([sequence])))
+    def chunk_tables(self, chunks: Sequence[Chunk], rows: int) -> PageTables:
+        """Returns the page tables [rows, max_pages] int32 of prompt chunks, and their slots; 0 for rows without one."""
+        pages = retrieval_pages(self.sizes.max_model_len, self.config.attention.page_size)
+        empty = [None] * (rows - len(chunks))
+        slots = np.zeros(rows, np.int32)
+        for row, chunk in enumerate(chunks):
+            assert chunk.sequence.slot is not None
+            slots[row] = chunk.sequence.slot
+        return PageTables(*stack_rows([*(chunk.sequence for chunk in chunks), *empty], pages), slots)
 
-    def chunk(self, plan: Prefill, size: int, shift: int = 0) -> np.ndarray:
-        """Returns the tokens [1, size] int32 of a prompt chunk, or those ``shift`` places after them; padded with 0."""
-        tokens = np.zeros((1, size), np.int32)
-        begin = plan.start + shift
-        held = plan.sequence.request.prompt[begin : begin + plan.count]
-        tokens[0, : len(held)] = held
+    def chunk_tokens(self, chunks: Sequence[Chunk], rows: int, size: int, shift: int = 0) -> np.ndarray:
+        """Returns the tokens [rows, size] int32 of prompt chunks, or those ``shift`` places after them; else 0."""
+        tokens = np.zeros((rows, size), np.int32)
+        for row, chunk in enumerate(chunks):
+            held = chunk.sequence.request.prompt[chunk.start + shift : chunk.end + shift]
+            tokens[row, : len(held)] = held
         return tokens
 
     def decode_state(self, plan: Decode) -> DecodeState:

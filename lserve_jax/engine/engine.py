@@ -1,8 +1,9 @@
 """One step of the engine: a plan of the scheduler, a call of a compiled program, and a record of its result."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,21 +13,25 @@ from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.config.sizes import PoolSizes, Sizes
 from lserve_jax.engine.batch import BatchArrays, Rows, params_of
+from lserve_jax.engine.host_pages import HostPages, PageMover
+from lserve_jax.engine.plans import Chunk, Decode, Prefill, Swap
 from lserve_jax.engine.progress import Progress, PromptScores, Taken, not_finite, top_rows
-from lserve_jax.engine.request import Request, Sequence
-from lserve_jax.engine.scheduler import Decode, Prefill, Scheduler
+from lserve_jax.engine.request import Request
+from lserve_jax.engine.request import Sequence as EngineSequence
+from lserve_jax.engine.scheduler import Scheduler, Turns
 from lserve_jax.models.llama import Params
 from lserve_jax.runtime.adjustments import Adjustments
 from lserve_jax.runtime.cache import KVCache, empty_cache
+from lserve_jax.runtime.freed_memory import give_back_freed_memory
 from lserve_jax.runtime.programs import Call, Programs
 from lserve_jax.runtime.recall import recall_step
 from lserve_jax.runtime.steps import decode_loop, prefill_step, sample_first, score_step
 
-SHORT_CHUNK = 64
-"""Chunk size of a separate program for prompts that fit into it, so that a short prompt does not cost a long chunk."""
+TAIL_CHUNKS = (64, 256)
+"""Chunk sizes of further programs for the last chunk of a prompt. The smallest that holds it runs, so that what a
+prompt adds to one that was read before does not cost a whole chunk."""
 
-
-type Accept = Callable[[Sequence, Taken], tuple[int, str | None]]
+type Accept = Callable[[EngineSequence, Taken], tuple[int, str | None]]
 """(sequence, its new tokens) → (how many of them to keep, at least 1; why the sequence is finished, or None)."""
 
 
@@ -40,6 +45,8 @@ class Engine:
         sizes: Sizes,
         pools: PoolSizes,
         *,
+        turns: Turns | None = None,
+        has_prefix_cache: bool = True,
         has_recall: bool = False,
         on_compile: Callable[[str], None] | None = None,
     ) -> None:
@@ -50,6 +57,8 @@ class Engine:
           config: model, attention and number types.
           sizes: sequences, context and calls.
           pools: pages of the cache.
+          turns: how calls take turns.
+          has_prefix_cache: whether pages of earlier prompts are kept for prompts that begin alike.
           has_recall: whether to measure the recall of page selection at the first decode step of every call.
           on_compile: called with the names of programs when their compilation begins.
         """
@@ -57,7 +66,12 @@ class Engine:
         self.config = config
         self.sizes = sizes
         self.programs = Programs(on_compile)
-        self.scheduler = Scheduler(sizes, config.attention, pools)
+        self._mover = PageMover(self.programs)
+        turns = turns or Turns()
+        self._turns = turns if turns.short_chunk <= sizes.prefill_chunk else replace(turns, short_chunk=0)
+        tails = (size for size in TAIL_CHUNKS if size < sizes.prefill_chunk)
+        self._chunk_sizes = (*tails, sizes.prefill_chunk)
+        self.scheduler = Scheduler(sizes, config.attention, pools, turns=self._turns, has_prefix_cache=has_prefix_cache)
         self._pools = pools
         self._has_recall = has_recall
         self.cache: KVCache = jax.eval_shape(self.new_cache)
@@ -67,41 +81,102 @@ class Engine:
 
     def expect(self, request: Request) -> None:
         """Starts to compile the programs of a request; before `load`, this overlaps with the reading of the weights."""
-        sequence = Sequence.from_request(
+        self._start_first(self._first_chunk(request))
+
+    def _first_chunk(self, request: Request) -> Chunk:
+        """Returns the first chunk of a request, for its shapes alone."""
+        sequence = EngineSequence.from_request(
             request, max_model_len=self.sizes.max_model_len, page_size=self.config.attention.page_size
         )
         sequence.slot = 0
-        count = min(sequence.prompt_length, self.sizes.prefill_chunk)
-        self._start_first(Prefill(sequence, 0, count))
+        return Chunk(sequence, 0, min(sequence.prompt_length, self.sizes.prefill_chunk))
 
     def load(self, params: Params) -> None:
         """Replaces the abstract weights by ``params`` and allocates the cache."""
         self.params = params
         self._restore_cache()
-        nobody = {size: self._arrays.adjustments([None] * size) for size in (1, self.sizes.max_num_seqs)}
+        batches = {1, self._turns.short_rows, self.sizes.max_num_seqs}
+        nobody = {size: self._arrays.adjustments([None] * size) for size in batches}
         self._unadjusted = jax.device_put(nobody)
+        give_back_freed_memory()
 
-    def add(self, request: Request) -> Sequence:
+    def warm_up(self, *, moves_pages: bool = False, on_done: Callable[[int, int], None] | None = None) -> None:
+        """Compiles every program that a request may need; runs none.
+
+        Args:
+          moves_pages: whether `read_pages` and `write_pages` will be called too.
+          on_done: called with the number of programs that are compiled, and that of all.
+        """
+        calls = list({call.name: call for call in self._all_calls(moves_pages)}.values())
+        self.programs.start(calls)
+        for done, call in enumerate(calls, start=1):
+            self.programs.compile([call])
+            if on_done is not None:
+                on_done(done, len(calls))
+
+    def _all_calls(self, moves_pages: bool) -> Iterator[Call]:
+        """Yields calls of all programs, those that a short prompt needs first; some twice."""
+        longest = self.sizes.max_model_len
+        # Each size ends a prompt of one chunk or of several.
+        lengths = {1, *self._chunk_sizes, *(self.sizes.prefill_chunk + size for size in self._chunk_sizes)}
+        for has_scores in (False, True):
+            for length in sorted({min(length, longest) for length in lengths}):
+                params = SamplingParams(max_tokens=2, prompt_logprobs=has_scores)
+                yield from self._first_calls(self._first_chunk(Request(id=-1, prompt=(0,) * length, sampling=params)))
+            yield self._decode_call(Decode((), ()))
+        if self._pools.swap or moves_pages:
+            yield from self._mover.calls(self.cache)
+        if self._has_recall:
+            yield self._recall_call(Decode((), ()))
+
+    def add(self, request: Request) -> EngineSequence:
         """Returns the waiting sequence of a request; raises `InputError` if it can never run."""
+        assert isinstance(request.sampling, SamplingParams)
+        assert not (request.is_cacheable and request.sampling.prompt_logprobs), "what is cached has no scores"
         return self.scheduler.add(request)
 
     def step(self, accept: Accept) -> list[Progress]:
         """Returns the result of the next call for every sequence in it; an empty list if nothing is left to do."""
         self._restore_cache()
-        plan = self.scheduler.schedule()
-        if plan is None:
-            return []
         with self._ending_all_on_failure():
-            return [self._prefill(plan, accept)] if isinstance(plan, Prefill) else self._decode(plan, accept)
+            while isinstance(plan := self.scheduler.schedule(), Swap):
+                self._swap(plan)
+            if plan is None:
+                return []
+            return self._prefill(plan, accept) if isinstance(plan, Prefill) else self._decode(plan, accept)
+
+    def _swap(self, plan: Swap) -> None:
+        """Moves the pages of a sequence, and its last page selection, between device and host memory."""
+        left = plan.sequence.swapped
+        assert left is not None
+        if plan.is_out:
+            pages = self._mover.read(self.cache, plan.retrieval, plan.streaming)
+            left.pages = pages, self._mover.read_slot(self.cache, plan.slot)
+        else:
+            pages, rows = left.pages
+            missing = pages._replace(retrieval=jax.tree.map(lambda x: x[plan.num_shared :], pages.retrieval))
+            self.cache = self._mover.write(self.cache, missing, plan.retrieval, plan.streaming)
+            self.cache = self._mover.write_slot(self.cache, rows, plan.slot)
+            plan.sequence.swapped = None
+
+    def read_pages(self, retrieval: Sequence[int], streaming: Sequence[int]) -> HostPages:
+        """Returns copies of pages of both pools."""
+        return self._mover.read(self.cache, retrieval, streaming)
+
+    def write_pages(self, pages: HostPages, retrieval: Sequence[int], streaming: Sequence[int]) -> None:
+        """Writes pages of both pools; if that fails, all requests end, as when a step fails."""
+        self._restore_cache()
+        with self._ending_all_on_failure():
+            self.cache = self._mover.write(self.cache, pages, retrieval, streaming)
 
     def prompt_logits(self, prompt: tuple[int, ...]) -> np.ndarray:
         """Returns the logits [T, V] float32 of every token of a prompt, through the same path as generation."""
-        chunks = self._prompt_chunks(prompt, lambda plan: self._run_prefill(plan, has_all_logits=True)[0])
-        return np.concatenate([np.asarray(logits)[0, : plan.count] for plan, logits in chunks])
+        chunks = self._prompt_chunks(prompt, lambda chunk: self._run_prefill([chunk], has_all_logits=True)[0])
+        return np.concatenate([np.asarray(logits)[0, : chunk.count] for chunk, logits in chunks])
 
     def prompt_logprobs(self, prompt: tuple[int, ...]) -> np.ndarray:
         """Returns the log-probabilities [T - 1] float32 of a prompt's tokens from the second on, by the same path."""
-        chunks = self._prompt_chunks(prompt, lambda plan: self._chunk(plan)[1], prompt_logprobs=True)
+        chunks = self._prompt_chunks(prompt, lambda chunk: self._run_chunks([chunk])[1], prompt_logprobs=True)
         scores = (found for _, found in chunks if found is not None)
         logprobs = np.array([logprob for found in scores for logprob in found.logprobs], np.float32)
         if not np.isfinite(logprobs).all():
@@ -109,18 +184,19 @@ class Engine:
         return logprobs
 
     def _prompt_chunks[T](
-        self, prompt: tuple[int, ...], run: Callable[[Prefill], T], *, prompt_logprobs: bool = False
-    ) -> Iterator[tuple[Prefill, T]]:
+        self, prompt: tuple[int, ...], run: Callable[[Chunk], T], *, prompt_logprobs: bool = False
+    ) -> Iterator[tuple[Chunk, T]]:
         """Yields the chunks of a prompt that is not continued, each with the result of ``run``."""
         assert self.scheduler.is_idle, "logits are computed between generations"
         self._restore_cache()
         params = SamplingParams(max_tokens=1, prompt_logprobs=prompt_logprobs)
-        sequence = self.scheduler.add(Request(id=-1, prompt=prompt, sampling=params))
+        sequence = self.scheduler.add(Request(id=-1, prompt=prompt, sampling=params, is_cacheable=False))
         with self._ending_all_on_failure():
             while isinstance(plan := self.scheduler.schedule(), Prefill):
-                yield plan, run(plan)
-                token, reason = (0, "length") if plan.is_last else (None, None)
-                self.scheduler.record_prefill(plan, token, reason)
+                (chunk,) = plan.chunks
+                yield chunk, run(chunk)
+                token, reason = (0, "length") if chunk.is_last else (None, None)
+                self.scheduler.record_prefill(chunk, token, reason)
         assert sequence.finish_reason == "length"
 
     def new_cache(self) -> KVCache:
@@ -146,89 +222,134 @@ class Engine:
             if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(self.cache)):
                 self.cache = jax.eval_shape(self.new_cache)  # frees the rest of it
                 self._has_cache = False
+                self.scheduler.forget_pages()
             raise
 
-    def _prefill(self, plan: Prefill, accept: Accept) -> Progress:
-        if plan.start == 0:
-            self._compile_for(plan)
-        sequence, held = plan.sequence, _pages_held(plan.sequence)
-        logits, scores, seconds = self._chunk(plan)
-        call = {"sequence": sequence, "is_prefill": True, "pages_held": held, "scores": scores}
-        if not plan.is_last:
-            self.scheduler.record_prefill(plan)
-            return Progress(taken=Taken.joined([]), seconds=seconds, **call)
-        generated, more = self._timed(self._sample_call(logits, sequence))
-        taken = Taken.of([np.asarray(x)[None] for x in generated], 0, _num_top(sequence))
-        _, reason = accept(sequence, taken)
-        self.scheduler.record_prefill(plan, taken.tokens[0], reason)
-        return Progress(taken=taken, seconds=seconds + more, **call)
+    def _prefill(self, plan: Prefill, accept: Accept) -> list[Progress]:
+        self._compile_for(plan.chunks)
+        held = [_pages_held(chunk.sequence) for chunk in plan.chunks]
+        logits, scores, seconds = self._run_chunks(plan.chunks)
+        arrays: list[np.ndarray] = []
+        if plan.chunks[0].is_last:
+            generated, more = self._timed(self._sample_call(logits, [chunk.sequence for chunk in plan.chunks]))
+            arrays, seconds = [np.asarray(x)[None] for x in generated], seconds + more
+        results = []
+        for row, chunk in enumerate(plan.chunks):
+            taken = self._take_first(chunk, arrays, row, accept)
+            results.append(
+                Progress(
+                    sequence=chunk.sequence,
+                    taken=taken,
+                    seconds=seconds,
+                    is_prefill=True,
+                    pages_held=held[row],
+                    scores=scores,
+                )
+            )
+        return results
 
-    def _chunk(self, plan: Prefill) -> tuple[jax.Array, PromptScores | None, float]:
-        """Returns a chunk's last logits [1, V], its scores if the request asks for them, and the call's seconds."""
-        params = params_of(plan.sequence)
+    def _take_first(self, chunk: Chunk, arrays: list[np.ndarray], row: int, accept: Accept) -> Taken:
+        """Returns the first token of a prompt, or none if the chunk is not the last one, and records the chunk."""
+        if not chunk.is_last:
+            self.scheduler.record_prefill(chunk)
+            return Taken.joined([])
+        taken = Taken.of(arrays, row, _num_top(chunk.sequence))
+        _, reason = accept(chunk.sequence, taken)
+        self.scheduler.record_prefill(chunk, taken.tokens[0], reason)
+        return taken
+
+    def _run_chunks(self, chunks: Sequence[Chunk]) -> tuple[jax.Array, PromptScores | None, float]:
+        """Returns the last logits [rows, V] of chunks, the scores if a request asks for them, and the seconds."""
+        params = params_of(chunks[0].sequence)
         if not params.prompt_logprobs:
-            logits, seconds = self._run_prefill(plan)
+            logits, seconds = self._run_prefill(chunks)
             return logits, None, seconds
-        (logits, scores, self.cache), seconds = self._timed(self._scored_call(plan))
-        count = min(plan.count, plan.sequence.prompt_length - 1 - plan.start)
+        (chunk,) = chunks
+        (logits, scores, self.cache), seconds = self._timed(self._scored_call(chunk))
+        count = min(chunk.count, chunk.sequence.prompt_length - 1 - chunk.start)
         logprobs, top_tokens, top_logprobs = (np.asarray(x)[0, :count] for x in scores)
         top = top_rows(top_tokens, top_logprobs, params.top_logprobs)
         return logits, PromptScores(logprobs=logprobs.tolist(), top_logprobs=top), seconds
 
-    def _compile_for(self, plan: Prefill) -> None:
+    def _compile_for(self, chunks: Sequence[Chunk]) -> None:
         """Compiles all programs of a request at its first chunk: together they take little longer than the longest.
 
-        If the prompt fits into one chunk, the first token does not wait for the decode program.
+        If what is left of the prompt fits into one chunk, the first token does not wait for the decode program.
         """
-        if plan.is_last:
-            self._start_first(plan)
-        else:
-            self.programs.compile(self._first_calls(plan))
+        for chunk in chunks:
+            if chunk.start == chunk.sequence.prefix.num_hit:
+                if chunk.is_last:
+                    self._start_first(chunk)
+                else:
+                    self.programs.compile(self._first_calls(chunk))
 
-    def _start_first(self, plan: Prefill) -> None:
+    def _start_first(self, chunk: Chunk) -> None:
         """Starts to compile all programs of a request; decoding waits for the first token of a one-chunk prompt."""
-        calls = self._first_calls(plan)
-        self.programs.start(calls, later=[call.name for call in calls[2:]] if plan.is_last else ())
+        calls = self._first_calls(chunk)
+        later = [call.name for call in calls if call.step is decode_loop] if chunk.is_last else ()
+        self.programs.start(calls, later=later)
 
-    def _first_calls(self, plan: Prefill) -> list[Call]:
-        """Returns calls of all programs that a request needs, in the order in which it needs them."""
-        logits = jax.ShapeDtypeStruct((1, self.config.model.vocab_size), np.float32)
-        chunk = self._scored_call if params_of(plan.sequence).prompt_logprobs else self._prefill_call
-        calls = [chunk(plan), self._sample_call(logits, plan.sequence)]
-        is_decoding = plan.sequence.max_length > plan.sequence.prompt_length + 1
-        return [*calls, self._decode_call(Decode((), ()))] if is_decoding else calls
+    def _first_calls(self, chunk: Chunk) -> list[Call]:
+        """Returns calls of all programs that a request needs from a chunk on, in the order in which it needs them."""
+        sequence, size = chunk.sequence, self.sizes.prefill_chunk
+        end = sequence.prompt_length
+        rest = (end - 1 - chunk.start) % size + 1
+        last = Chunk(sequence, end - rest, rest)
+        make = self._scored_call if params_of(sequence).prompt_logprobs else lambda one: self._prefill_call([one])
+        calls = {call.name: call for call in map(make, [chunk, last])}
+        rows = calls[next(iter(calls))].args[2].shape[0]
+        logits = jax.ShapeDtypeStruct((rows, self.config.model.vocab_size), np.float32)
+        found = [*calls.values(), self._sample_call(logits, [sequence])]
+        is_decoding = sequence.max_length > sequence.prompt_length + 1
+        return [*found, self._decode_call(Decode((), ()))] if is_decoding else found
 
-    def _run_prefill(self, plan: Prefill, *, has_all_logits: bool = False) -> tuple[jax.Array, float]:
-        """Returns the chunk's logits and seconds, and writes the chunk to the cache."""
-        (logits, self.cache), seconds = self._timed(self._prefill_call(plan, has_all_logits=has_all_logits))
+    def _run_prefill(self, chunks: Sequence[Chunk], *, has_all_logits: bool = False) -> tuple[jax.Array, float]:
+        """Returns the logits and seconds of prompt chunks, and writes the chunks to the cache."""
+        (logits, self.cache), seconds = self._timed(self._prefill_call(chunks, has_all_logits=has_all_logits))
         return logits, seconds
 
-    def _scored_call(self, plan: Prefill) -> Call:
-        plain = self._prefill_call(plan)
-        following = self._arrays.chunk(plan, plain.args[2].shape[1], shift=1)
-        has_top = np.bool_(params_of(plan.sequence).top_logprobs > 0)
+    def _scored_call(self, chunk: Chunk) -> Call:
+        plain = self._prefill_call([chunk], rows=1)
+        following = self._arrays.chunk_tokens([chunk], 1, plain.args[2].shape[1], shift=1)
+        has_top = np.bool_(params_of(chunk.sequence).top_logprobs > 0)
         static = {name: plain.static[name] for name in ("config", "has_history")}
         return Call(f"{plain.name}_scored", score_step, (*plain.args, following, has_top), static)
 
-    def _prefill_call(self, plan: Prefill, *, has_all_logits: bool = False) -> Call:
-        sequence, chunk = plan.sequence, self.sizes.prefill_chunk
-        is_short = sequence.prompt_length <= SHORT_CHUNK <= chunk
-        size = SHORT_CHUNK if is_short else chunk
-        assert not (is_short and plan.start)
-        tokens, tables = self._arrays.chunk(plan, size), self._arrays.tables_of(sequence)
-        start, count = np.array([plan.start], np.int32), np.array([plan.count], np.int32)
+    def _prefill_call(self, chunks: Sequence[Chunk], *, rows: int | None = None, has_all_logits: bool = False) -> Call:
+        """Returns the call for chunks of prompts. Which program it is depends on the size of the chunk alone."""
+        is_short = chunks[0].sequence.prompt_length <= self._turns.short_chunk
+        size = self._turns.short_chunk if is_short else self._size_of(chunks[0])
+        assert not (is_short and chunks[0].start)
+        if rows is None:
+            rows = 1 if has_all_logits or not is_short else self._turns.short_rows
+        starts, counts = np.zeros((2, rows), np.int32)
+        starts[: len(chunks)] = [chunk.start for chunk in chunks]
+        counts[: len(chunks)] = [chunk.count for chunk in chunks]
+        tokens, tables = self._arrays.chunk_tokens(chunks, rows, size), self._arrays.chunk_tables(chunks, rows)
+        name = "prefill_short" if is_short else f"prefill_{size}"
         return Call(
-            ("prefill_short" if is_short else f"prefill_{size}") + ("_all_logits" if has_all_logits else ""),
+            name + ("_all_logits" if has_all_logits else ""),
             prefill_step,
-            (self.params, self.cache, tokens, start, count, tables),
+            (self.params, self.cache, tokens, starts, counts, tables),
             {"config": self.config, "has_history": not is_short, "has_all_logits": has_all_logits},
         )
 
-    def _sample_call(self, logits: jax.Array | jax.ShapeDtypeStruct, sequence: Sequence) -> Call:
-        positions = np.array([sequence.prompt_length], np.int32)
-        forced = self._arrays.forced([sequence], 1)[0]
-        args = (logits, positions, self._arrays.sampling([sequence]), forced, self._adjustments([sequence]))
-        return Call("sample", sample_first, args, {})
+    def _size_of(self, chunk: Chunk) -> int:
+        """Returns the size of the program for a chunk: the smallest one that holds it.
+
+        It follows from the prompt alone, so that a prompt of which a part is cached takes the same programs.
+        """
+        if chunk.start and not self._turns.has_tails:
+            return self.sizes.prefill_chunk
+        return next(size for size in self._chunk_sizes if size >= chunk.count)
+
+    def _sample_call(self, logits: jax.Array | jax.ShapeDtypeStruct, sequences: Sequence[EngineSequence]) -> Call:
+        count = logits.shape[0]
+        rows = [*sequences, *[None] * (count - len(sequences))]
+        positions = np.array([0 if one is None else one.prompt_length for one in rows], np.int32)
+        forced = self._arrays.forced(rows, 1)[0]
+        args = (logits, positions, self._arrays.sampling(rows), forced, self._adjustments(rows))
+        return Call("sample" if count == 1 else f"sample_{count}", sample_first, args, {})
 
     def _adjustments(self, rows: Rows) -> Adjustments:
         """Returns the changes of the logits of each row: those on the device, if no row changes anything."""
@@ -261,11 +382,14 @@ class Engine:
 
     def _recall(self, plan: Decode) -> np.ndarray:
         """Returns the recall [L, max_num_seqs] of the next step."""
+        recall, self.cache = self.programs.run(self._recall_call(plan))
+        return np.asarray(recall)
+
+    def _recall_call(self, plan: Decode) -> Call:
         state, tables = self._arrays.decode_state(plan), self._arrays.tables(plan.sequences)
         lengths = np.where(np.asarray(state.remaining) > 0, state.lengths, 0)
         args = (self.params, self.cache, state.tokens, lengths, state.decode_steps, tables)
-        recall, self.cache = self.programs.run(Call("recall", recall_step, args, {"config": self.config}))
-        return np.asarray(recall)
+        return Call("recall", recall_step, args, {"config": self.config})
 
     def _decode_call(self, plan: Decode) -> Call:
         arrays, max_steps = self._arrays, self.sizes.steps_per_call
@@ -286,14 +410,14 @@ class Engine:
         return self.programs.run(call), time.perf_counter() - begin
 
 
-def _pages_held(sequence: Sequence) -> tuple[int, int]:
+def _pages_held(sequence: EngineSequence) -> tuple[int, int]:
     """Returns how many pages of the retrieval and of the streaming pool a sequence uses."""
     tables = sequence.retrieval_table, sequence.streaming_table
     retrieval, streaming = (int((table >= 0).sum()) for table in tables)
     return retrieval, streaming
 
 
-def _num_top(sequence: Sequence) -> int:
+def _num_top(sequence: EngineSequence) -> int:
     """Returns how many of the likeliest tokens a request wants at each place of its text."""
     params = params_of(sequence)
     return params.top_logprobs if params.logprobs else 0

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from time import perf_counter
@@ -59,24 +59,37 @@ class Session:
         """
         sequences: list[EngineSequence] = []
         try:
-            with self.entered() as engine:
-                for generation in generations:
-                    self._generations[generation.request.id] = generation
-                    sequences.append(engine.add(generation.request))
+            sequences += [self.open(generation) for generation in generations]
             is_done = not generations
             while not is_done:
                 if any(sequence.finish_reason == "abort" for sequence in sequences):
                     raise RuntimeError("a call for several requests failed, and this one was ended with the others")
                 # Another run may have advanced these requests to their end.
-                brought = self._step() if any(one.finish_reason is None for one in generations) else []
+                brought = self.step() if any(one.finish_reason is None for one in generations) else []
                 for generation in generations:
                     if generation.error is not None:
                         raise generation.error
                 is_done = all(generation.finish_reason is not None for generation in generations)
                 yield brought
         finally:
-            self._ended += [generation.request.id for generation in generations]
-            self._remove_if_free()
+            self.end(generations)
+
+    def open(self, generation: "Generation") -> EngineSequence:
+        """Returns the waiting sequence of a request, which the next calls of `step` advance until `end` names it.
+
+        Raises:
+          InputError: if it can never run.
+          RuntimeError: if another thread has requests open.
+        """
+        with self.entered() as engine:
+            sequence = engine.add(generation.request)
+            self._generations[generation.request.id] = generation
+        return sequence
+
+    def end(self, generations: Iterable["Generation"]) -> None:
+        """Ends requests, finished or not, before the next device call; callable from any thread."""
+        self._ended += [generation.request.id for generation in generations]
+        self._remove_if_free()
 
     @contextmanager
     def entered(self) -> Iterator[Engine]:
@@ -91,8 +104,12 @@ class Session:
             self._owner = threading.get_ident()
             yield self.engine
 
-    def _step(self) -> list[Progress]:
-        """Returns the results of one device call, after each request has recorded its result."""
+    def step(self) -> list[Progress]:
+        """Returns the results of one device call, after each request has recorded its result.
+
+        Raises:
+          Exception: if the call failed; every open request has then been ended in the engine, and none is finished.
+        """
 
         def accept(sequence: EngineSequence, taken: Taken) -> tuple[int, str | None]:
             return self._generations[sequence.request.id].accept(taken)
@@ -106,6 +123,8 @@ class Session:
     @contextmanager
     def _held(self, *, may_wait: bool) -> Iterator[None]:
         """Holds the lock; the same thread gets an error and not a deadlock, should a callback enter again."""
+        # Who holds the lock and is not named removes what has ended, which takes no time.
+        may_wait = may_wait or self._holder is None
         if self._holder == threading.get_ident() or not self._lock.acquire(blocking=may_wait):
             raise RuntimeError(_BUSY)
         try:
@@ -142,6 +161,7 @@ class Generation:
       finish_reason: why it finished; None while it runs.
       error: the error of its logits or of its host work (text, stop strings); it then finished with "error".
       token_ids: tokens so far.
+      cached_tokens: tokens of the prompt that an earlier request had left in the cache.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None, compile_seconds: float = 0.0) -> None:
@@ -173,6 +193,7 @@ class Generation:
         self._first_token_at: float | None = None
         self._prefill_s = self._decode_s = 0.0
         self._pages_held = (0, 0)
+        self.cached_tokens = 0
 
     def accept(self, taken: Taken) -> tuple[int, str | None]:
         """Returns how many of the new tokens count, and why the request is finished, or None.
@@ -220,6 +241,7 @@ class Generation:
         if progress.recall is not None:
             self._recalls.append(progress.recall)
         if progress.is_prefill:
+            self.cached_tokens = sequence.prefix.num_hit
             self._prefill_s += progress.seconds
         else:
             self._decode_s += progress.seconds
@@ -234,10 +256,12 @@ class Generation:
     def take_chunk(self) -> TextChunk:
         """Returns the text and tokens since the last call."""
         # Another thread may append meanwhile: what is taken is what was counted first.
-        begin, self._num_streamed = self._num_streamed, len(self.token_ids)
+        parts = self._taken[self._num_streamed :]
+        self._num_streamed += len(parts)
         new = self._new_text[:]
         del self._new_text[: len(new)]
-        return TextChunk.of("".join(new), tuple(self.token_ids[begin : self._num_streamed]))
+        taken = Taken.joined(parts)
+        return TextChunk.of("".join(new), tuple(taken.tokens), tuple(taken.logprobs), tuple(taken.top_logprobs))
 
     def output(self, costs: "Costs") -> RequestOutput:
         """Returns the output of the finished request."""
@@ -287,6 +311,7 @@ class Generation:
             prefill_s=self._prefill_s,
             decode_s=self._decode_s,
             decoded_tokens=decoded,
+            cached_tokens=self.cached_tokens,
             pages_read_ratio=costs.page_reads.ratio(prompt, decoded),
             attention_recall=None if np.isnan(by_layer).all() else float(np.nanmean(by_layer)),
             attention_recall_by_layer=tuple(by_layer.tolist()) or None,

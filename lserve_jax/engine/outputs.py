@@ -12,15 +12,25 @@ class TextChunk(str):
 
     Attributes:
       token_ids: the tokens since the last chunk.
+      logprobs: the log-probability of each of these tokens under the model's unmodified distribution.
+      top_logprobs: the likeliest tokens at each of these places, if the request asks for them; else empty.
     """
 
     token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[TopLogprobs, ...]
 
     @classmethod
-    def of(cls, text: str, token_ids: tuple[int, ...]) -> Self:
-        """Returns the chunk of ``text`` and ``token_ids``."""
+    def of(
+        cls,
+        text: str,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[float, ...] = (),
+        top_logprobs: tuple[TopLogprobs, ...] = (),
+    ) -> Self:
+        """Returns the chunk of ``text`` and its tokens."""
         chunk = cls(text)
-        chunk.token_ids = token_ids
+        chunk.token_ids, chunk.logprobs, chunk.top_logprobs = token_ids, logprobs, top_logprobs
         return chunk
 
     @property
@@ -38,6 +48,7 @@ class RequestMetrics:
       prefill_s: time in the prefill calls of this request.
       decode_s: time in the decode calls in which this request took part.
       decoded_tokens: tokens that those decode calls generated for this request.
+      cached_tokens: tokens of the prompt that were not computed, because an earlier request had left them in the cache.
       pages_read_ratio: KV pages read during decoding, relative to dense attention; None if nothing was decoded.
       attention_recall: the share of the true attention mass that lies in the selected pages, mean over the layers
         below; None if it was not measured or every page was read.
@@ -52,6 +63,7 @@ class RequestMetrics:
     prefill_s: float
     decode_s: float
     decoded_tokens: int
+    cached_tokens: int
     pages_read_ratio: float | None
     attention_recall: float | None
     attention_recall_by_layer: tuple[float, ...] | None

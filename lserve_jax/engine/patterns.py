@@ -12,6 +12,7 @@ from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import CONFIG_FILE, GATES_FILE, Folder, HeadPattern
 from lserve_jax.config.model import ModelConfig
 from lserve_jax.weights.load import Checkpoint
+from lserve_jax.weights.smoothing import Smoothing, load_smoothing
 
 OWN_FOLDER = "head_pattern"
 """Name of the folder inside a model's folder that holds its pattern."""
@@ -40,6 +41,21 @@ def find_pattern(checkpoint: Checkpoint, named: str | Path | None = None) -> Hea
         except InputError as error:
             raise InputError(f"{pattern.folder / CONFIG_FILE}: attention: {error}") from None
     return pattern
+
+
+def find_smoothing(checkpoint: Checkpoint, named: str | Path | None = None) -> Smoothing | None:
+    """Returns the smoothing factors of a model, from the first folder of a pattern that has some; None if none has.
+
+    The order is that of `find_pattern`, so that a named pattern without factors does not change the weights. Factors
+    that ship for another model of the same architecture are not taken.
+
+    Raises:
+      InputError: if the file is damaged, or of another model.
+    """
+    for pattern in _candidates(checkpoint, named):
+        if not pattern.is_guess and (found := load_smoothing(pattern.folder, checkpoint.config)) is not None:
+            return found
+    return None
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol, Self
+from operator import attrgetter
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,10 @@ class Request:
       sampling: opaque here except for its limits.
       forced: tokens that replace the sampled ones, for scoring; ``max_tokens`` of them, or none.
       arrival: seconds on the caller's clock, for its statistics; the order of `Scheduler.add` decides scheduling.
+      priority: requests with a lower number are admitted first; those with the same in the order of their arrival.
+      salt: only requests with the same salt share cached prefixes.
+      is_cacheable: whether its prompt may be taken from the prefix cache and entered there, and read in one call with
+        others; not if the caller wants more of the prompt than its last logits.
     """
 
     id: int
@@ -56,6 +61,9 @@ class Request:
     sampling: Limits
     forced: tuple[int, ...] = ()
     arrival: float = 0.0
+    priority: int = 0
+    salt: bytes = b""
+    is_cacheable: bool = True
 
     def __post_init__(self) -> None:
         assert len(self.forced) in (0, self.sampling.max_tokens)
@@ -66,12 +74,46 @@ class Request:
 
 
 class Status(Enum):
-    """The state of a sequence; it changes only to a later one in this list."""
+    """The state of a sequence. It changes to a later one in this list, and from SWAPPED back to what it was."""
 
     WAITING = "waiting"
     PREFILLING = "prefilling"
     DECODING = "decoding"
+    SWAPPED = "swapped"
     FINISHED = "finished"
+
+
+@dataclass(kw_only=True)
+class Prefix:
+    """What a sequence shares with the prefix cache.
+
+    Attributes:
+      digests: of each whole chunk of its prompt; None until it is first looked up.
+      entry: the last of the entries that it shares, all of them from the start of its prompt.
+      num_chunks: how many chunks these are.
+      num_hit: tokens of its prompt that it found when it was admitted.
+      windows: the numbers of chunks after which the streaming heads' window is kept.
+    """
+
+    digests: tuple[bytes, ...] | None = None
+    entry: Any = None
+    num_chunks: int = 0
+    num_hit: int = 0
+    windows: frozenset[int] = frozenset()
+
+
+@dataclass(kw_only=True)
+class Swapped:
+    """What a sequence has in host memory.
+
+    Attributes:
+      retrieval, streaming: the logical pages.
+      pages: their contents, and the row of the slot; the engine's.
+    """
+
+    retrieval: NDArray[np.intp]
+    streaming: NDArray[np.intp]
+    pages: Any = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -91,6 +133,9 @@ class Sequence:
       decode_steps: decode steps since the prefill: the phase of the page selector.
       slot: the row of the device's batch during prefill and decoding.
       finish_reason: why it finished: "stop", "length", "error", "abort".
+      number: its place in the order of arrival.
+      prefix: what it shares with the prefix cache.
+      swapped: what it left on the device's memory for the host's; None if nothing.
     """
 
     request: Request
@@ -103,6 +148,9 @@ class Sequence:
     decode_steps: int = 0
     slot: int | None = None
     finish_reason: str | None = None
+    number: int = 0
+    prefix: Prefix = field(default_factory=Prefix)
+    swapped: "Swapped | None" = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -136,6 +184,15 @@ class Sequence:
         return self.tokens[self.prompt_length :]
 
     @property
+    def rank(self) -> tuple[int, int]:
+        """Returns its place in the order of service: by priority, then by arrival."""
+        return self.request.priority, self.number
+
+    @property
     def remaining(self) -> int:
         """Returns how many more tokens this sequence may generate."""
         return self.max_length - len(self.tokens)
+
+
+RANK = attrgetter("rank")
+"""The key that sorts sequences in the order of service."""

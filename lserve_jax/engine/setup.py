@@ -15,13 +15,18 @@ from lserve_jax.config.generation import GENERATION_FILE, not_honoured, recommen
 from lserve_jax.config.heads import HeadClasses, HeadPattern, classify
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.sampling import SamplingParams
-from lserve_jax.config.sizes import Sizes, check_sizes
+from lserve_jax.config.settings import BytesOrWord
+from lserve_jax.config.sizes import CacheSettings, Sizes, check_sizes
 from lserve_jax.engine.device import Device, overlooked_gpu, this_device
 from lserve_jax.engine.memory import MemoryPlan, plan_memory
-from lserve_jax.engine.patterns import find_pattern
+from lserve_jax.engine.patterns import find_pattern, find_smoothing
+from lserve_jax.engine.scheduler import Turns
+from lserve_jax.models.llama import Params
 from lserve_jax.runtime.implementations import describe, implementations
 from lserve_jax.weights import embedded
+from lserve_jax.weights.forms import Forms
 from lserve_jax.weights.load import Checkpoint, open_checkpoint
+from lserve_jax.weights.tensors import Progress
 from pallas_kernels import BACKENDS, Choice
 
 logger = logging.getLogger("lserve_jax")
@@ -44,19 +49,43 @@ class Setup:
       device: what it is for.
       pattern: says which heads stream; None if no head streams, or for a plan that assumes a pattern.
       has_recall: whether the recall of page selection is measured.
+      has_tails: whether the last chunk of a prompt of several chunks has smaller programs of its own.
+      forms: the form of every parameter.
     """
 
     checkpoint: Checkpoint
     config: InferenceConfig
+    forms: Forms
     plan: MemoryPlan
     device: Device
     pattern: HeadPattern | None = None
     has_recall: bool = False
+    has_tails: bool = True
 
     @property
     def sizes(self) -> Sizes:
         """Returns the sequences, context and calls of the engine."""
         return self.plan.sizes
+
+    @property
+    def turns(self) -> Turns:
+        """Returns how calls take turns on the device. Recall is measured once per call, which then has all its steps.
+
+        On a GPU the weights take most of the time of a short prompt, which several prompts can share. On a CPU each row
+        takes its own time, empty ones too.
+        """
+        steps = None if self.has_recall else max(1, self.sizes.steps_per_call // 2)
+        rows = self.sizes.max_num_seqs if self.device.platform == "gpu" else 1
+        return Turns(busy_steps=steps, short_rows=rows, has_tails=self.has_tails)
+
+    @property
+    def params(self) -> Params:
+        """Returns the parameter tree of `jax.ShapeDtypeStruct`."""
+        return self.checkpoint.abstract(self.forms)
+
+    def load_params(self, progress: Progress | None = None) -> Params:
+        """Returns the parameters, with heads in the order of ``config.heads``; ``progress`` gets bytes and total."""
+        return self.checkpoint.load(self.forms, self.config.heads, progress)
 
     @property
     def has_pattern(self) -> bool:
@@ -85,7 +114,7 @@ class Setup:
         """
         if not self.device.is_here:
             return ()
-        return implementations(self.config, self.sizes, self.plan.pools)
+        return implementations(self.config, self.sizes, self.plan.pools, self.params)
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
@@ -104,13 +133,19 @@ def prepare(
     attention: str = "lserve",
     head_pattern: str | Path | None = None,
     dtype: str = "auto",
+    weight_dtype: str | None = None,
     max_model_len: int | None = None,
     max_num_seqs: int = 4,
     prefill_chunk: int | None = None,
     steps_per_call: int = 8,
+    kv_memory: BytesOrWord = None,
+    swap_memory: int = 0,
+    prefix_cache: bool = True,
+    prefix_windows: int = 0,
     implementation: str | None = None,
     assume_streaming: bool = False,
     recall_interval: int | None = None,
+    has_tails: bool = True,
     device: Device | None = None,
     **options: Any,
 ) -> Setup:
@@ -122,17 +157,26 @@ def prepare(
       head_pattern: folder with head gates in DuoAttention's format, and optionally settings that suit the model (see
         `lserve_jax.config.heads.load_settings`); None takes the model's own, or the one that ships with the package
         (see `lserve_jax.engine.patterns.find_pattern`).
-      dtype: "auto", "bfloat16" or "float32".
+      dtype: type of activations and of all numbers that are not quantised: "auto", "bfloat16" or "float32".
+      weight_dtype: the form of matrices: "auto" keeps what the file has, packed; "bfloat16" and "float32" make numbers;
+        "int8" has 8 bits per weight and multiplies integers (W8A8), "int4" has 4 bits per weight. None takes "auto";
+        but "int8" on a CPU for a model whose head pattern comes with smoothing factors.
       max_model_len: tokens per sequence; None takes the model's maximum.
       max_num_seqs: sequences that decode together.
       prefill_chunk: prompt tokens per prefill call; None takes a value that suits the device.
       steps_per_call: decode steps per call, after which the host acts.
+      kv_memory: memory of the KV cache; here and in the next three, see `lserve_jax.config.sizes.CacheSettings`.
+      swap_memory: host memory.
+      prefix_cache: whether pages of earlier prompts are kept.
+      prefix_windows: boundaries of prompts.
       implementation: the kernels' backend; None or "auto" takes the first that accepts.
       assume_streaming: whether the heads that the settings ask for stream even if there is no pattern: for a plan
         without weights.
       recall_interval: decode steps from one measurement of the recall of page selection to the next, which are then
         also the steps per call; None measures nothing and costs nothing. An interval that is not a multiple of
         ``selector_interval`` measures selections of every age.
+      has_tails: whether the last chunk of a prompt of several chunks has smaller programs of its own: prompts that
+        begin alike are then read faster, for another compilation or two. Logits are the same up to rounding.
       device: the device to plan for; None takes jax's default device (`lserve_jax.engine.device.this_device`).
       **options: fields of `AttentionConfig` that replace the preset's and the pattern's; None keeps theirs, and
         ``token_budget="all"`` lifts a preset's budget.
@@ -143,6 +187,9 @@ def prepare(
     """
     named = {"max_model_len": max_model_len, "prefill_chunk": prefill_chunk, "recall_interval": recall_interval}
     _check(implementation, max_num_seqs=max_num_seqs, steps_per_call=steps_per_call, **named)
+    cache = CacheSettings(
+        kv_memory=kv_memory, swap_memory=swap_memory, prefix_cache=prefix_cache, prefix_windows=prefix_windows
+    )
     from_preset(attention, **options)  # reports invalid options before a checkpoint is opened
     device = device or this_device()
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
@@ -156,6 +203,7 @@ def prepare(
         dtype=dtype,
         implementation=None if implementation == "auto" else implementation,
     )
+    forms = _forms(checkpoint, config, device, weight_dtype, head_pattern)
     length = max_model_len or checkpoint.config.max_context
     chunk = min(prefill_chunk or _PREFILL_CHUNK.get(device.platform, _GPU_PREFILL_CHUNK), length)
     calls = {"prefill_chunk": chunk, "steps_per_call": min(recall_interval or steps_per_call, length)}
@@ -163,10 +211,14 @@ def prepare(
     setup = Setup(
         checkpoint=checkpoint,
         config=config,
-        plan=plan_memory(config, sizes, available_bytes=device.free_bytes),
+        forms=forms,
+        plan=plan_memory(
+            config, sizes, available_bytes=device.free_bytes, cache=cache, params=checkpoint.abstract(forms)
+        ),
         device=device,
         pattern=pattern,
         has_recall=recall_interval is not None,
+        has_tails=has_tails,
     )
     if config.implementation is not None:
         try:  # here, before anything is loaded
@@ -174,6 +226,25 @@ def prepare(
         except NotImplementedError as error:
             raise InputError(str(error)) from None
     return setup
+
+
+def _forms(
+    checkpoint: Checkpoint,
+    config: InferenceConfig,
+    device: Device,
+    weight_dtype: str | None,
+    head_pattern: str | Path | None,
+) -> Forms:
+    """Returns the form of every parameter; ``weight_dtype`` of None takes a default.
+
+    That is what the file has, except that CPUs multiply integers fastest: they take 8 bits if factors are known that
+    keep the accuracy, and if nobody asked for float32.
+    """
+    suits_integers = device.platform != "gpu" and config.dtype == "bfloat16" and not checkpoint.is_w8a8
+    may_be_int8 = weight_dtype == "int8" or (weight_dtype is None and suits_integers)
+    smoothing = find_smoothing(checkpoint, head_pattern) if may_be_int8 else None
+    default = "int8" if suits_integers and smoothing is not None else "auto"
+    return checkpoint.forms(config.dtype, weight_dtype or default, smoothing)
 
 
 def _check(implementation: str | None, **sizes: int | None) -> None:
@@ -220,12 +291,17 @@ def _warnings(setup: Setup) -> Iterator[str]:
             f"max_model_len={setup.sizes.max_model_len} is beyond the {model.max_context} tokens that this model was "
             "made for: expect nonsense past them"
         )
+    if setup.forms.weight_dtype == "int8" and setup.forms.smoothing is None and not setup.checkpoint.is_w8a8:
+        yield (
+            f"no smoothing factors for {name}: int8 loses more without them; find some with python -m "
+            "lserve_jax.calibrate and name its folder with --head-pattern"
+        )
     if (warning := overlooked_gpu(setup.device)) is not None:
         yield warning
     if setup.device.platform == "gpu":
         slow = [choice for choice in setup.implementations if choice.implementation == "xla" and choice.refusals]
         if slow:
-            yield f"attention is slow on this GPU: {describe(slow, with_ops=True)}"
+            yield f"slow on this GPU: {describe(slow, with_ops=True)}"
 
 
 def default_sampling_params(checkpoint: Checkpoint) -> SamplingParams:

@@ -28,6 +28,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "local": tuple(f"local={tokens}" for tokens in (64, 128, 256, 512)),
     "prefill_local": tuple(f"prefill_local={tokens}" for tokens in (128, 256, 512, 1024, 4096)),
     "kv_dtype": tuple(f"kv_dtype={name}" for name in ("auto", "int8", "int4")),
+    "weight_dtype": tuple(f"weight_dtype={name}" for name in ("auto", "bfloat16", "int8", "int4")),
     "reduction": tuple(f"group_reduction={name}" for name in ("max", "mean")),
     "spread": tuple(f"selector_spread={share}" for share in (0, 0.25, 0.5, 0.75, 1)),
     "lookahead": ("has_lookahead=false", "has_lookahead=true"),
@@ -49,7 +50,7 @@ class Setting:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the setting as JSON values."""
-        names = ("label", "preset", "options", "head_pattern", "of_model")
+        names = ("label", "preset", "options", "head_pattern", "weight_dtype", "of_model")
         variant = {name: getattr(self.variant, name) for name in names}
         return {"axis": self.axis, "fields": self.fields, "variant": variant}
 
@@ -79,7 +80,8 @@ def by_axis(settings: Sequence[Setting], cells: Sequence[Cell]) -> dict[str, lis
     found = {}
     for axis in dict.fromkeys(setting.axis for setting in settings):
         fields = {setting.variant.label: setting.fields for setting in settings if setting.axis == axis}
-        order = [cell["variant"] for cell in cells if cell["is_reference"]][:1] + list(fields)
+        reference = [cell["variant"] for cell in cells if cell["is_reference"]][:1]
+        order = list(dict.fromkeys((*reference, *fields)))  # the reference may be a setting of the axis
         groups = dict.fromkeys((cell["task"], cell["length"]) for cell in cells)
         members = {(cell["task"], cell["length"], cell["variant"]): cell for cell in cells}
         found[axis] = [

@@ -162,6 +162,7 @@ class HarnessMethods:
         config = self.llm.config
         return {
             "model_dtype": str(config.dtype),
+            "weights": self.llm.setup.plan.weight_words,
             "max_length": self.max_length,
             "kv_dtype": config.kv_dtype,
             "attention": dataclasses.asdict(config.attention),

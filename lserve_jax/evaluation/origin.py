@@ -13,28 +13,38 @@ from lserve_jax.text.folder import tokenizer_files
 from lserve_jax.text.tokenizer import TokenizerSource
 from lserve_jax.weights.digest import content_digest
 from lserve_jax.weights.load import Checkpoint
+from lserve_jax.weights.smoothing import Smoothing
 
 type Origin = dict[str, str | None]
-"""Digests by name: "checkpoint", "tokenizer", "pattern" (None if the model has none) and "source"."""
+"""Digests by name: "checkpoint", "tokenizer", "pattern" and "smoothing" (None if the model has none), "source"."""
 
 SOURCE = "source"
 NAMED_BY = {"model": "checkpoint", "tokenizer": "tokenizer", "head_pattern": "pattern"}
 """Settings that name something by a path, and the digest of what they name: where that is known, the path is free."""
-_WORDS = {"checkpoint": "checkpoint", "tokenizer": "tokenizer", "pattern": "head pattern"}
+_WORDS = {
+    "checkpoint": "checkpoint",
+    "tokenizer": "tokenizer",
+    "pattern": "head pattern",
+    "smoothing": "set of smoothing factors",
+}
 
 
-def origin_of(checkpoint: Checkpoint, tokenizer: TokenizerSource, pattern: HeadPattern | None) -> Origin:
+def origin_of(
+    checkpoint: Checkpoint, tokenizer: TokenizerSource, pattern: HeadPattern | None, smoothing: Smoothing | None
+) -> Origin:
     """Returns what the results of a run are measured on.
 
     Args:
       checkpoint: the model.
       tokenizer: the folder, or the metadata of the GGUF file, that the tokenizer is read from.
       pattern: of variants that name none.
+      smoothing: the factors of variants that name no pattern.
     """
     return {
         "checkpoint": checkpoint.digest,
         "tokenizer": _tokenizer_digest(tokenizer),
         "pattern": None if pattern is None else pattern.digest,
+        "smoothing": None if smoothing is None else smoothing.digest,
         SOURCE: source_digest(),
     }
 
@@ -66,7 +76,7 @@ def compare_origins(rows: Iterable[Mapping[str, Any]], now: Mapping[str, Any], w
       where: the file's name, for messages.
 
     Raises:
-      InputError: if a result was measured on another checkpoint, tokenizer or head pattern.
+      InputError: if a result was measured on another checkpoint, tokenizer, head pattern or smoothing.
     """
     without, others = 0, set()
     for row in rows:

@@ -114,6 +114,13 @@ def _require_same_settings(variant: Variant, length: int, row: Any) -> None:
         raise InputError(
             f"variant {variant.label!r} was measured with another head pattern: other heads streamed; name a new --out"
         )
+    # Earlier versions had numbers alone, those of the file.
+    before = row.get("weight_dtype", "numbers" if variant.weight_dtype in ("int8", "int4") else variant.weight_dtype)
+    if before != variant.weight_dtype:
+        raise InputError(
+            f"variant {variant.label!r} was measured with weight_dtype={before} and now has "
+            f"{variant.weight_dtype}: name a new --out, or the same --weight-dtype"
+        )
     stored, settings = row["attention"], json.loads(json.dumps(dataclasses.asdict(variant.config(length))))
     changed = [name for name in settings | stored if settings.get(name) != stored.get(name)]
     if changed:
@@ -245,5 +252,8 @@ def _row(load: Load, item: Item, values: Mapping[str, Any], seconds: float) -> d
         "heads": config.heads.digest,
         "streaming_share": round(1 - sum(config.num_retrieval) / heads, 6),
         "attention": dataclasses.asdict(config.attention),
+        "weight_dtype": load.variant.weight_dtype,
+        "weights": load.setup.plan.weight_words,
+        "smoothing": None if load.setup.forms.smoothing is None else load.setup.forms.smoothing.digest,
         "seconds": round(seconds, 4),
     }

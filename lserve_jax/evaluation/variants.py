@@ -10,12 +10,14 @@ from lserve_jax.config.attention import ALL, PRESETS, AttentionConfig, default_p
 from lserve_jax.config.checks import LARGEST_INT
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import HeadClasses, HeadPattern
+from lserve_jax.config.inference import WEIGHT_DTYPES
 from lserve_jax.config.settings import read, settings
 
 # A comma before a letter begins another variant, a plus before "name=" another field. So lists keep their commas.
 _NEXT_VARIANT = re.compile(r"\s*,\s*(?=[a-zA-Z])")
 _NEXT_FIELD = re.compile(r"\+(?=\w+=)")
-_PATTERN = "head_pattern"
+_OF_MODEL = ("head_pattern", "weight_dtype")
+"""Fields of a variant that are none of `AttentionConfig`: they say which model it is."""
 _NO_LIMIT = LARGEST_INT
 _OF_BUDGET = ("page_size", "sub_page_size", "has_lookahead")
 """Fields that `default_pages` may set."""
@@ -31,6 +33,7 @@ class Variant:
       options: fields of `AttentionConfig` that replace the preset's. A ``token_budget`` that is a `float` is a share of
         the prompt's length.
       head_pattern: folder with head gates; None takes that of the run.
+      weight_dtype: form of the weights, see `lserve_jax.engine.setup.prepare`; None takes that of the run.
       pattern: the head pattern of this variant, whose settings are its defaults; None if the model has none.
     """
 
@@ -38,6 +41,7 @@ class Variant:
     preset: str
     options: Mapping[str, Any] = field(default_factory=dict)
     head_pattern: str | None = None
+    weight_dtype: str | None = None
     pattern: HeadPattern | None = None
 
     @property
@@ -57,7 +61,7 @@ class Variant:
         a head pattern is refused.
         """
         named = {"static_sparsity": self.options.get("static_sparsity")}
-        return {"attention": config.preset, **config.options(), **named}
+        return {"attention": config.preset, "weight_dtype": self.weight_dtype, **config.options(), **named}
 
     def config(self, length: int) -> AttentionConfig:
         """Returns the policy for prompts of ``length`` tokens.
@@ -99,8 +103,9 @@ def parse_variants(text: str) -> tuple[Variant, ...]:
 def parse_variant(text: str) -> Variant:
     """Returns the variant ``PRESET[:field=value[+field=value…]]``.
 
-    The fields are those of `AttentionConfig`, and the folder ``head_pattern``. A list has commas: ``dense_layers=0,1``.
-    ``token_budget`` may also be a share of the prompt's length, as in ``token_budget=25%``, or ``all``.
+    The fields are those of `AttentionConfig`, the folder ``head_pattern``, and ``weight_dtype``. A list has commas:
+    ``dense_layers=0,1``. ``token_budget`` may also be a share of the prompt's length, as in ``token_budget=25%``, or
+    ``all``.
 
     Raises:
       InputError: in one line that names the variant.
@@ -112,15 +117,16 @@ def parse_variant(text: str) -> Variant:
     options: dict[str, Any] = {}
     known = settings(AttentionConfig)
     for name, value in _split(rest) if colon else ():
-        if name not in known and name != _PATTERN:
-            raise InputError(f"variant {label!r}: unknown field {name!r}; known are {', '.join((*known, _PATTERN))}")
+        if name not in known and name not in _OF_MODEL:
+            raise InputError(f"variant {label!r}: unknown field {name!r}; known are {', '.join((*known, *_OF_MODEL))}")
         if name in options:
             raise InputError(f"variant {label!r}: {name} is given twice")
         try:
-            options[name] = value if name == _PATTERN else _read(known[name], value)
+            options[name] = _read(known[name], value) if name in known else _read_of_model(name, value)
         except InputError as error:
             raise InputError(f"variant {label!r}: {name}={value} {error}") from None
-    return Variant(label=label, preset=preset, head_pattern=options.pop(_PATTERN, None), options=options)
+    of_model = {name: options.pop(name, None) for name in _OF_MODEL}
+    return Variant(label=label, preset=preset, options=options, **of_model)
 
 
 def change(variant: Variant, fields: str) -> Variant:
@@ -134,19 +140,28 @@ def change(variant: Variant, fields: str) -> Variant:
     preset, _, rest = variant.label.partition(":")
     old, new = dict(_split(rest) if rest else ()), dict(_split(fields))
     defaults = replace(parse_variant(preset), pattern=variant.pattern).config(0).options()
-    wanted = parse_variant(f"{preset}:{fields}").options
+    wanted = parse_variant(f"{preset}:{fields}")
     # Page sizes that are not named follow from the budget, which may be a share of a length that is unknown here.
-    unnamed = {name: None if name in _OF_BUDGET else defaults[name] for name in wanted}
-    if {**unnamed, **variant.options}.items() >= wanted.items():
+    unnamed = {name: None if name in _OF_BUDGET else defaults[name] for name in wanted.options}
+    is_same_model = wanted.weight_dtype in (None, variant.weight_dtype)
+    if is_same_model and {**unnamed, **variant.options}.items() >= wanted.options.items():
         return variant
     text = f"{preset}:" + "+".join(f"{name}={value}" for name, value in {**old, **new}.items())
-    return replace(parse_variant(text), pattern=variant.pattern)
+    weight_dtype = wanted.weight_dtype or variant.weight_dtype
+    return replace(parse_variant(text), pattern=variant.pattern, weight_dtype=weight_dtype)
 
 
 def _split(fields: str) -> list[tuple[str, str]]:
     """Returns the names and values as texts."""
     parts = (part.partition("=") for part in _NEXT_FIELD.split(fields))
     return [(name, value) for name, _, value in parts]
+
+
+def _read_of_model(name: str, text: str) -> str:
+    """Returns the value of a field of `_OF_MODEL`; raises InputError("must be …")."""
+    if name == "weight_dtype" and text not in WEIGHT_DTYPES:
+        raise InputError(f"must be one of {', '.join(WEIGHT_DTYPES)}")
+    return text
 
 
 def _read(setting: Field[Any], text: str) -> Any:

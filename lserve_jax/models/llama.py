@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lserve_jax.config.model import ModelConfig
-from lserve_jax.models.layers import Linear, RMSNorm, each_layer, project
+from lserve_jax.models.layers import Embedding, Linear, RMSNorm, each_layer
 from lserve_jax.models.rope import apply_rope, rope_tables
 
 type Params = dict[str, Any]
@@ -41,14 +41,17 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """Returns outputs [B, T, D] and the layer's new state, for ``x`` [B, T, D]."""
         c = self.config
-        q = Linear((c.num_heads, c.head_dim), c.qkv_bias, self.dtype, name="q_proj")(x)
-        k = Linear((c.num_kv_heads, c.head_dim), c.qkv_bias, self.dtype, name="k_proj")(x)
-        v = Linear((c.num_kv_heads, c.head_dim), c.qkv_bias, self.dtype, name="v_proj")(x)
+        # Per KV head: its query heads, its key and its value. One product instead of three.
+        features = (c.num_kv_heads, c.num_heads // c.num_kv_heads + 2, c.head_dim)
+        qkv = Linear(features, c.qkv_bias, self.dtype, join_axis=1, name="qkv_proj")(x)
+        q = qkv[..., :-2, :].reshape(*x.shape[:-1], c.num_heads, c.head_dim)
+        k, v = qkv[..., -2, :], qkv[..., -1, :]
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
         out, state = attend(kind, apply_rope(q, rope), apply_rope(k, rope), v, state)
-        return Linear((c.hidden_size,), c.o_bias, self.dtype, in_axes=2, name="o_proj")(out), state
+        out = out.reshape(*x.shape[:-1], -1)
+        return Linear((c.hidden_size,), c.o_bias, self.dtype, name="o_proj")(out), state
 
 
 class MLP(nn.Module):
@@ -62,11 +65,9 @@ class MLP(nn.Module):
         """Returns [..., D] for ``x`` [..., D]."""
         c = self.config
         # On CPUs, gate and up are not rounded before their product: this is more exact, and faster.
-        gate, up = (
-            Linear((c.intermediate_size,), c.mlp_bias, self.dtype, out_dtype=jnp.dtype("float32"), name=name)(x)
-            for name in ("gate_proj", "up_proj")
-        )
-        hidden = (nn.silu(gate) * up).astype(self.dtype)
+        wide = jnp.dtype("float32")
+        y = Linear((2, c.intermediate_size), c.mlp_bias, self.dtype, out_dtype=wide, name="gate_up_proj")(x)
+        hidden = (nn.silu(y[..., 0, :]) * y[..., 1, :]).astype(self.dtype)
         return Linear((c.hidden_size,), c.mlp_bias, self.dtype, name="down_proj")(hidden)
 
 
@@ -98,7 +99,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         """Declares the layers under the names of the parameter tree."""
         c = self.config
-        self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.dtype)
+        self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype)
         self.layers = [Layer(c, self.dtype) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not c.tie_embeddings:
@@ -142,5 +143,5 @@ class Llama(nn.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns logits [..., V] float32 of hidden states [..., D]; rounded to bfloat16, many of them would tie."""
         if self.config.tie_embeddings:
-            return project(hidden, self.embed.embedding, jnp.dtype("float32"), is_stored_wide=True)
+            return self.embed.logits(hidden)
         return self.lm_head(hidden)

@@ -16,10 +16,10 @@ def _window(reading: Reading, tables: PageTables, page_size: int) -> tuple[int, 
 
 
 def as_stored(config: InferenceConfig, x: jax.Array) -> jax.Array:
-    """Returns queries, keys or values [..., H] in the basis of the pages, or outputs in the basis of the model.
+    """Returns values [..., H] in the basis of the pages, or outputs in the basis of the model.
 
-    The rotation of 4-bit pages is self-inverse. Page selection stays in the basis of the model, where its bounds are
-    tighter.
+    The rotation of 4-bit pages is self-inverse. Keys and queries stay as they are: channels that are large are nearly
+    constant within a sub-page.
     """
     return rotate(x) if config.is_rotated else x
 
@@ -36,9 +36,8 @@ def prefill_attend(
         kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
         # The write comes before the read: this order lets XLA update the donated pages in place.
-        own = k if config.is_rotated else None
-        q, k, v = (as_stored(config, x) for x in (q, k, v))
-        kv = kv_write(*(k, v, state.kv, tables, starts, counts), k_bounded=own, implementation=config.implementation)
+        v = as_stored(config, v)
+        kv = kv_write(k, v, state.kv, tables, starts, counts, implementation=config.implementation)
         sink, local = _window(kind.prefill, tables, config.attention.page_size)
         out = prefill_attention(
             *(q, k, v, kv, tables, starts, counts),
@@ -68,10 +67,9 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
         kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
         is_used = (lengths > 0).astype(lengths.dtype)
-        own = k if config.is_rotated else None
-        k, v = (as_stored(config, x) for x in (k, v))
         kv = kv_write(
-            *(k, v, state.kv, tables, lengths - is_used, is_used), k_bounded=own, implementation=config.implementation
+            *(k, as_stored(config, v), state.kv, tables, lengths - is_used, is_used),
+            implementation=config.implementation,
         )
         selected, num_selected = None, kind.decode.num_selected
         # If a selection has room for every page of a sequence, or of the pool, all pages are read.
@@ -96,7 +94,7 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
             selected = state.selected
         sink, local = _window(kind.decode, tables, attention.page_size)
         out = decode_attention(
-            *(as_stored(config, q[:, 0]), kv, tables, lengths, selected),
+            *(q[:, 0], kv, tables, lengths, selected),
             sink=sink,
             local=local,
             implementation=config.implementation,

@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lserve_jax.config.checks import require_whole
 from lserve_jax.config.inference import InferenceConfig, LayerKind, Storage
 from lserve_jax.config.sizes import PoolSizes, Sizes, check_sizes
-from pallas_kernels import NO_PAGE, LayerKV, PagedKV, QuantizedArray, selection_width
+from pallas_kernels import NO_PAGE, LayerKV, PagedKV, QuantizedArray, QuantizedKeys, Tail, selection_width
 
 _BITS = {"int8": 8, "int4": 4}
 
@@ -75,8 +75,8 @@ def padded(config: InferenceConfig, pools: PoolSizes) -> PoolSizes:
     the whole pool are a multiple of eight. All layers have equally many pages.
     """
     subs = config.attention.page_size // config.attention.sub_page_size
-    stored = [kind.retrieval for kind in config.kinds if kind.retrieval is not None and kind.retrieval.has_statistics]
-    unit = max((8 // math.gcd(8, storage.num_kv_heads * subs) for storage in stored), default=1)
+    selecting = [kind.num_retrieval for kind in config.kinds if kind.decode.num_selected is not None]
+    unit = max((8 // math.gcd(8, heads * subs) for heads in selecting), default=1)
     return replace(pools, retrieval=-(-pools.retrieval // unit) * unit)
 
 
@@ -91,9 +91,11 @@ def empty_cache(config: InferenceConfig, sizes: Sizes, pools: PoolSizes) -> KVCa
 
 
 def _layer(config: InferenceConfig, kind: LayerKind, max_num_seqs: int, pools: PoolSizes) -> LayerCache:
+    shape = (max_num_seqs, config.model.num_kv_heads, config.attention.page_size, config.model.head_dim)
     kv = LayerKV(
         retrieval=_pool(config, kind.retrieval, pools.retrieval),
         streaming=_pool(config, kind.streaming, pools.streaming),
+        tail=Tail(*(jnp.zeros(shape, config.dtype) for _ in range(2))),
     )
     num_selected = kind.decode.num_selected
     if num_selected is None or num_selected >= pools.retrieval:  # a list as long as the pool selects nothing
@@ -106,19 +108,17 @@ def _layer(config: InferenceConfig, kind: LayerKind, max_num_seqs: int, pools: P
 def _pool(config: InferenceConfig, storage: Storage | None, pages: int) -> PagedKV | None:
     if storage is None:
         return None
-    attention, heads, head_dim = config.attention, storage.num_kv_heads, config.model.head_dim
-
-    def elements() -> jax.Array | QuantizedArray:
-        shape = (pages, heads, attention.page_size, head_dim)
-        if storage.dtype not in _BITS:
-            return jnp.zeros(shape, storage.dtype)
+    heads, page_size, head_dim = storage.num_kv_heads, config.attention.page_size, config.model.head_dim
+    shape = (pages, heads, page_size, head_dim)
+    if storage.dtype in _BITS:
         bits = _BITS[storage.dtype]
-        codes = jnp.zeros((*shape[:-1], head_dim * bits // 8), jnp.uint8)
-        scale, zero = (jnp.zeros(shape[:-1], jnp.float32) for _ in range(2))
-        return QuantizedArray(codes=codes, scale=scale, zero=zero, bits=bits)
-
-    if not storage.has_statistics:
-        return PagedKV(elements(), elements())
-    subs = attention.page_size // attention.sub_page_size
-    k_min, k_max = (jnp.zeros((pages, heads, subs, head_dim), config.dtype) for _ in range(2))
-    return PagedKV(elements(), elements(), k_min, k_max)
+        codes = (*shape[:-1], head_dim * bits // 8)
+        k: Any = QuantizedKeys(codes=jnp.zeros(codes, jnp.uint8), bits=bits)
+        scale, low = (jnp.zeros(shape[:-1], jnp.float16) for _ in range(2))
+        v: Any = QuantizedArray(codes=jnp.zeros(codes, jnp.uint8), scale=scale, low=low, bits=bits)
+    else:
+        k, v = (jnp.zeros(shape, storage.dtype) for _ in range(2))
+    if storage.sub_page_size is None:
+        return PagedKV(k, v)
+    subs = page_size // storage.sub_page_size
+    return PagedKV(k, v, *(jnp.zeros((pages, heads, subs, head_dim), config.dtype) for _ in range(2)))

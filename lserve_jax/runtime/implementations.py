@@ -1,4 +1,4 @@
-"""Which implementation each attention op takes in the compiled steps, and why others refused, found by tracing."""
+"""Which implementation each op takes in the compiled steps, and why others refused, found by tracing."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,16 +8,27 @@ import jax
 from lserve_jax.config.inference import InferenceConfig, LayerKind
 from lserve_jax.config.pages import retrieval_pages
 from lserve_jax.config.sizes import PoolSizes, Sizes
-from lserve_jax.models.llama import Attend
+from lserve_jax.models.layers import project
+from lserve_jax.models.llama import Attend, Params
 from lserve_jax.runtime.attend import decode_attend, prefill_attend
 from lserve_jax.runtime.cache import LayerCache, empty_cache
-from pallas_kernels import Choice, PageTables, observe_choices
+from pallas_kernels import Choice, PageTables, QuantizedMatrix, observe_choices
+from pallas_kernels.core.quantized_matrix import quantized_matrices
 
 
-def implementations(config: InferenceConfig, sizes: Sizes, pools: PoolSizes) -> tuple[Choice, ...]:
+def implementations(
+    config: InferenceConfig, sizes: Sizes, pools: PoolSizes, params: Params | None = None
+) -> tuple[Choice, ...]:
     """Returns the implementations of each op in a prefill and in a decode step, each once.
 
-    Traces the attention of one layer of each kind with the shapes of the engine; compiles and runs nothing.
+    Traces the attention of one layer of each kind with the shapes of the engine, and one product with each kind of
+    quantised matrix; compiles and runs nothing.
+
+    Args:
+      config: static settings.
+      sizes: sequences, context and calls.
+      pools: pages.
+      params: the parameter tree, of `jax.ShapeDtypeStruct`; None for numbers alone.
 
     Raises:
       NotImplementedError: if the implementation that ``config`` names refuses, with its reason.
@@ -27,6 +38,7 @@ def implementations(config: InferenceConfig, sizes: Sizes, pools: PoolSizes) -> 
         for kind, layer in dict(zip(config.kinds, cache, strict=True)).items():
             _trace(config, sizes, kind, layer, prefill_attend, batch=1, tokens=sizes.prefill_chunk)
             _trace(config, sizes, kind, layer, decode_attend, batch=sizes.max_num_seqs, tokens=1)
+        _trace_products(config, sizes, params or {})
     return tuple(dict.fromkeys(choices))
 
 
@@ -80,3 +92,16 @@ def _trace(
     pages = retrieval_pages(sizes.max_model_len, config.attention.page_size)
     table, ones = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((batch, pages), (batch,)))
     jax.eval_shape(attend, q, k, cache, table, ones)
+
+
+def _trace_products(config: InferenceConfig, sizes: Sizes, params: Params) -> None:
+    """Traces `project` for each shape and layout of a quantised matrix: in layers for both steps, for logits in one."""
+
+    def product(x: jax.Array, kernel: QuantizedMatrix) -> jax.Array:
+        return project(x, kernel.reshape(-1))
+
+    layers = {name: entry for name, entry in params.items() if name.startswith("layers_")}
+    logits = params.get("embed" if config.model.tie_embeddings else "lm_head")
+    for tree, rows in ((layers, sizes.prefill_chunk), (layers, sizes.max_num_seqs), (logits, sizes.max_num_seqs)):
+        for matrix in dict.fromkeys(quantized_matrices(tree)):
+            jax.eval_shape(product, jax.ShapeDtypeStruct((rows, matrix.shape[-1]), config.dtype), matrix)

@@ -4,6 +4,7 @@ Compiling and loading a program holds the interpreter's lock for much of the tim
 the order of need: each waits, for a limited time, until the one before it has been compiled or, if required, has run.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lserve_jax.runtime.freed_memory import give_back_freed_memory
 from pallas_kernels import Choice, observe_choices
 
 _PATIENCE_S = 3.0
@@ -57,7 +59,8 @@ class Programs:
         self._programs: dict[str, _Program] = {}
         self._ran: dict[str, None] = {}
         self._on_compile = on_compile
-        self._threads = ThreadPoolExecutor(thread_name_prefix="compile")
+        # Each compilation takes a core and hundreds of megabytes.
+        self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 2), thread_name_prefix="compile")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,4 +140,7 @@ def _compile(
         lowered = step.lower(*args, **static)
     if choices:  # empty if JAX reused this trace
         _CHOICES[trace] = tuple(dict.fromkeys(choices))
-    return lowered.compile(), _CHOICES.get(trace, ())
+    compiled = lowered.compile()
+    del lowered
+    give_back_freed_memory()
+    return compiled, _CHOICES.get(trace, ())

@@ -11,15 +11,17 @@ import jax.numpy as jnp
 from lserve_jax.config.inference import InferenceConfig, LayerKind
 from lserve_jax.models.layerwise import run_model
 from lserve_jax.models.llama import Params
-from lserve_jax.runtime.attend import as_stored, decode_attend
+from lserve_jax.runtime.attend import decode_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
-from pallas_kernels import PagedKV, PageTables, dequantize
+from pallas_kernels import LayerKV, PageTables
 from pallas_kernels.core.dtypes import narrowed
+from pallas_kernels.core.paging import newest_page, slots_of
+from pallas_kernels.core.sealing import keys_of
 
 
 @jax.jit
 def attention_recall(
-    q: jax.Array, pool: PagedKV, table: jax.Array, lengths: jax.Array, selected: jax.Array
+    q: jax.Array, kv: LayerKV, tables: PageTables, lengths: jax.Array, selected: jax.Array
 ) -> jax.Array:
     """Returns, for each sequence and KV head, the attention mass [B, K] float32 in the selected pages, 0 … 1.
 
@@ -30,22 +32,25 @@ def attention_recall(
     NaN for an empty slot. Heads are computed one by one, so that only the scores [G, S] of one head are in memory.
 
     Args:
-      q: [B, K · G, H] queries of the retrieval heads, after RoPE, in the basis of the pool's keys
-        (`lserve_jax.runtime.attend.as_stored`).
-      pool: the retrieval pool.
-      table: its page table [B, max_pages] int32.
+      q: [B, K · G, H] queries of the retrieval heads, after RoPE.
+      kv: the layer's pools and tail.
+      tables: its page tables and slots.
       lengths: [B] int32 tokens of each sequence, the current one included; 0 for an empty slot.
       selected: [B, K, n] int32 logical pages, padded with -1 (what `pallas_kernels.page_select` returns).
     """
-    q, pool, table, lengths, selected = narrowed((q, pool, table, lengths, selected))
+    q, kv, tables, lengths, selected = narrowed((q, kv, tables, lengths, selected))
     batch, heads = selected.shape[:2]
+    pool, table, slots = kv.retrieval, jnp.asarray(tables.retrieval), slots_of(tables, batch)
+    assert pool is not None
     grouped = q.reshape(batch, heads, -1, q.shape[-1])
     held = table.shape[1]
 
     def of_head(at: jax.Array) -> jax.Array:
         b, head = at // heads, at % heads
-        rows = jax.tree.map(lambda x: x[jnp.maximum(table[b], 0), head], pool.k)
-        keys = dequantize(rows, jnp.float32).reshape(-1, q.shape[-1])
+        pages = keys_of(jax.tree.map(lambda x: x[jnp.maximum(table[b], 0), head], pool), jnp.float32)
+        is_open = jnp.arange(held, dtype=jnp.int32) == newest_page(lengths[b], pool.page_size)
+        newest = kv.tail.k[slots[b], head].astype(jnp.float32)
+        keys = jnp.where(is_open[:, None, None], newest, pages).reshape(-1, q.shape[-1])
         tokens = jnp.arange(keys.shape[0], dtype=jnp.int32)
         is_seen = tokens < lengths[b]
         scores = jnp.einsum("gh,sh->gs", grouped[b, head].astype(jnp.float32), keys, precision="highest")
@@ -89,8 +94,7 @@ def recall_step(
         if num_selected is None or state.selected is None or state.kv.retrieval is None:
             return out, (state, nothing)
         heads = kind.num_retrieval * (q.shape[2] // k.shape[2])
-        table = jnp.asarray(tables.retrieval)
-        mass = attention_recall(as_stored(config, q[:, 0, :heads]), state.kv.retrieval, table, lengths, state.selected)
+        mass = attention_recall(q[:, 0, :heads], state.kv, tables, lengths, state.selected)
         is_selecting = lengths > num_selected * config.attention.page_size
         return out, (state, jnp.where(is_selecting, jnp.mean(mass, axis=1), nothing))
 

@@ -20,7 +20,7 @@ from lserve_jax.runtime.adjustments import Adjustments, adjust
 from lserve_jax.runtime.attend import decode_attend, prefill_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
 from lserve_jax.runtime.sampling import SamplingState, likeliest, sample, token_logprobs
-from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray
+from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray, QuantizedKeys, Tail
 from pallas_kernels.core.dtypes import narrowed
 
 
@@ -99,7 +99,8 @@ def prefill_step(
       tokens: [B, T] int32; T is the chunk size, a static shape.
       starts: [B] int32 tokens of each sequence that are already in the cache.
       counts: [B] int32 valid tokens of each row, 0 … T.
-      tables: page tables [B, max_pages] int32 with the pages of the history that is still visible and of the chunk.
+      tables: page tables [B, max_pages] int32 with the pages of the history that is still visible and of the chunk, and
+        the slot of each row, which will decode it; rows without tokens may name any.
       config: static settings.
       has_history: False promises that all ``starts`` are 0: a smaller program for prompts of one chunk.
       has_all_logits: whether to return the logits of every token, [B, T, V].
@@ -335,11 +336,23 @@ def sample_first(
 
 
 # An exported step (`jax.export`) can be written to a file only if the types of its arguments are registered by name.
-for _kind in (LayerCache, LayerKV, PagedKV, PageTables, SamplingState, Adjustments, DecodeState, Generated, Scores):
+for _kind in (
+    LayerCache,
+    LayerKV,
+    PagedKV,
+    Tail,
+    PageTables,
+    SamplingState,
+    Adjustments,
+    DecodeState,
+    Generated,
+    Scores,
+):
     export.register_namedtuple_serialization(_kind, serialized_name=f"lserve_jax.{_kind.__name__}")
-export.register_pytree_node_serialization(
-    QuantizedArray,
-    serialized_name="lserve_jax.QuantizedArray",
-    serialize_auxdata=lambda static: json.dumps(static).encode(),
-    deserialize_auxdata=lambda text: tuple(json.loads(text)),
-)
+for _kind in (QuantizedArray, QuantizedKeys):
+    export.register_pytree_node_serialization(
+        _kind,
+        serialized_name=f"lserve_jax.{_kind.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static).encode(),
+        deserialize_auxdata=lambda text: tuple(json.loads(text)),
+    )

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from lserve_jax.config.errors import InputError, shown
+from lserve_jax.config.errors import InputError, shown, shown_list
 from lserve_jax.text.chat_template import ChatTemplate
 from lserve_jax.text.errors import read_text
 from lserve_jax.text.literals import ControlTexts, Literals
@@ -18,6 +18,9 @@ RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_fi
 """Variables of a template that `ChatOptions.template_kwargs` may not set."""
 TOOL_TEMPLATE = "tool_use"
 """The name of the template that is taken if tools are given and none is named."""
+
+MOST_WARNED, LONGEST_WARNED = 1000, 100
+"""Names that are warned of, each once, and their characters: a server's clients may invent any number of any length."""
 
 MAX_DEPTH = 100
 """Levels of lists and mappings in messages, tools or variables of the template; reading them takes a call per level."""
@@ -153,10 +156,11 @@ class ChatFormat:
         )
 
     def _warn_of_unread(self, template: ChatTemplate, names: Sequence[str]) -> None:
-        unread = [name for name in names if name not in template.names | self._warned]
+        unread = {name[:LONGEST_WARNED]: None for name in names if name not in template.names}
+        unread = [name for name in unread if name not in self._warned][: max(0, MOST_WARNED - len(self._warned))]
         self._warned.update(unread)
         if unread:
-            logger.warning(f"{self._source}: the chat template does not read {', '.join(unread)}: without effect")
+            logger.warning(f"{self._source}: the chat template does not read {shown_list(unread)}: without effect")
 
 
 class _Mark:
@@ -276,7 +280,7 @@ def _check_variables(variables: Any) -> None:
         if name in RESERVED:
             raise InputError(f"template_kwargs cannot set {name!r}: it is given by the conversation or the tokenizer")
         if not isinstance(name, str) or not name.isidentifier():
-            raise InputError(f"template_kwargs: {name!r} is no name of a variable")
+            raise InputError(f"template_kwargs: {shown(name)} is no name of a variable")
 
 
 def _check_depth(name: str, value: Any) -> None:

@@ -14,6 +14,7 @@ call special (``<think>`` in Qwen3) mean the same in a message as anywhere.
 import json
 import re
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,8 +58,8 @@ class ControlTexts:
         self._beginnings = {text[:length] for text in self._special for length in range(1, len(text))}
         self._pattern = _any_of(self._special)
         self._added_pattern = _any_of([token.content for token in added if token.content])
-        self._twin: tokenizers.Tokenizer | None = None
-        self._respelled: dict[str, str] = {}
+        self._twin: _Twin | None = None
+        self._twin_lock = threading.Lock()  # conversations may be encoded by several threads
 
     def guard(self, value: Any, literals: Literals) -> Any:
         """Returns a value with stand-ins in its texts, for special tokens and for a beginning of one at the end."""
@@ -90,29 +91,48 @@ class ControlTexts:
     def encode(self, rendered: str, literals: Literals) -> list[int]:
         """Returns the ids of a rendered conversation, in which the special tokens are those that no stand-in hides."""
         if not literals.texts:
-            return self._backend.encode(rendered, add_special_tokens=False).ids
-        twin = self._make_twin() if self._twin is None else self._twin
-        text = self._added_pattern.sub(lambda match: self._respelled.get(match[0], match[0]), rendered)
-        return twin.encode(literals.restore(text), add_special_tokens=False).ids
+            return encode(self._backend, rendered, add_special_tokens=False)
+        with self._twin_lock:
+            self._twin = twin = self._twin or self._make_twin()
+        text = self._added_pattern.sub(lambda match: twin.respelled.get(match[0], match[0]), rendered)
+        return encode(twin.backend, literals.restore(text), add_special_tokens=False)
 
-    def _make_twin(self) -> tokenizers.Tokenizer:
+    def _make_twin(self) -> "_Twin":
         """Returns the same tokenizer with secret texts for its special tokens."""
         nonce = secrets.token_hex(16)
-        self._respelled = {text: f"<{nonce}-{index}>" for index, text in enumerate(self._special)}
+        respelled = {text: f"<{nonce}-{index}>" for index, text in enumerate(self._special)}
         description = json.loads(self._backend.to_str())
         for token in description["added_tokens"]:
             if token["special"]:
-                token["content"] = self._respelled.get(token["content"], token["content"])
+                token["content"] = respelled.get(token["content"], token["content"])
         model = description["model"]
         if isinstance(model["vocab"], dict):
-            model["vocab"] = {self._respelled.get(text, text): index for text, index in model["vocab"].items()}
+            model["vocab"] = {respelled.get(text, text): index for text, index in model["vocab"].items()}
         else:  # Unigram: pairs of text and score
-            model["vocab"] = [[self._respelled.get(text, text), score] for text, score in model["vocab"]]
+            model["vocab"] = [[respelled.get(text, text), score] for text, score in model["vocab"]]
         if model.get("unk_token") is not None:
-            model["unk_token"] = self._respelled.get(model["unk_token"], model["unk_token"])
+            model["unk_token"] = respelled.get(model["unk_token"], model["unk_token"])
         description["post_processor"] = None  # it only adds tokens around a text, which the template does
-        self._twin = tokenizers.Tokenizer.from_str(json.dumps(description))
-        return self._twin
+        return _Twin(backend=tokenizers.Tokenizer.from_str(json.dumps(description)), respelled=respelled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Twin:
+    """A tokenizer that knows control tokens by another spelling only.
+
+    Attributes:
+      backend: the tokenizer.
+      respelled: the other spelling of each control token's text.
+    """
+
+    backend: tokenizers.Tokenizer
+    respelled: Mapping[str, str]
+
+
+def encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Returns the ids of a text, while other threads run: ``encode`` itself stops them, for seconds at a long text."""
+    (found,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    return found.ids
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:

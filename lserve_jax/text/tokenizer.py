@@ -9,12 +9,13 @@ from typing import Any, Unpack
 
 import tokenizers
 
+from lserve_jax.config.digest import text_digest
 from lserve_jax.config.errors import InputError
 from lserve_jax.text import gguf
 from lserve_jax.text.chat import ChatFormat, ChatOptions, Message
 from lserve_jax.text.errors import one_line
 from lserve_jax.text.folder import CONFIG_FILE, TOKENIZER_FILE, read_folder
-from lserve_jax.text.literals import ControlTexts
+from lserve_jax.text.literals import ControlTexts, encode
 from lserve_jax.text.parts import DEFAULT_TEMPLATE, TokenizerParts
 from lserve_jax.weights.load import open_checkpoint
 
@@ -98,9 +99,19 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The texts of special tokens by name (``bos_token``, ``eos_token``, …), as far as they are named."""
+        return self._special_tokens
+
+    @property
     def bos_token_id(self) -> int | None:
         """The token that begins a text, or None."""
         return self._backend.token_to_id(self._special_tokens.get("bos_token", ""))
+
+    @cached_property
+    def digest(self) -> str:
+        """Returns 16 hexadecimal digits that stand for the vocabulary and its rules, not for chat templates."""
+        return text_digest(self._backend.to_str())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns the ids of a text, in which the texts of special tokens mean those tokens.
@@ -114,7 +125,7 @@ class Tokenizer:
             token).
         """
         _check_text(text)
-        ids = self._encoded(lambda: self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        ids = self._encoded(lambda: encode(self._backend, text, add_special_tokens=add_special_tokens))
         if add_special_tokens and self._leading:
             self._warn_of_repetition(ids)
         return ids

@@ -1,4 +1,4 @@
-"""GGUF files: tensors dequantised one block of rows at a time, in Hugging Face's layout."""
+"""GGUF files: tensors as they are packed, or dequantised one block of rows at a time, in Hugging Face's layout."""
 
 import re
 from collections.abc import Iterator
@@ -12,8 +12,11 @@ import numpy as np
 from lserve_jax.config.errors import InputError, shown
 from lserve_jax.weights.gguf_config import ROPE_FACTORS, hf_config, unknown_keys
 from lserve_jax.weights.gguf_header import Stored, read_header
+from lserve_jax.weights.gguf_packed import LAYOUTS, unpack
+from lserve_jax.weights.layout import Layout
 from lserve_jax.weights.rules import Naming, Tensor
-from lserve_jax.weights.tensors import Inventory, ReadTensor
+from lserve_jax.weights.tensors import Inventory
+from pallas_kernels.core.quantized_matrix import QuantizedMatrix
 
 # llama.cpp rotates neighbouring elements (2i, 2i + 1) in these, so its converter interleaves the halves of a head.
 INTERLEAVED = ("llama",)
@@ -86,18 +89,39 @@ class GGUFFile:
             problems=[f"tensor {name} has type {kind}, which is not read" for name, kind in unreadable.items()],
         )
 
+    def layout(self, tensor: Tensor) -> Layout | None:
+        """Returns how the file packs a matrix in 8 or 4 bits; None for what is read as numbers, or is missing."""
+        stored = self.tensors.get(tensor.names["gguf"])
+        return LAYOUTS.get(stored.kind) if stored and len(stored.shape) > 1 else None
+
     @contextmanager
-    def open(self) -> Iterator[ReadTensor]:
-        """Yields a function that dequantises one tensor into Hugging Face's layout and the given dtype."""
+    def open(self) -> Iterator["GGUFReader"]:
+        """Yields what reads one tensor at a time."""
+        yield GGUFReader(self)
 
-        def read(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
-            array = _dequantize(self.tensors[tensor.names["gguf"]], dtype)
-            if tensor.is_rotary and self.metadata["general.architecture"] in INTERLEAVED:
-                head_dim = tensor.shape[tensor.axes.index("H")]
-                array = _undo_interleaving(array, head_dim)
-            return array
 
-        yield read
+class GGUFReader:
+    """Reads the tensors of a GGUF file in Hugging Face's layout."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self._file = file
+
+    def array(self, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+        """Returns a tensor in ``dtype``; a packed one is dequantised."""
+        return _dequantize(self._stored(tensor), dtype)
+
+    def packed(self, tensor: Tensor) -> QuantizedMatrix:
+        """Returns a matrix as the file packs it, in its `GGUFFile.layout`: numpy leaves of its ``file_shape``."""
+        stored = self._stored(tensor)
+        return unpack(stored.data, stored.kind, stored.shape)
+
+    def _stored(self, tensor: Tensor) -> Stored:
+        """Returns a tensor of the file with its rows in Hugging Face's order."""
+        stored = self._file.tensors[tensor.names["gguf"]]
+        if not (tensor.is_rotary and self._file.metadata["general.architecture"] in INTERLEAVED):
+            return stored
+        head_dim = tensor.shape[tensor.axes.index("H")]
+        return stored._replace(data=_undo_interleaving(stored.data, head_dim))
 
 
 def _dequantize(stored: Stored, dtype: np.dtype) -> np.ndarray:
@@ -113,7 +137,7 @@ def _dequantize(stored: Stored, dtype: np.dtype) -> np.ndarray:
     return array
 
 
-def _undo_interleaving(array: np.ndarray, head_dim: int) -> np.ndarray:
+def _undo_interleaving(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Returns the rows of every head in Hugging Face's order (0, 1, 2, …), from llama.cpp's (0, H/2, 1, H/2 + 1, …)."""
-    pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(array.shape)
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from lserve_jax.config.errors import InputError, shown
 from lserve_jax.config.generation import GENERATION_FILE
@@ -19,11 +18,14 @@ from lserve_jax.models.known import known_configs
 from lserve_jax.models.llama import Params
 from lserve_jax.weights import embedded, orbax
 from lserve_jax.weights.digest import content_digest
+from lserve_jax.weights.forms import Forms, LayoutOf
 from lserve_jax.weights.gguf import GGUFFile
+from lserve_jax.weights.hf_quantized import read_quantization
 from lserve_jax.weights.kept import KeptParams
-from lserve_jax.weights.rules import HeadOrder
+from lserve_jax.weights.rules import HeadOrder, expected_tensors
 from lserve_jax.weights.safetensors import SafetensorsFolder
-from lserve_jax.weights.tensors import LoadParams, Progress, abstract_params, load_tensors
+from lserve_jax.weights.smoothing import Smoothing
+from lserve_jax.weights.tensors import LoadParams, Progress, load_tensors, parameter_tree
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The files to download from a hub repository: no pickles, no code, no copies of the weights in other formats.
@@ -36,7 +38,8 @@ class Checkpoint:
 
     ``tokenizer_source`` is the folder with the tokenizer's files, a GGUF file's metadata, or None if only the shapes of
     the model are known. ``files`` returns the files of configuration and weights, in an order that does not depend on
-    where they are. ``warnings`` has one line for each doubt about what the files mean.
+    where they are. ``require_kept`` raises `InputError` if a quantised matrix cannot be kept as the files have it.
+    ``warnings`` has one line for each doubt about what the files mean.
     """
 
     name: str
@@ -45,25 +48,57 @@ class Checkpoint:
     generation_config: Mapping[str, Any]
     tokenizer_source: Path | Mapping[str, Any] | None
     loader: LoadParams
+    layout_of: LayoutOf
     files: Callable[[], Sequence[Path]]
+    require_kept: Callable[[], None] = lambda: None
     warnings: tuple[str, ...] = ()
 
-    def load_params(self, dtype: Any, heads: HeadOrder | None = None, progress: Progress | None = None) -> Params:
-        """Returns the parameter tree as jax arrays of ``dtype``, loaded one tensor at a time.
+    def load_params(
+        self,
+        dtype: Any,
+        heads: HeadOrder | None = None,
+        progress: Progress | None = None,
+        *,
+        weight_dtype: str | None = None,
+    ) -> Params:
+        """Returns the parameter tree as jax arrays, loaded one parameter at a time.
 
         Args:
-          dtype: bfloat16 or float32, as a name or a dtype.
+          dtype: type of numbers, bfloat16 or float32, as a name or a dtype.
           heads: the order of KV heads of each layer (`HeadClasses`): KV heads, the query heads of their groups, the
             inputs of the output projection and the biases are permuted together. None keeps the checkpoint's order.
           progress: called with the bytes done and the total; first with 0, after the check of all headers.
+          weight_dtype: the form of matrices: "auto", "bfloat16", "float32", "int8" or "int4" (see
+            `lserve_jax.weights.forms.Forms`); None makes numbers of ``dtype``.
 
         Raises:
           InputError: if tensors are missing, unexpected or misshapen, or files unreadable; all of them in one line.
         """
+        return self.load(self.forms(dtype, weight_dtype), heads, progress)
+
+    def load(self, forms: Forms, heads: HeadOrder | None = None, progress: Progress | None = None) -> Params:
+        """Returns the parameter tree with the form of every parameter given, see `load_params`."""
         try:
-            return self.loader(self.config, jnp.dtype(dtype), heads, progress)
+            return self.loader(self.config, forms, heads, progress)
         except OSError as error:
             raise InputError(f"{error.filename or self.name}: cannot be read ({error.strerror or error})") from None
+
+    def forms(self, dtype: Any, weight_dtype: str | None = None, smoothing: Smoothing | None = None) -> Forms:
+        """Returns the form of every parameter, see `load_params`; only what becomes "int8" is smoothed.
+
+        Raises:
+          InputError: if ``weight_dtype`` is "auto" and a quantised matrix cannot be kept as the files have it.
+        """
+        if weight_dtype == "auto":
+            self.require_kept()
+        smoothing = None if weight_dtype != "int8" or self.is_w8a8 else smoothing
+        return Forms(dtype=str(jnp.dtype(dtype)), weight_dtype=weight_dtype, smoothing=smoothing)
+
+    @cached_property
+    def is_w8a8(self) -> bool:
+        """Returns whether the files have weights for products of integers: made for them, and smoothed if they were."""
+        layouts = (self.layout_of(tensor) for tensor in expected_tensors(self.config) if tensor.is_matrix)
+        return any(layout is not None and layout.input_bits is not None for layout in layouts)
 
     def require_weights(self) -> None:
         """Raises `InputError` if only the shapes of the model are known."""
@@ -90,9 +125,13 @@ class Checkpoint:
         """Returns the same checkpoint, which reads its weights once and keeps them for all further loads."""
         return replace(self, loader=KeptParams(self.loader))
 
-    def abstract_params(self, dtype: Any) -> Params:
+    def abstract_params(self, dtype: Any, weight_dtype: str | None = None) -> Params:
         """Returns the tree of `load_params` as `jax.ShapeDtypeStruct`, which suffices to compile programs."""
-        return abstract_params(self.config, dtype)
+        return self.abstract(self.forms(dtype, weight_dtype))
+
+    def abstract(self, forms: Forms) -> Params:
+        """Returns the tree of `load` as `jax.ShapeDtypeStruct`."""
+        return parameter_tree(self.config, lambda parameter: forms.abstract(parameter, self.layout_of))
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -159,6 +198,7 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
         generation_config={},
         tokenizer_source=file.metadata,
         loader=partial(load_tensors, file),
+        layout_of=file.layout,
         warnings=file.warnings,
         files=lambda: [path],
     )
@@ -173,15 +213,23 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
     hf_config = read_json(config_path)
     generation_path = folder / GENERATION_FILE
     generation_config = read_json(generation_path) if generation_path.exists() else {}
-    source = orbax.OrbaxFolder(folder) if orbax.is_orbax_folder(folder) else SafetensorsFolder(folder)
+    config = read_hf(hf_config, source=str(config_path), generation_config=generation_config)
+    if orbax.is_orbax_folder(folder):
+        source, own = orbax.OrbaxFolder(folder), {}
+    else:
+        quantized = read_quantization(hf_config, config, source=str(config_path))
+        source = SafetensorsFolder(folder, quantized)
+        own = {"require_kept": source.require_kept, "warnings": quantized.warnings}
     return Checkpoint(
         name=name,
-        config=read_hf(hf_config, source=str(config_path), generation_config=generation_config),
+        config=config,
         hf_config=hf_config,
         generation_config=generation_config,
         tokenizer_source=folder,
         loader=partial(load_tensors, source),
+        layout_of=source.layout,
         files=lambda: [*filter(Path.is_file, (config_path, generation_path)), *source.files()],
+        **own,
     )
 
 
@@ -190,7 +238,7 @@ def _only_shapes(name: str) -> InputError:
 
 
 def _open_known(name: str) -> Checkpoint:
-    def refuse(config: ModelConfig, dtype: np.dtype, heads: HeadOrder | None, progress: Progress | None) -> Params:
+    def refuse(config: ModelConfig, forms: Forms, heads: HeadOrder | None, progress: Progress | None) -> Params:
         raise _only_shapes(name)
 
     hf_config = known_configs()[name]
@@ -201,6 +249,7 @@ def _open_known(name: str) -> Checkpoint:
         generation_config={},
         tokenizer_source=None,
         loader=refuse,
+        layout_of=lambda tensor: None,
         files=list,
     )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core.paging import PagedKV
-from pallas_kernels.core.quantization import QuantizedArray
+from pallas_kernels.core.quantization import QuantizedArray, QuantizedKeys
 
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that one program may ask for."""
@@ -67,7 +67,7 @@ def refuse_pools(pools: list[PagedKV]) -> None:
     """
     for pool in pools:
         for stored in (pool.k, pool.v):
-            if not isinstance(stored, QuantizedArray):
+            if not isinstance(stored, QuantizedArray | QuantizedKeys):
                 refuse_unless(stored.dtype == jnp.bfloat16, f"pages must be bfloat16, int8 or int4, not {stored.dtype}")
         refuse_unless(pool.page_size in (16, 32, 64, 128), f"page_size must be 16, 32, 64 or 128, not {pool.page_size}")
 

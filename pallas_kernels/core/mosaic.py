@@ -1,13 +1,17 @@
-"""What the Mosaic GPU kernels share: tiles of shared memory, codes as tensor-core operands, the interpreter's gap."""
+"""What the Mosaic GPU kernels share: tiles of shared memory, bit fields, products, the interpreter's gap."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax._src import config as jax_config  # the interpreter's switch has no public name
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, llvm
+from jax.experimental.mosaic.gpu import utils
 
 
 def is_interpreted() -> bool:
@@ -38,53 +42,43 @@ def channel_per_thread(channels: int) -> Any:
     )
 
 
-class CodePart(NamedTuple):
-    """The values for tensor cores of one of the equal parts of a row's codes: ``code = factor · value + bias``."""
+def bit_field(pairs: jax.Array, shift: int, mask: int, flipped: int) -> jax.Array:
+    """Returns ``((x >> shift) & mask) ^ flipped`` of uint16 numbers [64, n] in the WGMMA layout.
 
-    mask: int
-    factor: float
-    bias: float
+    Two numbers share a register, and take two instructions: GPUs can shift it as a whole, and the mask removes what
+    comes over from the neighbour. The compiler would take seven.
 
-
-KEY_PARTS = {
-    8: (CodePart(mask=0xFF, factor=1.0, bias=-1024.0),),
-    4: (CodePart(mask=0x0F, factor=1.0, bias=-1024.0), CodePart(mask=0xF0, factor=1 / 16, bias=-64.0)),
-}
-"""Parts by bits for `widened_keys`."""
-VALUE_PARTS = {
-    8: (CodePart(mask=0xFF, factor=1.0, bias=128.0),),
-    4: (CodePart(mask=0x0F, factor=1.0, bias=-128.0), CodePart(mask=0xF0, factor=1 / 16, bias=8.0)),
-}
-"""Parts by bits for `widened_values`."""
-
-
-def widened_keys(codes: jax.Array, bits: int) -> list[jax.Array]:
-    """Returns the `KEY_PARTS` of codes [rows, H · bits / 8] as float16 [rows, H / parts]; every value is exact.
-
-    The byte becomes the low bits of 1024 = 0x6400, whose last bit counts one. This needs no conversion and no shift of
-    bytes, which GPUs do not have.
+    Args:
+      pairs: the numbers.
+      shift: bits, 0 or more.
+      mask: none of its bits is above the ``16 - shift`` lowest.
+      flipped: any 16 bits.
     """
-    wide = codes.astype(jnp.uint16)
-    return [_with_exponent(wide & part.mask, 0x6400, jnp.float16) for part in KEY_PARTS[bits]]
+    assert mask >> (16 - shift) == 0
+    if is_interpreted():
+        return ((pairs >> shift) & mask) ^ flipped
+    layout = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct(pairs.shape, jnp.uint16, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    def extract(_: Any, pairs: Any) -> Any:  # the context, and the numbers in registers
+        i32 = ir.IntegerType.get_signless(32)
+        registers = np.empty_like(pairs.registers)
+        for place, register in np.ndenumerate(pairs.registers):
+            word = utils.bitcast(register, i32)
+            if shift:
+                word = arith.shrui(word, utils.c(shift, i32))
+            code = f"lop3.b32 $0, $1, {mask * 0x10001:#x}, $2, {_AND_XOR:#x};"
+            word = llvm.inline_asm(i32, [word, utils.c(flipped * 0x10001, i32)], code, "=r,r,r")
+            registers[place] = utils.bitcast(word, register.type)
+        return type(pairs)(_registers=registers, _layout=pairs.layout, _is_signed=pairs.is_signed)
+
+    run: Callable[..., jax.Array] = extract  # without the context
+    return run(pairs)
 
 
-def widened_values(codes: jax.Array, bits: int) -> list[jax.Array]:
-    """Returns the `VALUE_PARTS` of codes [rows, H · bits / 8] as bfloat16 [rows, H / parts]; every value is exact.
-
-    The dtype is bfloat16, since weights may be arbitrarily small. It has seven bits after 128 = 0x4300, enough for a
-    low nibble. Other codes go through signed bytes, for which there is a fast conversion.
-    """
-    if bits == 8:
-        return [(codes ^ 0x80).astype(jnp.int8).astype(jnp.bfloat16)]
-    low, high = VALUE_PARTS[4]
-    return [
-        _with_exponent(codes.astype(jnp.uint16) & low.mask, 0x4300, jnp.bfloat16),
-        ((codes & high.mask) ^ 0x80).astype(jnp.int8).astype(jnp.bfloat16),
-    ]
-
-
-def _with_exponent(x: jax.Array, exponent: int, dtype: Any) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x | exponent, dtype)
+_AND_XOR = (0xF0 & 0xCC) ^ 0xAA
+"""The truth table of ``(a & b) ^ c``."""
 
 
 def by_part(numbers: tuple[float, ...], shape: tuple[int, ...], axis: int, layout: Any) -> jax.Array:
@@ -115,14 +109,14 @@ def product(rows: int, columns: int, *factors: tuple[Any, Any]) -> jax.Array:
 
 
 def product_of_registers(
-    rows: int, columns: int, left_rows: Callable[[int], list[jax.Array]], rights: list[Any]
+    rows: int, columns: int, left_rows: Callable[[int], Iterable[jax.Array]], rights: list[Any]
 ) -> jax.Array:
     """Returns ``Σ left @ right`` like `product`, with left operands in registers, 64 rows at a time.
 
     Args:
       rows: a multiple of 64.
       columns: a multiple of 8.
-      left_rows: i → rows ``i … i + 63`` of each left operand.
+      left_rows: i → rows ``i … i + 63`` of each left operand; each is multiplied before the next one is asked for.
       rights: the right operands, references to shared memory.
     """
     starts = range(0, rows, 64)

@@ -1,4 +1,4 @@
-"""Named shapes shared by tests, benches and tuning: one attention layer at one moment of serving."""
+"""Named shapes shared by tests, benches and tuning: an attention layer or a projection at one moment."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -130,3 +130,56 @@ TINY = {
     "all_streaming": Workload(retrieval=0, streaming=2, **_TINY),
 }
 """Workloads of tests, in which no size is a multiple of another one unless it must be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One projection of a decode step with quantised weights.
+
+    Attributes:
+      batch: rows of inputs.
+      outputs, inputs: the shape of the matrix.
+      bits: 8 or 4 of a code.
+      group: inputs per scale (float16); None for one scale per output (float32).
+      has_low: whether groups have offsets.
+      input_bits: see `QuantizedMatrix`.
+      dtype: of the inputs.
+    """
+
+    batch: int
+    outputs: int
+    inputs: int
+    bits: int
+    group: int | None = None
+    has_low: bool = False
+    input_bits: int | None = None
+    dtype: str = "bfloat16"
+
+
+_PROJECTIONS = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "logits": (128256, 4096),
+}
+_WEIGHTS: dict[str, dict[str, Any]] = {
+    "w8a8": {"bits": 8, "input_bits": 8},
+    "w8": {"bits": 8},
+    "w4g128": {"bits": 4, "group": 128, "has_low": True},
+    "w4g32": {"bits": 4, "group": 32, "has_low": True},
+}
+
+PRODUCTS = {
+    f"llama3_8b_{name}_b{batch}_{storage}": Product(batch=batch, outputs=outputs, inputs=inputs, **weights)
+    for name, (outputs, inputs) in _PROJECTIONS.items()
+    for batch in (1, 8)
+    for storage, weights in _WEIGHTS.items()
+}
+"""Projections of Llama 3 8B, by ``model_projection_batch_storage``."""
+
+TINY_PRODUCTS = {
+    storage: Product(batch=3, outputs=48, inputs=256, dtype="float32", **weights)
+    for storage, weights in _WEIGHTS.items()
+}
+"""Products of tests."""

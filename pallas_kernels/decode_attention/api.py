@@ -27,8 +27,9 @@ def decode_attention(
 ) -> jax.Array:
     """Returns attention outputs [B, N, H], in the dtype of ``q``, of each sequence's last token (LServe section 3.5).
 
-    The token's key and value are already in the pages. For query head n of KV head n // G at position
-    ``p = lengths[b] − 1``, with S the tokens of the selected pages (retrieval) or of all pages (streaming):
+    The token's key and value are already written. Its page, the open one, is read from the tail of the sequence's slot,
+    all others from the pools. For query head n of KV head n // G at position ``p = lengths[b] − 1``, with S the tokens
+    of the selected pages (retrieval) or of all pages (streaming):
 
         visible = {j in S : j <= p and (retrieval or j > p − local or j < sink)}
         out[b, n] = Σ_visible softmax(q[b, n] · k[j] / sqrt(H)) v[j]
@@ -37,11 +38,12 @@ def decode_attention(
 
     Args:
       q: [B, N, H], query heads of retrieval KV heads first.
-      kv: the layer's pools, in the basis of the other arguments (see `rotate`).
-      tables: page tables [B, max_pages] int32.
+      kv: the layer's pools and tail; with rotated values (see `rotate`), outputs are rotated too.
+      tables: page tables [B, max_pages] int32, and slots.
       lengths: [B] int32 tokens of each sequence with the current one; 0 for an empty slot, whose output is zero.
       selected: [B, K_retrieval, n] int32 logical pages in ascending order, padded at the end with -1 (what
-        `pallas_kernels.page_select` returns; pages past the sequence's end are skipped); None for all pages.
+        `pallas_kernels.page_select` returns: the open page is among them, and pages past the sequence's end are
+        skipped); None for all pages.
       sink: tokens at the start that streaming heads see.
       local: tokens at the end, the current one included, that streaming heads see.
       implementation: a backend name, or None for the first that accepts.

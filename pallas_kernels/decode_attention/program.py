@@ -4,15 +4,24 @@ A decode step has few queries per key, so products are transposed: scores are S�
 Oᵀ += Vᵀ·pᵀ [H, G], with wgmma's 64 rows on the long side and the query group, padded to 8 or 16, on the other side.
 One warpgroup reads page ids and copies pages to shared memory in advance; the others take blocks in turn.
 
-Quantised pages are never dequantised. With w = p · scale_v and codes as `core.mosaic` widens them,
+The tokens of the open page, in the tail, are one more block (two of a large page), which a warpgroup takes before its
+first turn, while pages are on their way. The last of a head's programs has it; no other has fewer pages.
 
-    q · k = scale_k (Σ_d q_d code_kd − zero_k Σ_d q_d)       Σ_j p_j v_j = Σ_j w_j code_vj − Σ_j w_j zero_vj
+Quantised keys are dequantised on their way to the tensor cores, k = code · step + k_min, by one instruction for two
+float16 numbers, with codes as `core.operands` widens them. float16 has eight times the precision of the bfloat16 keys
+that were stored, within 65504. The warpgroup that takes a block makes steps of its bounds once, in their place in
+shared memory: each thread needs those of 32 channels, and computing them there would take more than what is saved.
+Folding steps into the queries would need queries of its own for each sub-page.
 
-and all terms that do not depend on the element d of a part are applied after the products.
+Quantised values are never dequantised. With w = p · scale_v and a code m in the middle,
+
+    Σ_j p_j v_j = Σ_j w_j (code_vj − m) + Σ_j p_j (low_vj + m scale_vj)
+
+where only the first sum depends on the channel, and only its w are rounded.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -21,27 +30,33 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.core.mosaic import (
+from pallas_kernels.core.mosaic import by_part, product, product_of_registers
+from pallas_kernels.core.online_softmax import FLOOR, HIDDEN
+from pallas_kernels.core.operands import (
     KEY_PARTS,
+    QUARTETS,
     VALUE_PARTS,
-    by_part,
-    product,
-    product_of_registers,
+    by_quartets,
+    quartets_of_rows,
+    repeated_rows,
+    rows_by_quartets,
+    rows_to_repeat,
     widened_keys,
     widened_values,
 )
-from pallas_kernels.core.online_softmax import FLOOR, HIDDEN
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables
-from pallas_kernels.core.quantization import QuantizedArray
+from pallas_kernels.core.quantization import QuantizedArray, QuantizedKeys
 
 _LARGEST = 65504.0
 """The largest float16. No query is near it."""
+_IN_BOUNDS = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+"""Copies short rows without the tensor copy engine, whose targets must be aligned to 128 bytes."""
 _NOWHERE = 2**30
 """The position of keys that do not exist: past every sequence's end."""
 _WGMMA = plgpu.Layout.WGMMA
 _BY_KEY, _BY_QUERY = _WGMMA.reduce(1), _WGMMA.reduce(0)
 _BY_ROW = plgpu.Layout.TILED(plgpu.Tiling(((8, 32), (2, 32), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-"""[8 i, 32 j] with each row in 16 lanes of one warp, which sum it without shared memory."""
+"""[8 i, 32 j] with each row in 16 lanes of one warp."""
 
 
 class Heads(NamedTuple):
@@ -51,6 +66,7 @@ class Heads(NamedTuple):
       name: "retrieval" or "streaming".
       pool: shapes of the pages.
       first: the first KV head.
+      tail_first: the first head in the tail.
       group: query heads per KV head.
       splits: programs that share the pages of one head.
       pages: most pages that one head reads.
@@ -61,6 +77,7 @@ class Heads(NamedTuple):
     name: str
     pool: PagedKV
     first: int
+    tail_first: int
     group: int
     splits: int
     pages: int
@@ -72,7 +89,8 @@ class _Share(NamedTuple):
     """What a program reads: blocks of runs of ``run`` tokens; a run is a page or a part of a large one.
 
     ``starts_of`` gives the position of the first token of each run of a block, `_NOWHERE` past the share's end. Keys
-    are visible below ``length``; streaming heads see only those above ``lowest`` or in the sink.
+    are visible below ``length``; streaming heads see only those above ``lowest`` or in the sink. ``tails`` runs, from
+    position ``open_start`` on, are in the tail.
     """
 
     run: int
@@ -80,26 +98,32 @@ class _Share(NamedTuple):
     starts_of: Callable[[jax.Array], list[jax.Array]]
     length: jax.Array
     lowest: jax.Array
+    open_start: jax.Array
+    tails: jax.Array
 
 
 def _share(heads: Heads, listed: Any, length: jax.Array, split: jax.Array, block_keys: int) -> _Share:
-    """Returns the share of a split: whole blocks, as equal as possible; it depends only on the sequence's length."""
+    """Returns the share of a split: whole blocks, as equal as possible; it depends only on the sequence's length.
+
+    Pages come before the open one, in a list too. The last split has the tail.
+    """
     size = heads.pool.page_size
     run = min(size, block_keys)
     page_runs, block_runs = size // run, block_keys // run
-    held = (length + size - 1) // size
+    sealed = jnp.maximum(length - 1, 0) // size
+    open_start = sealed * size
     lowest = jnp.int32(-1)
     if heads.window is not None:
         sink, local = heads.window
         sinks = -(-sink // size)
         lowest = length - 1 - local
         oldest = jnp.maximum(jnp.maximum(lowest + 1, 0) // size, sinks)
-        total = jnp.minimum(sinks, held) + jnp.maximum(held - oldest, 0)
+        total = jnp.minimum(sinks, sealed) + jnp.maximum(sealed - oldest, 0)
 
         def page_of(entry: jax.Array) -> jax.Array:
             return jnp.where(entry < sinks, entry, oldest + entry - sinks)
     else:
-        total = jnp.minimum(heads.pages, held)
+        total = sealed if listed is None else jnp.minimum(heads.pages - 1, sealed)
 
         def page_of(entry: jax.Array) -> jax.Array:
             return entry if listed is None else listed[jnp.minimum(entry, heads.pages - 1)]
@@ -112,13 +136,14 @@ def _share(heads: Heads, listed: Any, length: jax.Array, split: jax.Array, block
     def start_of(entry: jax.Array) -> jax.Array:
         page = page_of(entry // page_runs)
         start = page * size + entry % page_runs * run
-        return jnp.where((entry < end) & (page >= 0) & (start < length), start, _NOWHERE)
+        return jnp.where((entry < end) & (page >= 0) & (start < open_start), start, _NOWHERE)
 
     def starts_of(block: jax.Array) -> list[jax.Array]:
         return [start_of(first + block * block_runs + i) for i in range(block_runs)]
 
     blocks = jnp.maximum(end - first + block_runs - 1, 0) // block_runs
-    return _Share(run, blocks, starts_of, length, lowest)
+    tails = jnp.where(split == heads.splits - 1, (length - open_start + run - 1) // run, 0)
+    return _Share(run, blocks, starts_of, length, lowest, open_start, tails)
 
 
 def attend(
@@ -148,6 +173,9 @@ def attend(
     def _copy() -> None:
         rows = scratch["q"].at[pl.ds(0, heads.group)]
         plgpu.copy_gmem_to_smem(q_gmem.at[b, heads.first + head], rows, scratch["q_ready"])
+        slots: Any = tables_gmem.slots
+        tail: list[Any] = [x.at[slots[b], heads.tail_first + head] for x in kv_gmem.tail]
+        _copy_tail(share, tail, scratch)
         pool, table = getattr(kv_gmem, heads.name), getattr(tables_gmem, heads.name)
         _copy_blocks(heads, share, stages, pool, table.at[b], head, scratch)
 
@@ -163,55 +191,99 @@ def attend(
         _join(state, scratch, role, store)
 
 
+def _copy_tail(share: _Share, tail_gmem: list[Any], scratch: dict[str, Any]) -> None:
+    """Copies the runs of the tail; their values go where the warpgroup that takes them widens values later."""
+    k_gmem, v_gmem = tail_gmem
+    warpgroups, most = scratch["v_wide"].shape[0], scratch["tail_k"].shape[0]
+    assert most <= warpgroups, "a warpgroup takes one run of the tail"
+    for i in range(most):
+
+        @pl.when(i < share.tails)
+        def _copy_run(i: int = i) -> None:
+            rows, place, ready = pl.ds(i * share.run, share.run), pl.ds(0, share.run), scratch["tail_ready"].at[i]
+            owner = (share.blocks + i) % warpgroups
+            plgpu.copy_gmem_to_smem(k_gmem.at[rows], scratch["tail_k"].at[i, place], ready)
+            plgpu.copy_gmem_to_smem(v_gmem.at[rows], scratch["v_wide"].at[owner, place], ready)
+
+
 def _copy_blocks(
     heads: Heads, share: _Share, stages: int, pool: PagedKV, table_gmem: Any, head: jax.Array, scratch: dict[str, Any]
 ) -> None:
     """Copies the blocks of a share to shared memory, as slots become free."""
     size, run = heads.pool.page_size, share.run
-    # The first run of the newest page replaces runs that do not exist; its keys are hidden later.
-    newest = (share.length - 1) // size * size
+    arrays = {name: [(*both, 1) for both in _leaves(getattr(pool, name), scratch[name])] for name in ("k", "v")}
+    if scratch["bounds"]:
+        bounds = zip((pool.k_min, pool.k_max), scratch["bounds"], strict=True)
+        arrays["k"] += [(*both, heads.pool.sub_page_size) for both in bounds]
 
     @pl.loop(0, share.blocks)
     def _copy_block(block: jax.Array) -> None:
         slot = block % stages
-        starts = [jnp.where(start == _NOWHERE, newest, start) for start in share.starts_of(block)]
+        # The open page, unwritten, replaces runs that do not exist; its keys are hidden later.
+        starts = [jnp.where(start == _NOWHERE, share.open_start, start) for start in share.starts_of(block)]
         places = [(jnp.maximum(table_gmem[start // size], 0), start % size) for start in starts]
         pl.when(block >= stages)(partial(plgpu.barrier_wait, scratch["free"].at[slot]))
         for name in ("k", "v"):
             ready = scratch[f"{name}_ready"].at[slot]
-            arrays = zip(jax.tree.leaves(getattr(pool, name)), jax.tree.leaves(scratch[name]), strict=True)
-            for source, target in arrays:
+            for source, target, unit in arrays[name]:
+                count = max(run // unit, 1)
                 for i, (page, row) in enumerate(places):
-                    rows, place = pl.ds(row, run), pl.ds(i * run, run)
-                    plgpu.copy_gmem_to_smem(source.at[page, head, rows], target.at[slot, place], ready)
+                    rows, place = pl.ds(row // unit, count), pl.ds(i * count, count)
+                    plgpu.copy_gmem_to_smem(
+                        source.at[page, head, rows], target.at[slot, place], ready, oob_mode=_IN_BOUNDS
+                    )
 
     @pl.loop(jnp.maximum(share.blocks - stages, 0), share.blocks)
     def _drain(block: jax.Array) -> None:
         plgpu.barrier_wait(scratch["free"].at[block % stages])
 
 
+def _leaves(*trees: Any) -> list[tuple[Any, ...]]:
+    """Returns the leaves of trees of one structure side by side."""
+    return list(zip(*map(jax.tree.leaves, trees), strict=True))
+
+
 def _attend_blocks(heads: Heads, share: _Share, stages: int, role: jax.Array, scratch: dict[str, Any]) -> "_Softmax":
-    """Returns the state of warpgroup ``role`` after every ``warpgroups``-th block of a share."""
+    """Returns the state of warpgroup ``role`` after its run of the tail and its blocks, every ``warpgroups``-th."""
     warpgroups = scratch["p"].shape[0]
-    private = ("q_tile", "p", "by_query", "v_wide")
-    own = scratch | {name: scratch[name].at[role] for name in private if scratch[name] is not None}
-    sums = _prepare_queries(heads, own)
+    own = scratch | {name: scratch[name].at[role] for name in ("q_tile", "p", "v_wide")}
+    _prepare_queries(heads, own)
+
+    def attend_tail(_: jax.Array, state: _Softmax) -> _Softmax:
+        plgpu.barrier_wait(scratch["tail_ready"].at[tail])
+        starts = [share.open_start + tail * share.run, *[jnp.int32(_NOWHERE)] * (own["p"].shape[1] // share.run - 1)]
+        scores = _scores(heads, own, own["tail_k"].at[tail])
+        state, weights = state.weigh(scores, _is_visible(scores.shape, starts, heads, share))
+        _hide_values(own["v_wide"], starts, heads, share)
+        added = _weighted_values(own, weights.astype(jnp.bfloat16), own["v_wide"])
+        if isinstance(own["v"], QuantizedArray):  # `_store` expects sums of codes
+            factors = tuple(1 / part.factor for part in VALUE_PARTS[own["v"].bits])
+            added = added * by_part(factors, added.shape, 0, _WGMMA)
+        return state._replace(values=state.values + added)
 
     def attend_block(turn: jax.Array, state: _Softmax) -> _Softmax:
         block = role + turn * warpgroups
         slot, starts = block % stages, share.starts_of(block)
+        k, bounds, v = jax.tree.map(lambda x: x.at[slot], [own[name] for name in ("k", "bounds", "v")])
         plgpu.barrier_wait(scratch["k_ready"].at[slot])
-        scores = _scores(own, slot, sums)
+        scores = _scores(heads, own, k, bounds)
         visible = _is_visible(scores.shape, starts, heads, share)
         state, weights = state.weigh(scores, visible)
         plgpu.barrier_wait(scratch["v_ready"].at[slot])
-        _hide_values(own, slot, starts, heads, share)
-        state = _add_values(state, own, slot, weights, visible)
+        if isinstance(v, QuantizedArray):
+            state, weights = _scaled_weights(state, v, weights, visible)
+            _widen_values(v, own["v_wide"])
+            v = own["v_wide"]
+        else:
+            _hide_values(v, starts, heads, share)
+        added = _weighted_values(own, weights.astype(jnp.bfloat16), v)
         plgpu.barrier_arrive(scratch["free"].at[slot])
-        return state
+        return state._replace(values=state.values + added)
 
+    tail = (role - share.blocks % warpgroups + warpgroups) % warpgroups
     turns = (share.blocks - role + warpgroups - 1) // warpgroups
-    return jax.lax.fori_loop(0, turns, attend_block, _Softmax.start(own)).added_up()
+    state = jax.lax.fori_loop(0, jnp.where(tail < share.tails, 1, 0), attend_tail, _Softmax.start(own))
+    return jax.lax.fori_loop(0, turns, attend_block, state).added_up()
 
 
 class _Softmax(NamedTuple):
@@ -221,50 +293,51 @@ class _Softmax(NamedTuple):
 
     Attributes:
       maximum: [G padded].
-      total: [keys of a block, G padded] sums of exponentials.
-      weights, zeros: likewise Σ w and Σ w · zero of quantised values, with the rounded w that multiply the codes.
+      sums: of exponentials, [keys of a block, G padded]; of quantised values likewise Σ p · (low + m scale); and of
+        those in 4 bits Σ w, with the rounded w that multiply codes.
       values: [H, G padded] weighted values.
     """
 
     maximum: jax.Array
-    total: jax.Array
-    weights: jax.Array
-    zeros: jax.Array
+    sums: tuple[jax.Array, ...]
     values: jax.Array
 
     @classmethod
     def start(cls, scratch: dict[str, Any]) -> "_Softmax":
         """Returns the state before any key."""
         (padded, keys), head_dim = scratch["p"].shape, scratch["q"].shape[1]
+        bits = scratch["v"].bits if isinstance(scratch["v"], QuantizedArray) else 16
         floor = plgpu.layout_cast(jnp.full((padded,), FLOOR, jnp.float32), _BY_QUERY)
-        sums, values = (plgpu.layout_cast(jnp.zeros((n, padded), jnp.float32), _WGMMA) for n in (keys, head_dim))
-        return cls(floor, sums, sums, sums, values)
+        zero, values = (plgpu.layout_cast(jnp.zeros((n, padded), jnp.float32), _WGMMA) for n in (keys, head_dim))
+        return cls(floor, (zero,) * {16: 1, 8: 2, 4: 3}[bits], values)
 
     def weigh(self, scores: jax.Array, visible: jax.Array) -> tuple["_Softmax", jax.Array]:
         """Returns the state before a block's values are added, and the weights [keys, G padded] of its keys."""
         maximum = jnp.maximum(self.maximum, _over_keys(jnp.max, jnp.where(visible, scores, HIDDEN)))
         weights = jnp.where(visible, jnp.exp2(scores - _to_keys(maximum, scores.shape)), 0.0)
-        state = self.scaled(jnp.exp2(self.maximum - maximum))
-        return state._replace(maximum=maximum, total=state.total + weights), weights
+        factor = jnp.exp2(self.maximum - maximum)
+        sums, values = jax.tree.map(lambda x: x * _to_keys(factor, x.shape), (self.sums, self.values))
+        return _Softmax(maximum, sums, values).add(weights), weights
 
-    def scaled(self, factor: jax.Array) -> "_Softmax":
-        """Returns the state with all sums times a factor [G padded]."""
-        total, weights, zeros, values = (x * _to_keys(factor, x.shape) for x in self[1:])
-        return _Softmax(self.maximum, total, weights, zeros, values)
+    def add(self, *terms: jax.Array, first: int = 0) -> "_Softmax":
+        """Returns the state with terms added to its sums, from number ``first`` on."""
+        sums = list(self.sums)
+        for i, term in enumerate(terms, first):
+            sums[i] += term
+        return self._replace(sums=tuple(sums))
 
     def added_up(self) -> "_Softmax":
-        """Returns the state with ``total``, ``weights`` and ``zeros`` [G padded]."""
-        total, weights, zeros = (_over_keys(jnp.sum, x) for x in self[1:-1])
-        return _Softmax(self.maximum, total, weights, zeros, self.values)
+        """Returns the state with ``sums`` [G padded]."""
+        return self._replace(sums=tuple(_over_keys(jnp.sum, x) for x in self.sums))
 
     def join(self, other: "_Softmax") -> "_Softmax":
         """Returns the added-up state of the keys of both."""
         maximum = jnp.maximum(self.maximum, other.maximum)
         mine, theirs = (jnp.exp2(x.maximum - maximum) for x in (self, other))
-        total, weights, zeros = (x * mine + y * theirs for x, y in zip(self[1:-1], other[1:-1], strict=True))
+        sums = tuple(x * mine + y * theirs for x, y in zip(self.sums, other.sums, strict=True))
         shape = self.values.shape
         values = self.values * _to_keys(mine, shape) + other.values * _to_keys(theirs, shape)
-        return _Softmax(maximum, total, weights, zeros, values)
+        return _Softmax(maximum, sums, values)
 
 
 def _over_keys(reduction: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
@@ -278,8 +351,8 @@ def _to_keys(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _by_key(vector_smem: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Returns a vector with a value per key, broadcast to all columns of ``shape``."""
-    return jax.lax.broadcast_in_dim(plgpu.load(vector_smem, layout=_BY_KEY), shape, (0,))
+    """Returns a vector with a value per key as float32, broadcast to all columns of ``shape``."""
+    return jax.lax.broadcast_in_dim(plgpu.load(vector_smem, layout=_BY_KEY).astype(jnp.float32), shape, (0,))
 
 
 def _is_visible(shape: tuple[int, ...], starts: list[jax.Array], heads: Heads, share: _Share) -> jax.Array:
@@ -293,16 +366,12 @@ def _is_visible(shape: tuple[int, ...], starts: list[jax.Array], heads: Heads, s
     return visible if heads.window is None else visible & ((position > share.lowest) | (position < heads.window[0]))
 
 
-def _hide_values(
-    scratch: dict[str, Any], slot: jax.Array, starts: list[jax.Array], heads: Heads, share: _Share
-) -> None:
+def _hide_values(values_smem: Any, starts: list[jax.Array], heads: Heads, share: _Share) -> None:
     """Zeroes hidden rows of values: unwritten memory may be NaN, which a weight of zero does not hide.
 
     Quantised rows do not need this: their codes are numbers, and their scales are hidden with the weights.
     """
-    values, run = scratch["v"], share.run
-    if isinstance(values, QuantizedArray):
-        return
+    run = share.run
     is_seen = [start + run <= share.length for start in starts]
     if heads.window is not None:
         in_window = [(start > share.lowest) | (start + run <= heads.window[0]) for start in starts]
@@ -310,76 +379,133 @@ def _hide_values(
 
     @pl.when(~reduce(jnp.logical_and, is_seen))
     def _zero() -> None:
-        rows = plgpu.load(values.at[slot], layout=_WGMMA)
-        values[slot] = jnp.where(_is_visible(rows.shape, starts, heads, share), rows, jnp.bfloat16(0))
+        rows = plgpu.load(values_smem, layout=_WGMMA)
+        values_smem[...] = jnp.where(_is_visible(rows.shape, starts, heads, share), rows, jnp.bfloat16(0))
 
 
-def _prepare_queries(heads: Heads, scratch: dict[str, Any]) -> tuple[jax.Array, jax.Array] | None:
-    """Makes a wgmma operand of the queries, and returns Σ_d q_d and Σ_d q_d bias_d [G padded] for quantised keys.
+def _prepare_queries(heads: Heads, scratch: dict[str, Any]) -> None:
+    """Makes a wgmma operand of the queries; rows past the group become zero.
 
-    Rows past the group become zero. Queries are multiplied by the factors of key codes, powers of two, without
-    rounding. Key codes are multiplied in float16, which represents bfloat16 numbers between 2**-14 and 2**16 exactly.
+    Quantised keys are multiplied in float16, which represents bfloat16 numbers between 2**-14 and 2**16 exactly, and by
+    quartets (see `core.operands`).
     """
-    shape = scratch["q"].shape
-    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_BY_ROW)
-    queries = plgpu.load(scratch["q"], layout=_BY_ROW).astype(jnp.float32)
-    queries = jnp.where(row < heads.group, jnp.clip(queries, -_LARGEST, _LARGEST), 0.0)
-    parts = KEY_PARTS[scratch["k"].bits] if isinstance(scratch["k"], QuantizedArray) else ()
-    sums = []
-    for numbers in ([1.0] * len(parts), [part.bias for part in parts]) if parts else ():
-        scratch["by_query"][...] = jnp.sum(queries * by_part(tuple(numbers), shape, 1, _BY_ROW), axis=1)
-        sums.append(plgpu.load(scratch["by_query"], layout=_BY_QUERY))
-    factors = tuple(part.factor for part in parts) or (1.0,)
-    scratch["q_tile"][...] = (queries * by_part(factors, shape, 1, _BY_ROW)).astype(scratch["q_tile"].dtype)
+    is_quantised, shape = isinstance(heads.pool.k, QuantizedKeys), scratch["q"].shape
+    layout = quartets_of_rows(shape) if is_quantised else _BY_ROW
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+    queries = jnp.where(row < heads.group, plgpu.load(scratch["q"], layout=layout), jnp.bfloat16(0))
+    if is_quantised:
+        queries = jnp.clip(queries.astype(jnp.float32), -_LARGEST, _LARGEST).astype(jnp.float16)
+        queries = rows_by_quartets(queries)
+    scratch["q_tile"][...] = queries
     plgpu.commit_smem()
-    return (sums[0], sums[1]) if parts else None
 
 
-def _scores(scratch: dict[str, Any], slot: jax.Array, sums: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-    """Returns base-2 logits [keys, G padded] of a block."""
-    keys, queries = scratch["k"], scratch["q_tile"]
+def _scores(heads: Heads, scratch: dict[str, Any], keys: Any, bounds: list[Any] | None = None) -> jax.Array:
+    """Returns base-2 logits [keys, G padded] of a block: of quantised keys with their bounds, or of bfloat16 keys."""
+    queries = scratch["q_tile"]
     (padded, head_dim), rows = queries.shape, scratch["p"].shape[1]
     factor = math.log2(math.e) / math.sqrt(head_dim)
-    if sums is None:
-        return product(rows, padded, (keys.at[slot], queries.transpose((1, 0)))) * factor
-    width = head_dim // len(KEY_PARTS[keys.bits])
-    rights = [queries.at[:, pl.ds(i, width)].transpose((1, 0)) for i in range(0, head_dim, width)]
-
-    def left_rows(i: int) -> list[jax.Array]:
-        codes = plgpu.load(keys.codes.at[slot, pl.ds(i, 64)], layout=_WGMMA)
-        return widened_keys(codes, keys.bits)
-
-    raw = product_of_registers(rows, padded, left_rows, rights)
-    total, bias = (_to_keys(x, raw.shape) for x in sums)
-    scale, zero = (_by_key(x.at[slot], raw.shape) for x in (keys.scale, keys.zero))
-    return (raw + bias - zero * total) * (scale * factor)
-
-
-def _add_values(
-    state: _Softmax, scratch: dict[str, Any], slot: jax.Array, weights: jax.Array, visible: jax.Array
-) -> _Softmax:
-    """Returns the state with a block's values added."""
-    values: Any = scratch["v"]
-    p_smem, head_dim = scratch["p"], scratch["q"].shape[1]
-    if isinstance(values, QuantizedArray):
-        scale, zero = (_by_key(x.at[slot], weights.shape) for x in (values.scale, values.zero))
-        rounded = jnp.where(visible, weights * scale, 0.0).astype(jnp.bfloat16)  # a hidden row's scale may be NaN
-        exact = rounded.astype(jnp.float32)
-        zeros = jnp.where(visible, exact * zero, 0.0)
-        state = state._replace(weights=state.weights + exact, zeros=state.zeros + zeros)
-        wide: Any = scratch["v_wide"]
-        width = head_dim // len(VALUE_PARTS[values.bits])
-        for i in range(0, wide.shape[0], 64):
-            rows: Any = values.codes.at[slot, pl.ds(i, 64)]
-            codes = plgpu.load(rows, layout=plgpu.Layout.WGMMA_UPCAST_4X)
-            for part, column in zip(widened_values(codes, values.bits), range(0, head_dim, width), strict=True):
-                wide[pl.ds(i, 64), pl.ds(column, width)] = part
+    if not isinstance(heads.pool.k, QuantizedKeys):
+        return product(rows, padded, (keys, queries.transpose((1, 0)))) * factor
+    if bounds is not None:
+        _make_steps(bounds, heads.pool.k.bits)
+        left_rows = partial(_sealed_rows, heads, keys, bounds)
     else:
-        rounded, wide = weights.astype(jnp.bfloat16), values.at[slot]
-    p_smem.transpose((1, 0))[...] = plgpu.layout_cast(rounded, plgpu.Layout.WGMMA_TRANSPOSED)
+        left_rows = partial(_open_rows, heads, keys)
+    channels, width = _columns(heads)
+    rights = [queries.at[:, pl.ds(j, width)].transpose((1, 0)) for j in channels]
+    return product_of_registers(rows, padded, left_rows, rights) * factor
+
+
+def _columns(heads: Heads) -> tuple[list[int], int]:
+    """Returns where the slices of channels begin that one wgmma after the other multiplies, and their width.
+
+    A slice has one part of codes, and at most 64 channels, so that registers suffice for what is loaded in advance.
+    """
+    keys: Any = heads.pool.k
+    columns, parts = keys.codes.shape[-1], len(KEY_PARTS[keys.bits])
+    return [part * columns + i for i in range(0, columns, 64) for part in range(parts)], min(columns, 64)
+
+
+def _open_rows(heads: Heads, keys_smem: Any, first: int) -> Iterator[jax.Array]:
+    """Yields the slices of channels of bfloat16 keys ``first … first + 63`` as float16, by quartets."""
+    channels, width = _columns(heads)
+    for channel in channels:
+        rows = plgpu.load(keys_smem.at[pl.ds(first, 64), pl.ds(channel, width)], layout=QUARTETS)
+        yield by_quartets(rows.astype(jnp.float32).astype(jnp.float16))
+
+
+def _sealed_rows(heads: Heads, keys: QuantizedKeys, bounds: list[Any], first: int) -> Iterator[jax.Array]:
+    """Yields the slices of channels of keys ``first … first + 63``, dequantised to float16, by quartets."""
+    codes_smem: Any = keys.codes
+    channels, width = _columns(heads)
+    for i, channel in enumerate(channels):
+        if i % len(KEY_PARTS[keys.bits]) == 0:  # the column of the first part
+            codes = plgpu.load(codes_smem.at[pl.ds(first, 64), pl.ds(channel, width)], layout=QUARTETS)
+            parts = iter(widened_keys(codes, keys.bits))
+        low, step = (_by_sub(x, first, channel, width, heads.pool.sub_page_size) for x in bounds)
+        yield next(parts) * step + low
+
+
+def _make_steps(bounds: list[Any], bits: int) -> None:
+    """Replaces bounds [subs, H] of keys by float16 numbers: the least ones, and the factors of `widened_keys`."""
+    shape = bounds[0].shape
+    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=min(math.prod(shape) // 128, 8))
+    low, high = (plgpu.load(x, layout=layout).astype(jnp.float32) for x in bounds)
+    factors = by_part(tuple(part.factor / (2**bits - 1) for part in KEY_PARTS[bits]), shape, 1, layout)
+    for smem, numbers in zip(bounds, (low, (high - low) * factors), strict=True):
+        smem[...] = jax.lax.bitcast_convert_type(numbers.astype(jnp.float16), jnp.bfloat16)
     plgpu.commit_smem()
-    added = product(head_dim, weights.shape[1], (wide.transpose((1, 0)), p_smem.transpose((1, 0))))
-    return state._replace(values=state.values + added)
+
+
+def _by_sub(rows_smem: Any, first: int, column: int, width: int, sub_page_size: int) -> jax.Array:
+    """Returns the float16 numbers [64, width] of the sub-pages of keys ``first … first + 63``, by quartets.
+
+    Args:
+      rows_smem: [subs, H], a row for each sub-page of a block; float16, called bfloat16.
+      first: the first key.
+      column: the first channel.
+      width: channels.
+      sub_page_size: keys that share a row.
+    """
+    count = max(64 // sub_page_size, 1)
+    part = rows_smem.at[pl.ds(first // sub_page_size, count), pl.ds(column, width)]
+    rows = plgpu.load(part, layout=rows_to_repeat(count), optimized=False)
+    return repeated_rows(jax.lax.bitcast_convert_type(rows, jnp.float16))
+
+
+def _scaled_weights(
+    state: _Softmax, values: QuantizedArray, weights: jax.Array, visible: jax.Array
+) -> tuple[_Softmax, jax.Array]:
+    """Returns the state with what does not depend on the codes of a block's values, and the weights of the codes."""
+    scale, low = (_by_key(x, weights.shape) for x in (values.scale, values.low))
+    rounded = jnp.where(visible, weights * scale, 0.0).astype(jnp.bfloat16)  # a hidden row's scale may be NaN
+    lows = jnp.where(visible, weights * (low + _middle(values.bits) * scale), 0.0)
+    terms = (lows, rounded.astype(jnp.float32))[: len(state.sums) - 1]
+    return state.add(*terms, first=1), rounded
+
+
+def _middle(bits: int) -> float:
+    """Returns the code that rounded weights are relative to: their errors are smaller where codes are on both sides."""
+    return 2.0 ** (bits - 1)
+
+
+def _widen_values(values: QuantizedArray, wide_smem: Any) -> None:
+    """Makes a wgmma operand of the codes of a block's values."""
+    width = wide_smem.shape[1] // len(VALUE_PARTS[values.bits])
+    codes_smem: Any = values.codes
+    for i in range(0, wide_smem.shape[0], 64):
+        codes = plgpu.load(codes_smem.at[pl.ds(i, 64)], layout=plgpu.Layout.WGMMA_UPCAST_4X)
+        for part, column in zip(widened_values(codes, values.bits), range(0, wide_smem.shape[1], width), strict=True):
+            wide_smem[pl.ds(i, 64), pl.ds(column, width)] = part
+
+
+def _weighted_values(scratch: dict[str, Any], weights: jax.Array, values_smem: Any) -> jax.Array:
+    """Returns [H, G padded] the sum of values [keys, H] with bfloat16 weights [keys, G padded]."""
+    weights_smem = scratch["p"].transpose((1, 0))
+    weights_smem[...] = plgpu.layout_cast(weights, plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.commit_smem()
+    return product(values_smem.shape[1], weights.shape[1], (values_smem.transpose((1, 0)), weights_smem))
 
 
 def _join(state: _Softmax, scratch: dict[str, Any], role: jax.Array, store: Callable[[_Softmax], None]) -> None:
@@ -391,7 +517,7 @@ def _join(state: _Softmax, scratch: dict[str, Any], role: jax.Array, store: Call
     def _hand_over() -> None:
         other = role - 1
         values_smem.at[other].transpose((1, 0))[...] = plgpu.layout_cast(state.values, plgpu.Layout.WGMMA_TRANSPOSED)
-        for i, vector in enumerate(state[:-1]):
+        for i, vector in enumerate((state.maximum, *state.sums)):
             vectors_smem[other, i] = vector
         plgpu.barrier_arrive(scratch["joined"])
 
@@ -403,8 +529,9 @@ def _join(state: _Softmax, scratch: dict[str, Any], role: jax.Array, store: Call
         for other in range(others):
             transposed: Any = values_smem.at[other].transpose((1, 0))
             values = plgpu.load(transposed, layout=plgpu.Layout.WGMMA_TRANSPOSED)
-            maximum, total, weights, zeros = (plgpu.load(vectors_smem.at[other, i], layout=_BY_QUERY) for i in range(4))
-            joined = joined.join(_Softmax(maximum, total, weights, zeros, plgpu.layout_cast(values, _WGMMA)))
+            count = 1 + len(state.sums)
+            maximum, *sums = (plgpu.load(vectors_smem.at[other, i], layout=_BY_QUERY) for i in range(count))
+            joined = joined.join(_Softmax(maximum, tuple(sums), plgpu.layout_cast(values, _WGMMA)))
         store(joined)
 
 
@@ -415,16 +542,18 @@ def _store(heads: Heads, scratch: dict[str, Any], state: _Softmax, out_gmem: Any
     """
     values, shape = state.values, state.values.shape
     if isinstance(scratch["v"], QuantizedArray):
-        parts = VALUE_PARTS[scratch["v"].bits]
-        factor = by_part(tuple(part.factor for part in parts), shape, 0, _WGMMA)
-        bias = by_part(tuple(part.bias for part in parts), shape, 0, _WGMMA)
-        values = values * factor + bias * _to_keys(state.weights, shape) - _to_keys(state.zeros, shape)
-    total = jnp.where(state.total > 0, state.total, 1.0)
+        bits = scratch["v"].bits
+        values = values * by_part(tuple(part.factor for part in VALUE_PARTS[bits]), shape, 0, _WGMMA)
+        values = values + _to_keys(state.sums[1], shape)
+        if bits == 4:
+            bias = by_part(tuple(part.bias - _middle(bits) for part in VALUE_PARTS[bits]), shape, 0, _WGMMA)
+            values = values + bias * _to_keys(state.sums[2], shape)
+    total = jnp.where(state.sums[0] > 0, state.sums[0], 1.0)
     values = values * _to_keys(1.0 / total, shape)
     staged = scratch["out" if scale_gmem is None else "part"]
     staged.transpose((1, 0))[...] = plgpu.layout_cast(values.astype(staged.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     if scale_gmem is not None:
-        scratch["scale"][...] = jnp.where(state.total > 0, state.maximum + jnp.log2(total), HIDDEN)
+        scratch["scale"][...] = jnp.where(state.sums[0] > 0, state.maximum + jnp.log2(total), HIDDEN)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, heads.group)], out_gmem)
     if scale_gmem is not None:

@@ -15,13 +15,17 @@ from pallas_kernels.core.paging import (
     LayerKV,
     PagedKV,
     PageTables,
+    Tail,
     div_up,
     is_visible,
+    newest_page,
     pools,
+    slots_of,
     streaming_pages,
     take,
 )
-from pallas_kernels.core.quantization import QuantizedArray, dequantize
+from pallas_kernels.core.quantization import dequantize
+from pallas_kernels.core.sealing import keys_of
 
 _TOKENS_PER_BLOCK = 512
 
@@ -41,7 +45,7 @@ def decode_attention(
     """Returns what `pallas_kernels.decode_attention` defines; ``pages_per_block`` changes speed and rounding only."""
     num_heads = sum(pool.num_kv_heads for _, pool, _, _ in pools(kv, tables))
     grouped = q.reshape(q.shape[0], num_heads, -1, q.shape[-1])
-    outputs = []
+    slots, outputs = slots_of(tables, q.shape[0]), []
     for name, pool, table, heads in pools(kv, tables):
         if name == "streaming":
             logical = streaming_pages(lengths, sink, local, pool.page_size)[:, None]
@@ -50,7 +54,8 @@ def decode_attention(
             every = jnp.arange(table.shape[1], dtype=jnp.int32)[None, None]
             logical = jnp.broadcast_to(every, (q.shape[0], 1, every.size)) if selected is None else selected
             window = (None, None)
-        outputs.append(_attend(grouped[:, heads], pool, table, logical, lengths, window, pages_per_block))
+        open_pages = Tail(*(x[:, heads] for x in kv.tail)), slots
+        outputs.append(_attend(grouped[:, heads], pool, table, open_pages, logical, lengths, window, pages_per_block))
     return jnp.concatenate(outputs, axis=1).reshape(q.shape).astype(q.dtype)
 
 
@@ -58,6 +63,7 @@ def _attend(
     q: jax.Array,
     pool: PagedKV,
     table: jax.Array,
+    open_pages: tuple[Tail, jax.Array],
     logical: jax.Array,
     lengths: jax.Array,
     window: tuple[int | None, int | None],
@@ -74,6 +80,9 @@ def _attend(
 
     def attend_sequence(b: jax.Array) -> jax.Array:
         queries, length = take(q, b).astype(jnp.float32), take(lengths, b)
+        tail, slots = open_pages
+        newest = Tail(*(take(x, take(slots, b)) for x in tail))
+        open_page = newest_page(length, page_size)
 
         def attend_block(index: jax.Array, state: OnlineSoftmax) -> OnlineSoftmax:
             pages = jax.lax.dynamic_slice_in_dim(take(logical, b), index * block, block, axis=1)
@@ -83,7 +92,7 @@ def _attend(
             )
             is_held = jnp.repeat(physical >= 0, page_size, axis=-1)
             visible = is_held & is_visible(length - 1, positions, *window)
-            k, v = (_gather(x, physical, heads) for x in (pool.k, pool.v))
+            k, v = _gather(pool, physical, pages == open_page, newest)
             scores = jnp.einsum("kgh,ksh->kgs", queries, k, precision="highest")
             return state.add(scores, jnp.where(visible[..., None], v, 0.0), scale=scale, visible=visible[:, None])
 
@@ -93,8 +102,14 @@ def _attend(
     return jax.lax.map(attend_sequence, jnp.arange(batch, dtype=jnp.int32))
 
 
-def _gather(pages: jax.Array | QuantizedArray, physical: jax.Array, heads: int) -> jax.Array:
-    """Returns tokens [K, n · page_size, H] float32 of physical pages [K or 1, n]."""
+def _gather(pool: PagedKV, physical: jax.Array, is_open: jax.Array, newest: Tail) -> tuple[jax.Array, jax.Array]:
+    """Returns keys and values [K, n · page_size, H] float32 of physical pages [K or 1, n], or of the open page."""
+    heads = pool.num_kv_heads
     index = (jnp.maximum(physical, 0), jnp.arange(heads, dtype=jnp.int32)[:, None])
-    rows = dequantize(jax.tree.map(lambda x: take(x, *index), pages), jnp.float32)
-    return rows.reshape(heads, -1, rows.shape[-1])
+    pages = jax.tree.map(lambda x: take(x, *index), pool)
+    is_open = jax.lax.optimization_barrier(is_open)[..., None, None]  # else XLA computes it for each number
+    found = []
+    for rows, sealed in zip(newest, (keys_of(pages, jnp.float32), dequantize(pages.v, jnp.float32)), strict=True):
+        tokens = jnp.where(is_open, rows[:, None].astype(jnp.float32), sealed)
+        found.append(tokens.reshape(heads, -1, rows.shape[-1]))
+    return found[0], found[1]

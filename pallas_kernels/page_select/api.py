@@ -39,11 +39,13 @@ def page_select(
         score(sub)  = Σ_d (1 + spread)/2 · max(q[d] · k_max[sub, d], q[d] · k_min[sub, d])
                         + (1 − spread)/2 · min(q[d] · k_max[sub, d], q[d] · k_min[sub, d])     float32
         score(page) = max over the query heads of the KV head (reduction "max", or "mean") of
-                      max over its sub-pages with a token <= p
+                      max over its sub-pages
                       with ``has_lookahead``, at least the score of the last sub-page of the page before
         selected    = the sink pages, the pages of tokens p − interval + 1 … p, and of the others the ``num_selected``
                       best in all (earlier page first among equals); all pages if there are no more than that
         then, as reserve, the pages after p's that tokens up to p + interval − 1 will begin, if the table has them
+
+    The page of the current token is open and has no statistics yet, but it is always selected.
 
     A ``spread`` of 1 bounds q · k from above, as Quest and LServe do; 0 takes the middle of the bounds. Channels are
     seldom extreme together, so the bound is far above any true score (√H times, if they are independent), and how far

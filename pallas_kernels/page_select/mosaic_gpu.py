@@ -5,7 +5,8 @@ shared memory per sub-page. With s the spread, a channel scores ``(q + s·|q|)/2
 two products on tensor cores score all rows for the queries of all heads of the tile; each row keeps its head's scores.
 Copies begin and end at multiples of eight rows, and include the rows around a page that does not.
 
-Selecting. The list begins and ends with the pages that are always selected; only those between are ranked. Scores are
+Selecting. The list begins and ends with the pages that are always selected; only those between are ranked. These are
+sealed, so that their bounds are complete: the open page, whose bounds may hold anything, is always selected. Scores are
 stored as integers of the same order. Bisection finds the last selected score, and running counts of selected pages give
 the page of each entry of the list. Lists are updated in place (see `kv_write`); those of sequences that do not select
 stay unchanged.

@@ -32,9 +32,10 @@ def page_select(
         recent = range(max(length - interval, 0) // page_size, count)
         reserve = range(last + 1, min((length + interval - 2) // page_size + 1, table.shape[1]))
         for head in range(pages.num_kv_heads):
-            score, ends = page_scores(q, pages, table, b, head, length, reduction, spread)
+            score, ends = page_scores(q, pages, table, b, head, last, reduction, spread)
             if has_lookahead:
                 score[1:] = np.maximum(score[1:], ends[:-1])
+            score = np.append(score, np.inf)  # the open page
             order = sorted(range(count), key=lambda i: (not (i < sink_pages or i in recent), -score[i], i))
             chosen = [*sorted(order[:num_selected]), *reserve]
             result[b, head] = chosen + [NO_PAGE] * (result.shape[2] - len(chosen))
@@ -42,17 +43,15 @@ def page_select(
 
 
 def page_scores(
-    q: jax.Array, pages: PagedKV, table: jax.Array, b: int, head: int, length: int, reduction: str, spread: float
+    q: jax.Array, pages: PagedKV, table: jax.Array, b: int, head: int, count: int, reduction: str, spread: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the scores [pages with a token] float32 of one sequence and KV head, and those of last sub-pages."""
+    """Returns the scores [count] float32 of the first, sealed pages of one sequence and KV head, and of their ends."""
     assert pages.k_min is not None and pages.k_max is not None
-    sub_size = pages.page_size // pages.k_min.shape[2]
     queries = np.asarray(q[b], np.float32).reshape(pages.num_kv_heads, -1, q.shape[-1])[head]
     scores, ends = [], []
-    for logical in range(-(-length // pages.page_size)):
+    for logical in range(count):
         page = int(table[b, logical])
-        subs = -(-min(length - logical * pages.page_size, pages.page_size) // sub_size)
-        low, high = (np.asarray(x[page, head, :subs], np.float32) for x in (pages.k_min, pages.k_max))
+        low, high = (np.asarray(x[page, head], np.float32) for x in (pages.k_min, pages.k_max))
         bounds = queries[:, None] * low, queries[:, None] * high  # [G, subs, H]
         by_channel = (1 + spread) / 2 * np.maximum(*bounds) + (1 - spread) / 2 * np.minimum(*bounds)
         by_sub = by_channel.sum(-1)  # [G, subs]

@@ -76,11 +76,10 @@ def page_select(
 def _page_scores(
     q: jax.Array, pages: PagedKV, table: jax.Array, length: jax.Array, reduction: str, spread: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the scores [K, max_pages] float32 of pages and of their last sub-pages, -inf past the sequence's end."""
+    """Returns the scores [K, max_pages] float32 of sealed pages and of their last sub-pages; of others, anything."""
     k_min, k_max = pages.k_min, pages.k_max
     assert k_min is not None and k_max is not None
     heads, subs, head_dim = k_min.shape[1:]
-    page_size, sub_size = pages.page_size, pages.page_size // subs
     max_pages = table.size
     block = min(max(_SUBS_PER_BLOCK // subs, 1), max_pages)
     table = jnp.pad(table, (0, -table.size % block), constant_values=NO_PAGE)
@@ -91,9 +90,6 @@ def _page_scores(
         physical = jnp.maximum(jax.lax.dynamic_slice_in_dim(table, index * block, block), 0)
         high, low = (take(x, physical, jnp.arange(heads, dtype=jnp.int32)[:, None]) for x in (k_max, k_min))
         bounds = _product(on_high, high) + _product(on_low, low)
-        in_block, in_page = jnp.arange(block, dtype=jnp.int32), jnp.arange(subs, dtype=jnp.int32)
-        first = (index * block + in_block)[:, None] * page_size + in_page * sub_size
-        bounds = jnp.where(first < length, bounds, -jnp.inf)
         over_group = jnp.max if reduction == "max" else jnp.mean
         found = (over_group(x, axis=1) for x in (jnp.max(bounds, axis=-1), bounds[..., -1]))
         return tuple(
@@ -101,7 +97,7 @@ def _page_scores(
             for old, new in zip(scores, found, strict=True)
         )
 
-    blocks = div_up(length, page_size * block)
+    blocks = div_up(length, pages.page_size * block)
     nothing = jnp.full((heads, table.size), -jnp.inf, jnp.float32)
     scores, ends = jax.lax.fori_loop(0, blocks, score_block, (nothing, nothing))
     return scores[:, :max_pages], ends[:, :max_pages]

@@ -34,15 +34,19 @@ def prefill_attention(
 ) -> jax.Array:
     """Returns attention outputs [B, T, N, H], in the dtype of ``q``, of a chunk of tokens (LServe 3.2 and 3.4).
 
-    The chunk's own keys and values come from ``k`` and ``v``, unquantised; those before it from the pages. For the
-    query at position ``p = starts[b] + t`` of query head n of KV head n // G:
+    The chunk has been written (`kv_write`), but its own keys and values come from ``k`` and ``v``, unquantised. Those
+    before it come from the pages; only a chunk that ends in the page in which it begins has the tokens of that page
+    before it from the tail of the sequence's slot, unquantised too. For the query at position ``p = starts[b] + t`` of
+    query head n of KV head n // G:
 
+        page    = starts[b] // page_size · page_size
+        own[b]  = page if starts[b] + counts[b] <= page + page_size else starts[b]
         visible = {j <= p : retrieval or j > p − local or j < sink}
-        seen    = {j in visible : j >= starts[b] or j // keys in visited[b, n // G, t // queries]}
+        seen    = {j in visible : j >= own[b] or j // keys in visited[b, n // G, t // queries]}
         out[b, t, n] = Σ_seen softmax(q[b, t, n] · key[j] / sqrt(H)) value[j]
 
     A walk says which blocks of ``keys`` history tokens are visited by which blocks of ``queries`` queries, ranges or a
-    list; nothing is read from the others, whose pages need not be held. The chunk is always visited:
+    list; nothing is read from the others, whose pages need not be held. Tokens from own[b] on are always visited:
 
         visited[b, k, i] = {0 … sinks − 1} ∪ {low … high − 1}          with sinks, low, high = walk's [b, k, i]
         visited[b, k, i] = {block >= 0 in walk's blocks[b, k, i]}
@@ -54,9 +58,9 @@ def prefill_attention(
       q: [B, T, N, H], query heads of retrieval KV heads first.
       k: [B, T, K, H] keys of the chunk after RoPE.
       v: [B, T, K, H].
-      kv: the layer's pools, in the basis of the other arguments (see `rotate`), holding at least the tokens before the
-        chunk that are visible from it.
-      tables: page tables [B, max_pages] int32.
+      kv: the layer's pools and tail with the chunk, holding at least the tokens before it that are visible from it;
+        with rotated values (see `rotate`), ``v`` and the outputs are rotated too.
+      tables: page tables [B, max_pages] int32, and slots [B] int32.
       starts: [B] int32 position of each sequence's first query.
       counts: [B] int32 queries of each sequence.
       sink: tokens at the start that streaming heads see.
@@ -105,17 +109,17 @@ def visible_walk(
       tokens: T, rows of the chunk.
       sink: tokens at the start that streaming heads see.
       local: tokens up to and including the query that streaming heads see.
-      queries: queries per block; None for as many as `xla` takes without a walk.
-      keys: keys per block of history, a multiple of the page size; None for as many as `xla` takes without a walk,
-        which differs by head class. With these sizes `xla` returns the same bits as without a walk.
+      queries: queries per block; None for as many as `xla` takes without a walk, which differs by head class.
+      keys: keys per block of history, a multiple of the page size; None as for ``queries``. With these sizes `xla`
+        returns the same bits as without a walk.
     """
-    queries = queries or min(xla.BLOCK, tokens)
 
     def ranges(pool: PagedKV | None, window: Window) -> BlockRanges | None:
         if pool is None:
             return None
-        size = keys or xla.history_block(queries, pool.page_size, window)
-        return visible_history(starts, counts, tokens, pool.num_kv_heads, window, queries, size)
+        rows = queries or min(xla.query_block(window), tokens)
+        size = keys or xla.history_block(rows, pool.page_size, window)
+        return visible_history(starts, counts, tokens, pool.num_kv_heads, window, rows, size)
 
     return Walk(ranges(kv.retrieval, Window(None, None)), ranges(kv.streaming, Window(sink, local)))
 
@@ -126,7 +130,7 @@ def _check(walk: Walk, kv: LayerKV, batch: int, tokens: int) -> None:
     Raises:
       ValueError: with the reason.
     """
-    for name, visited, pool in zip(Walk._fields, walk, kv, strict=True):
+    for name, visited, pool in zip(Walk._fields, walk, (kv.retrieval, kv.streaming), strict=True):
         if visited is None:
             continue
         if pool is None:

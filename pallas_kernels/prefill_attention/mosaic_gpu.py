@@ -1,8 +1,9 @@
 """`prefill_attention` for Hopper: one launch for all heads with the same storage, in the manner of FlashAttention-3.
 
-A program attends 128 queries of one head. A warpgroup copies key blocks into a ring, from pages and from the chunk; two
-others take 64 queries each. Each of them runs the softmax of a block while the tensor cores multiply the values of the
-previous block, and while the other warpgroup uses the tensor cores.
+A program attends 128 queries of one head. A warpgroup copies key blocks into a ring, from pages and from the sequence's
+own keys, which are not quantised (`own_keys`); two others take 64 queries each. Each of them runs the softmax of a
+block while the tensor cores multiply the values of the previous block, and while the other warpgroup uses the tensor
+cores.
 
 The ranges of key blocks that a program visits are computed before the launch: per head class and query block (`walks`),
 or per KV head if the caller gives a walk. Only blocks with a hidden key are masked. The multiprocessors take programs
@@ -26,7 +27,7 @@ from pallas_kernels.core.launch import configure
 from pallas_kernels.core.mosaic import is_interpreted, tile
 from pallas_kernels.core.online_softmax import FLOOR, HIDDEN
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, div_up, parts_stored_alike, pools
-from pallas_kernels.core.quantization import QuantizedArray, bits_of
+from pallas_kernels.core.quantization import QuantizedArray, QuantizedKeys, bits_of
 from pallas_kernels.prefill_attention.blocks import (
     BlockList,
     BlockRanges,
@@ -36,6 +37,8 @@ from pallas_kernels.prefill_attention.blocks import (
     Window,
     visible_blocks,
 )
+from pallas_kernels.prefill_attention.codes import RowsInRegisters, dequantize_keys, dequantize_values
+from pallas_kernels.prefill_attention.own import OwnKeys, own_keys
 
 QUERIES = 128
 """Queries per program: 64, wgmma's rows, for each compute warpgroup."""
@@ -110,10 +113,16 @@ def prefill_attention(
         else _Heads(name, heads.start * group, pool.num_kv_heads * group, Window(sink, local))
         for name, pool, _, heads in found
     ]
-    padding = ((0, 0), (0, -tokens % QUERIES), (0, 0), (0, 0))
-    q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
     starts, counts = jnp.asarray(starts, jnp.int32), jnp.asarray(counts, jnp.int32)
-    return _launch(q, k, v, kv, tables, starts, counts, classes, config, pool, walk)[:, :tokens]
+    own = own_keys(k, v, kv, tables, starts, counts) if has_history else OwnKeys(k, v, starts, counts)
+    q, k, v = (_whole_blocks(x, size) for x, size in ((q, QUERIES), (own.k, KEYS), (own.v, KEYS)))
+    own = own._replace(k=k, v=v)
+    return _launch(q, own, kv, tables, starts, counts, classes, config, pool, walk)[:, :tokens]
+
+
+def _whole_blocks(x: jax.Array, size: int) -> jax.Array:
+    """Returns ``x`` [B, tokens, …] with zeros after its tokens, up to whole blocks of ``size``."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
 
 
 def heuristic(head_dim: int) -> Config:
@@ -121,22 +130,23 @@ def heuristic(head_dim: int) -> Config:
     return Config(stages=2 if head_dim == 128 else 4)
 
 
-def walks(starts: jax.Array, counts: jax.Array, tokens: int, windows: list[Window]) -> jax.Array:
+def walks(starts: jax.Array, counts: jax.Array, own_starts: jax.Array, tokens: int, windows: list[Window]) -> jax.Array:
     """Returns the key blocks that each query block visits, as ranges [B, classes, query blocks, 6] int32.
 
-    The ranges are (s, low, high) of the history, then of the chunk: blocks ``0 … s − 1`` and ``low … high − 1`` of
+    The ranges are (s, low, high) of the history, then of the own keys: blocks ``0 … s − 1`` and ``low … high − 1`` of
     `KEYS` keys, counted from the first key of the source. Each of them contains a key that one of the queries sees, and
     no other block does. A query block after ``counts`` visits nothing.
 
     Args:
       starts: [B] int32 position of each sequence's first query.
       counts: [B] int32 queries of each sequence.
+      own_starts: [B] int32 position of the first own key, where the history ends.
       tokens: T, rows of the chunk.
       windows: what each class sees.
     """
     row = jnp.arange(-(-tokens // QUERIES), dtype=jnp.int32) * QUERIES
-    starts, counts = starts[:, None], counts[:, None]
-    sources = (KeyRange(0, starts, KEYS), KeyRange(starts, starts + counts, KEYS))
+    starts, counts, own_starts = (x[:, None] for x in (starts, counts, own_starts))
+    sources = (KeyRange(0, own_starts, KEYS), KeyRange(own_starts, starts + counts, KEYS))
     ranges = [
         jnp.stack([jnp.broadcast_to(x, (starts.shape[0], row.size)) for source in sources for x in found(source)], -1)
         for window in windows
@@ -145,7 +155,9 @@ def walks(starts: jax.Array, counts: jax.Array, tokens: int, windows: list[Windo
     return jnp.where((row < counts)[:, None, :, None], jnp.stack(ranges, axis=1), 0)
 
 
-def _walks_per_head(ranges: jax.Array, walk: Walk, classes: list[_Heads], group: int, starts: jax.Array) -> jax.Array:
+def _walks_per_head(
+    ranges: jax.Array, walk: Walk, classes: list[_Heads], group: int, own_starts: jax.Array
+) -> jax.Array:
     """Returns the ranges [B, K, query blocks, 6] of each KV head: `walks`, with the history's ranges from a walk.
 
     Args:
@@ -153,7 +165,7 @@ def _walks_per_head(ranges: jax.Array, walk: Walk, classes: list[_Heads], group:
       walk: the layer's walk.
       classes: the heads.
       group: query heads per KV head.
-      starts: [B] int32 position of each sequence's first query.
+      own_starts: [B] int32 position at which the history ends.
     """
     batch, _, blocks, _ = ranges.shape
     is_empty = jnp.all(ranges == 0, axis=-1, keepdims=True)
@@ -162,7 +174,7 @@ def _walks_per_head(ranges: jax.Array, walk: Walk, classes: list[_Heads], group:
         every = jnp.broadcast_to(ranges[:, index, None], (batch, heads.count // group, blocks, 6))
         visited = getattr(walk, heads.name)
         if isinstance(visited, BlockRanges):
-            history = jnp.stack(visited.within(div_up(starts, KEYS)[:, None, None]), axis=-1)
+            history = jnp.stack(visited.within(div_up(own_starts, KEYS)[:, None, None]), axis=-1)
             history = jnp.where(is_empty[:, index, None], 0, history)
             every = jnp.concatenate([history, every[..., 3:]], axis=-1)
         found.append(every)
@@ -175,6 +187,16 @@ def _refuse(q: jax.Array, k: jax.Array, v: jax.Array, found: list[PagedKV], walk
         refuse_unless(x.dtype == jnp.bfloat16, f"queries, keys and values must be bfloat16, not {x.dtype}")
     refuse_unless(q.shape[-1] in (64, 128), f"head_dim must be 64 or 128, not {q.shape[-1]}")
     refuse_pools(found)
+    for pool in found:
+        if isinstance(pool.k, QuantizedKeys):
+            assert pool.k_min is not None
+            refuse_unless(pool.k_min.dtype == jnp.bfloat16, f"bounds of keys must be bfloat16, not {pool.k_min.dtype}")
+            # Shared memory holds the bounds of a block beside its codes.
+            least = 4 if (q.shape[-1], bits_of(pool.k), bits_of(pool.v)) == (128, 8, 8) else 2
+            refuse_unless(
+                pool.sub_page_size >= least,
+                f"sub-pages of quantised keys must have {least} tokens or more, not {pool.sub_page_size}",
+            )
     for visited in walk or ():
         refuse_unless(not isinstance(visited, BlockList), "the walk must be ranges, not block lists")
         sizes = None if visited is None else (visited.queries, visited.keys)
@@ -186,8 +208,7 @@ def _refuse(q: jax.Array, k: jax.Array, v: jax.Array, found: list[PagedKV], walk
 
 def _launch(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    own: OwnKeys,
     kv: LayerKV,
     tables: PageTables,
     starts: jax.Array,
@@ -197,7 +218,7 @@ def _launch(
     pool: PagedKV,
     walk: Walk | None,
 ) -> jax.Array:
-    """Runs the kernel on a chunk of whole query blocks."""
+    """Runs the kernel on a chunk of whole query blocks, and on whole blocks of own keys."""
     batch, tokens, num_heads, head_dim = q.shape
 
     def prefill_attention(*refs: Any) -> None:
@@ -214,10 +235,10 @@ def _launch(
         scratch_types=[_scratch(config, pool, head_dim)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    ranges = walks(starts, counts, tokens, [heads.window for heads in classes])
+    ranges = walks(starts, counts, own.starts, tokens, [heads.window for heads in classes])
     if walk is not None:
-        ranges = _walks_per_head(ranges, walk, classes, num_heads // k.shape[2], starts)
-    return kernel(q, k, v, kv, tables, starts, counts, ranges)
+        ranges = _walks_per_head(ranges, walk, classes, num_heads // own.k.shape[2], own.starts)
+    return kernel(q, own, kv, tables, starts, counts, ranges)
 
 
 def _scratch(config: Config, pool: PagedKV, head_dim: int) -> dict[str, Any]:
@@ -229,34 +250,44 @@ def _scratch(config: Config, pool: PagedKV, head_dim: int) -> dict[str, Any]:
         "q_ready": plgpu.Barrier(num_barriers=2),
         "turn": plgpu.Barrier(num_barriers=2),
     }
-    for name, stored in (("k", pool.k), ("v", pool.v)):
+    bounds: Any = plgpu.SMEM((KEYS // pool.sub_page_size, head_dim), jnp.bfloat16)
+    # The copy engine writes to multiples of 128 bytes, so that a page's 16 or 32 numbers have a row of their own.
+    vectors: Any = plgpu.SMEM((parts, max(pool.page_size, 64)), jnp.float16)
+    for name, stored, numbers in (("k", pool.k, bounds), ("v", pool.v, vectors)):
         scratch[name] = tile((config.stages, KEYS, head_dim), jnp.bfloat16, columns)
         scratch[f"{name}_ready"] = plgpu.Barrier(num_arrivals=parts, num_barriers=config.stages)
         scratch[f"{name}_free"] = plgpu.Barrier(num_arrivals=2, num_barriers=config.stages)
-        if isinstance(stored, QuantizedArray):
-            vector: Any = plgpu.SMEM((KEYS,), jnp.float32)
-            codes: Any = plgpu.SMEM((KEYS, head_dim * stored.bits // 8), jnp.uint8)
-            scratch[f"{name}_codes"] = QuantizedArray(codes=codes, scale=vector, zero=vector, bits=stored.bits)
+        if isinstance(stored, QuantizedKeys | QuantizedArray):
+            codes: Any = plgpu.SMEM((KEYS, head_dim * bits_of(stored) // 8), jnp.uint8)
+            scratch[f"{name}_codes"] = (codes, numbers, numbers)
             scratch[f"{name}_landed"] = plgpu.Barrier(num_arrivals=parts * 3)
     return scratch
 
 
 class _Steps(NamedTuple):
-    """The key blocks that a program visits: first of the history, then of the chunk (see `walks`)."""
+    """The key blocks that a program visits: first of the history, then its own (see `walks`)."""
 
     history: Ranges
-    chunk: Ranges
+    own: Ranges
 
     @property
     def count(self) -> jax.Array:
         """Number of blocks."""
-        return self.history.count + self.chunk.count
+        return self.history.count + self.own.count
 
     def block(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns whether a step's block is history, and its index there or in the chunk."""
-        in_chunk = step - self.history.count
-        old, new = self.history.block(step), self.chunk.block(in_chunk)
-        return in_chunk < 0, jnp.where(in_chunk < 0, old, new)
+        """Returns whether a step's block is history, and its index there or among the own keys."""
+        after = step - self.history.count
+        old, new = self.history.block(step), self.own.block(after)
+        return after < 0, jnp.where(after < 0, old, new)
+
+
+class _Spans(NamedTuple):
+    """Positions in a sequence: of the first own key, of the first query, and where both end."""
+
+    own: jax.Array
+    start: jax.Array
+    end: jax.Array
 
 
 class _Place(NamedTuple):
@@ -291,8 +322,7 @@ def _attend(
     has_walk_per_head: bool,
     config: Config,
     q_gmem: Any,
-    k_gmem: Any,
-    v_gmem: Any,
+    own_gmem: OwnKeys,
     kv_gmem: LayerKV,
     tables_gmem: PageTables,
     starts_gmem: Any,
@@ -304,23 +334,24 @@ def _attend(
 ) -> None:
     """Runs one program: one block of queries of one head over its key blocks."""
     batch, tokens, num_heads, head_dim = q_gmem.shape
-    group = num_heads // k_gmem.shape[2]
+    group = num_heads // own_gmem.k.shape[2]
     place = _place(jax.lax.axis_index("program"), classes, batch, tokens // QUERIES)
     b, row, head = place.b, place.row, place.head
     role = jax.lax.axis_index("role")
 
-    def read() -> tuple[jax.Array, jax.Array, _Steps]:
-        """Returns start, count and steps. Each role reads them, since shared registers would be spilled."""
-        start, count = starts_gmem[b], counts_gmem[b]
+    def read() -> tuple[_Spans, _Steps]:
+        """Returns spans and steps. Each role reads them, since shared registers would be spilled."""
+        start = starts_gmem[b]
         index = head // group if has_walk_per_head else place.index
         ranges = [walks_gmem[b, index, row // QUERIES, i] for i in range(6)]
-        return start, count, _Steps(Ranges(*ranges[:3]), Ranges(*ranges[3:]))
+        spans = _Spans(own_gmem.starts[b], start, start + counts_gmem[b])
+        return spans, _Steps(Ranges(*ranges[:3]), Ranges(*ranges[3:]))
 
     def feed_walk(heads: _Heads) -> None:
-        start, count, steps = read()
+        spans, steps = read()
         pool, table = getattr(kv_gmem, heads.name), getattr(tables_gmem, heads.name)
-        new = {name: x.at[b, :, head // group] for name, x in (("k", k_gmem), ("v", v_gmem))}
-        _Feed(pool, new, (head - heads.first) // group, table.at[b], start, count, steps, config, scratch).run()
+        own = {name: x.at[b, :, head // group] for name, x in (("k", own_gmem.k), ("v", own_gmem.v))}
+        _Feed(pool, own, (head - heads.first) // group, table.at[b], spans, steps, config, scratch).run()
 
     @pl.when(role == 2)
     def _feed() -> None:
@@ -331,7 +362,7 @@ def _attend(
     @pl.when(role < 2)
     def _compute() -> None:
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-        start, count, steps = read()
+        spans, steps = read()
         first = row + role * _ROWS
         out = out_gmem.at[b, pl.ds(first, _ROWS), head]
 
@@ -344,9 +375,9 @@ def _attend(
             queries = scratch["q"].at[role]
             plgpu.copy_gmem_to_smem(q_gmem.at[b, pl.ds(first, _ROWS), head], queries, scratch["q_ready"].at[role])
             plgpu.barrier_wait(scratch["q_ready"].at[role])
-            values = _softmax_of_walk(steps, place, config, start, count, first, role, scratch)
+            values = _softmax_of_walk(steps, spans, place, config, first, role, scratch)
             rows = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=_WGMMA)
-            _store(jnp.where(rows < count - first, values, 0.0).astype(jnp.bfloat16), queries, out)
+            _store(jnp.where(rows < spans.end - spans.start - first, values, 0.0).astype(jnp.bfloat16), queries, out)
 
 
 def _store(values: jax.Array, staging_smem: Any, out_gmem: Any) -> None:
@@ -357,37 +388,25 @@ def _store(values: jax.Array, staging_smem: Any, out_gmem: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _rows_layout(columns: int, width: int) -> Any:
-    """Returns the layout in which a warpgroup moves rows through registers, 8 adjacent elements of a row per thread.
-
-    A warp takes rows of one swizzled tile of ``width`` columns, so that stores have no bank conflicts.
-    """
-    rows = 16 * 64 // min(columns, 64)
-    warp = (256 // width, width)
-    tiles = plgpu.Tiling(((rows, min(columns, 64)), warp, (8,)))
-    warp_dims = (-5, -4) if columns > width == 32 else (-5,)
-    return plgpu.Layout.TILED(tiles, warp_dims=warp_dims, lane_dims=(-3, -2), vector_dim=-1)
-
-
 def _tile_width(pool: PagedKV, head_dim: int) -> int:
     """Returns the columns of a swizzled tile; the two halves of a row of 4-bit codes are written separately."""
     return min(head_dim // 2, 64) if 4 in (bits_of(pool.k), bits_of(pool.v)) else 64
 
 
 class _Feed(NamedTuple):
-    """The arguments of the copying warpgroup: a pool, one of its heads, a sequence's pages and length, and the steps.
+    """The arguments of the copying warpgroup: a pool, one of its heads, a sequence's pages and spans, and the steps.
 
-    In the ring, rows of tokens that do not exist are zeros, whatever the pages contain there. (Hidden keys have weight
-    zero, but zero times NaN is NaN.) The copy engine writes zeros for what is past the end of an array, so whole parts
-    of a block without tokens are requested there; parts with a few such rows go through registers.
+    In the ring, rows of tokens that do not exist are numbers, whatever the arrays contain there. (Hidden keys have
+    weight zero, but zero times NaN is NaN.) Pages of the history are sealed, also where it ends inside of one. The copy
+    engine writes zeros for what is past the end of an array, so pages that are not held, and whole parts of a block
+    without tokens, are requested there; parts with a few own keys go through registers.
     """
 
     pool: PagedKV
-    new: dict[str, Any]
+    own: dict[str, Any]
     head: jax.Array
     table: Any
-    start: jax.Array
-    count: jax.Array
+    spans: _Spans
     steps: _Steps
     config: Config
     scratch: dict[str, Any]
@@ -416,29 +435,28 @@ class _Feed(NamedTuple):
         target, ready = self.scratch[name].at[slot], self.scratch[f"{name}_ready"].at[slot]
         old = self._convert if self._is_quantized(name) else self._copy_pages
         pl.when(is_history)(partial(old, name, step, block, target, ready))
-        pl.when(jnp.logical_not(is_history))(partial(self._copy_new, name, block, target, ready))
+        pl.when(jnp.logical_not(is_history))(partial(self._copy_own, name, block, target, ready))
 
     def _is_quantized(self, name: str) -> bool:
-        return isinstance(getattr(self.pool, name), QuantizedArray)
+        return isinstance(getattr(self.pool, name), QuantizedKeys | QuantizedArray)
 
-    def _copy_new(self, name: str, block: jax.Array, target: Any, ready: Any) -> None:
-        """Copies a block of the chunk in parts of the size of a page."""
-        size, source = self.pool.page_size, self.new[name]
+    def _copy_own(self, name: str, block: jax.Array, target: Any, ready: Any) -> None:
+        """Copies a block of own keys or values in parts of the size of a page."""
+        size, source = self.pool.page_size, self.own[name]
 
         @pl.loop(0, KEYS // size)
         def _copy_part(i: jax.Array) -> None:
             first = block * KEYS + i * size
-            rows = jnp.maximum(self.count - first, 0)
+            rows = jnp.maximum(self.spans.end - self.spans.own - first, 0)
             first = jnp.where(rows > 0, first, source.shape[0])
             self._copy_rows(source.at[pl.ds(first, size)], rows, target.at[pl.ds(i * size, size)], ready)
 
-    def _page(self, block: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns a page of a block, or one past the end if it has none, and how many of its tokens exist."""
+    def _page(self, block: jax.Array, i: jax.Array) -> jax.Array:
+        """Returns a page of a block, or one past the end if it has none."""
         size, num_pages = self.pool.page_size, jax.tree.leaves(self.pool.k)[0].shape[0]
         entry = block * (KEYS // size) + i
-        rows = jnp.maximum(self.start - entry * size, 0)
         page = self.table[jnp.minimum(entry, self.table.shape[0] - 1)]
-        return jnp.where((rows > 0) & (page >= 0), page, num_pages), rows
+        return jnp.where((entry * size < self.spans.own) & (page >= 0), page, num_pages)
 
     def _copy_pages(self, name: str, step: jax.Array, block: jax.Array, target: Any, ready: Any) -> None:
         """Copies a block of pages that are not quantised."""
@@ -447,25 +465,33 @@ class _Feed(NamedTuple):
 
         @pl.loop(0, KEYS // size)
         def _copy_page(i: jax.Array) -> None:
-            page, rows = self._page(block, i)
-            self._copy_rows(source.at[page, self.head], rows, target.at[pl.ds(i * size, size)], ready)
+            part = target.at[pl.ds(i * size, size)]
+            plgpu.copy_gmem_to_smem(source.at[self._page(block, i), self.head], part, ready)
 
     def _request(self, name: str, step: jax.Array) -> None:
-        """Starts the copy of a block of codes, scales and zeros."""
-        size, block = self.pool.page_size, self.steps.block(step)[1]
-        sources, targets = (jax.tree.leaves(x) for x in (getattr(self.pool, name), self.scratch[f"{name}_codes"]))
+        """Starts the copy of a block of codes, and of what their dequantisation takes."""
+        size, block, targets = self.pool.page_size, self.steps.block(step)[1], self.scratch[f"{name}_codes"]
+        pool: Any = self.pool
+        sources = (pool.k.codes, pool.k_min, pool.k_max) if name == "k" else (pool.v.codes, pool.v.scale, pool.v.low)
 
         @pl.loop(0, KEYS // size)
         def _copy_page(i: jax.Array) -> None:
-            page, _ = self._page(block, i)
+            page = self._page(block, i)
             for source, target in zip(sources, targets, strict=True):
-                part = target.at[pl.ds(i * size, size)]
+                rows = source.shape[2]
+                part = target.at[i, pl.ds(0, rows)] if source.ndim == 3 else target.at[pl.ds(i * rows, rows)]
                 plgpu.copy_gmem_to_smem(source.at[page, self.head], part, self.scratch[f"{name}_landed"])
 
     def _convert(self, name: str, step: jax.Array, block: jax.Array, target: Any, ready: Any) -> None:
         """Converts a block of codes, and starts the copy of the next one."""
+        del block
         plgpu.barrier_wait(self.scratch[f"{name}_landed"])
-        self._dequantize(self.scratch[f"{name}_codes"], target, self.start - block * KEYS)
+        stored, bits = self.scratch[f"{name}_codes"], bits_of(getattr(self.pool, name))
+        width = _tile_width(self.pool, target.shape[-1])
+        if name == "k":
+            dequantize_keys(stored, bits, width, target)
+        else:
+            dequantize_values(stored, bits, width, self.pool.page_size, target)
         plgpu.commit_smem()
         for _ in range(KEYS // self.pool.page_size):
             plgpu.barrier_arrive(ready)
@@ -474,7 +500,7 @@ class _Feed(NamedTuple):
     def _copy_rows(self, source_gmem: Any, rows: jax.Array, target_smem: Any, ready: Any) -> None:
         """Copies a part of a block, of which ``rows`` rows exist, and arrives at ``ready``."""
         size, columns = target_smem.shape
-        layout = _rows_layout(columns, _tile_width(self.pool, columns))
+        layout = RowsInRegisters(16, columns, _tile_width(self.pool, columns)).layout
         pl.when((rows >= size) | (rows == 0))(partial(plgpu.copy_gmem_to_smem, source_gmem, target_smem, ready))
 
         @pl.when((rows < size) & (rows > 0))
@@ -486,34 +512,12 @@ class _Feed(NamedTuple):
             plgpu.commit_smem()
             plgpu.barrier_arrive(ready)
 
-    def _dequantize(self, stored: Any, target_smem: Any, rows: jax.Array) -> None:
-        """Writes a block in bfloat16, zeros from ``rows`` on; ``stored`` is a `QuantizedArray` in shared memory."""
-        columns, step = stored.codes.shape[-1], 32
-        layout = _rows_layout(columns, _tile_width(self.pool, target_smem.shape[-1]))
-
-        @pl.loop(0, KEYS // step)
-        def _some_rows(i: jax.Array) -> None:
-            at = pl.ds(i * step, step)
-            is_held = plgpu.broadcasted_iota(jnp.int32, (step,), 0, layout=layout.reduce(1)) < rows - i * step
-
-            def by_row(vector_smem: Any) -> jax.Array:
-                vector = plgpu.load(vector_smem.at[at], layout=layout.reduce(1), optimized=False)
-                return jax.lax.broadcast_in_dim(jnp.where(is_held, vector, 0.0), (step, columns), (0,))
-
-            scale = by_row(stored.scale)
-            offset = -by_row(stored.zero) * scale
-            codes = plgpu.load(stored.codes.at[at], layout=layout, optimized=False).astype(jnp.int32)
-            for j, half in enumerate([codes] if stored.bits == 8 else [codes & 15, codes >> 4]):
-                wide = half.astype(jnp.float32) * scale + offset
-                target_smem[at, pl.ds(j * columns, columns)] = wide.astype(jnp.bfloat16)
-
 
 def _softmax_of_walk(
     steps: _Steps,
+    spans: _Spans,
     place: _Place,
     config: Config,
-    start: jax.Array,
-    count: jax.Array,
     first: jax.Array,
     role: jax.Array,
     scratch: dict[str, Any],
@@ -528,8 +532,8 @@ def _softmax_of_walk(
     def weigh(step: jax.Array, maximum: jax.Array, total: jax.Array, scores: jax.Array) -> tuple[jax.Array, ...]:
         """Returns the new maximum and total, the decay of the previous sums, and the weights of a block."""
         is_history, block = steps.block(step)
-        key = block * KEYS + jnp.where(is_history, 0, start)
-        scores = _hide(scores, key, jnp.where(is_history, start, start + count), start + first, place)
+        key = block * KEYS + jnp.where(is_history, 0, spans.own)
+        scores = _hide(scores, key, jnp.where(is_history, spans.own, spans.end), spans.start + first, place)
         new = jnp.maximum(maximum, jnp.max(scores, axis=1) * scale)
         weights = jnp.exp2(scores * scale - jax.lax.broadcast_in_dim(new, scores.shape, (0,)))
         decay = jnp.exp2(maximum - new)

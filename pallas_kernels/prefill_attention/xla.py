@@ -1,8 +1,11 @@
-"""`prefill_attention` for any device: head by head, and for each query block over the visible key blocks.
+"""`prefill_attention` for any device: for each query block over the visible key blocks.
 
-Keys come from two sources, the pages before the chunk and the chunk itself; one loop serves both. Products run in the
-dtype of the queries (bfloat16 uses AMX on CPUs that have it) and accumulate in float32. Trip counts are data. One head
-at a time keeps the scores of a block in a core's cache.
+Keys come from two sources, the pages and what is read unquantised (`own_keys`); one loop serves both. Products run in
+the dtype of the queries (bfloat16 uses AMX on CPUs that have it) and accumulate in float32. Trip counts are data.
+
+Where the history may be long, one head at a time keeps the scores of large blocks in a core's cache. Where few keys are
+visible, smaller blocks compute fewer hidden ones, and all heads take each step together: a CPU's threads would
+otherwise wait for each other for longer than they compute.
 """
 
 import math
@@ -13,10 +16,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.core.dtypes import ZERO, counted_loop
-from pallas_kernels.core.online_softmax import OnlineSoftmax, columns_with_ones, with_ones
+from pallas_kernels.core.dtypes import ZERO
+from pallas_kernels.core.online_softmax import OnlineSoftmax
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, div_up, is_visible, pools, take
-from pallas_kernels.core.quantization import QuantizedArray, dequantize
+from pallas_kernels.core.quantization import dequantize
+from pallas_kernels.core.sealing import keys_of
 from pallas_kernels.prefill_attention.blocks import (
     BlockList,
     BlockRanges,
@@ -26,12 +30,19 @@ from pallas_kernels.prefill_attention.blocks import (
     Walk,
     Window,
     visible_blocks,
+    visible_history,
 )
+from pallas_kernels.prefill_attention.own import OwnKeys, own_keys
 
-BLOCK = 256
-"""Tokens per query block and per block of keys, which is at least a page."""
-_DENSE_BLOCK = 2 * BLOCK
-"""Keys per block of a history that every query sees completely."""
+_BLOCK = 256
+"""Tokens per query block, and per block of the chunk's keys, where the history may be long."""
+_DENSE_BLOCK = 2 * _BLOCK
+"""Keys per block of such a history."""
+_SMALL_BLOCK = 128
+"""Tokens per query block and per block of keys elsewhere; a block of history is at least a page."""
+
+_HEADS = "heads"
+"""The axis of heads that take each step together."""
 
 
 class KeySource(NamedTuple):
@@ -46,6 +57,14 @@ class KeySource(NamedTuple):
     """Whether each query sees all keys that exist."""
 
 
+class History(NamedTuple):
+    """The pool of a head class, its page table, and which blocks of the history are visited."""
+
+    pool: PagedKV
+    table: jax.Array
+    walk: BlockRanges | BlockList
+
+
 class HeadClass(NamedTuple):
     """KV heads ``first … first + count − 1`` of a layer.
 
@@ -53,16 +72,16 @@ class HeadClass(NamedTuple):
       first, count: the heads.
       window: what the heads see.
       block: queries per block, and keys per block of the chunk.
-      history: the pool and the page table of the history, if there is any.
-      walk: the visited blocks of the history; None for the blocks with a visible key.
+      history: the tokens before the chunk, if there may be any.
+      is_together: whether all heads take each step together.
     """
 
     first: int
     count: int
     window: Window
     block: int
-    history: tuple[PagedKV, jax.Array] | None
-    walk: BlockRanges | BlockList | None
+    history: History | None
+    is_together: bool
 
 
 @partial(jax.jit, static_argnames=("sink", "local", "has_history", "block"))  # traced once for all layers alike
@@ -79,77 +98,92 @@ def prefill_attention(
     local: int,
     has_history: bool = True,
     walk: Walk | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> jax.Array:
     """Returns what `pallas_kernels.prefill_attention` defines; ``block`` changes speed and rounding only."""
     batch, tokens = q.shape[:2]
-    classes = _head_classes(kv, tables, Window(sink, local), tokens, has_history, walk or Walk(), block)
-    padding = -tokens % math.lcm(*(heads.block for heads in classes))
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-    q = q.reshape(*k.shape[:3], -1, q.shape[3])
-    out = jnp.zeros_like(q)
+    classes = _head_classes(kv, tables, starts, counts, Window(sink, local), tokens, has_history, walk or Walk(), block)
+    own = own_keys(k, v, kv, tables, starts, counts) if has_history else OwnKeys(k, v, starts, counts)
+    blocks = math.lcm(*(heads.block for heads in classes))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % blocks), (0, 0), (0, 0))) for x in (q, own.k, own.v))
+    own = own._replace(k=k, v=v)
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    outputs = []
     for heads in classes:
 
-        def attend_sequence(b: jax.Array, out: jax.Array, heads: HeadClass = heads) -> jax.Array:
+        def attend_sequence(b: jax.Array, heads: HeadClass = heads) -> jax.Array:
             start, count = take(starts, b), take(counts, b)
 
-            def attend_head(head: jax.Array, out: jax.Array) -> jax.Array:
+            def attend_head(head: jax.Array) -> jax.Array:
                 at = (b, heads.first + head)
-                sources = [_chunk(k, v, at, start, count, heads)]
+                sources = [_own(own, at, start, heads)]
                 if heads.history is not None:
-                    sources.insert(0, _history(heads, b, head, start, q.dtype))
-                return _attend_head(out, q, at, sources, start, count, heads.window, heads.block)
+                    sources.insert(0, _history(heads, b, head, take(own.starts, b), q.dtype))
+                return _attend_head(q, at, sources, start, count, heads)
 
-            return counted_loop(heads.count, attend_head, out)
+            each = jax.vmap(attend_head, axis_name=_HEADS) if heads.is_together else partial(jax.lax.map, attend_head)
+            return each(jnp.arange(heads.count, dtype=jnp.int32))
 
-        out = counted_loop(batch, attend_sequence, out)
+        outputs.append(jax.lax.map(attend_sequence, jnp.arange(batch, dtype=jnp.int32)))
+    out = jnp.concatenate(outputs, axis=1).swapaxes(1, 2)
     return out.reshape(batch, -1, q.shape[2] * q.shape[3], q.shape[4])[:, :tokens]
 
 
 def _head_classes(
-    kv: LayerKV, tables: PageTables, window: Window, tokens: int, has_history: bool, walk: Walk, block: int
+    kv: LayerKV,
+    tables: PageTables,
+    starts: jax.Array,
+    counts: jax.Array,
+    window: Window,
+    tokens: int,
+    has_history: bool,
+    walk: Walk,
+    block: int | None,
 ) -> list[HeadClass]:
     """Returns the classes of a layer's heads; a single one if a chunk without history lies inside every window."""
     found = pools(kv, tables)
     assert window.local is not None
     if not has_history and tokens <= window.local:
         heads = sum(pool.num_kv_heads for _, pool, _, _ in found)
-        return [HeadClass(0, heads, Window(None, None), min(block, tokens), None, None)]
+        return [HeadClass(0, heads, Window(None, None), min(block or _SMALL_BLOCK, tokens), None, True)]
     classes = []
     for name, pool, table, heads in found:
         seen = window if name == "streaming" else Window(None, None)
-        visited = getattr(walk, name) if has_history else None
-        queries = block if visited is None else visited.queries
-        history = (pool, table) if has_history else None
-        classes.append(HeadClass(heads.start, pool.num_kv_heads, seen, min(queries, tokens), history, visited))
+        queries = min(block or query_block(seen, has_history), tokens)
+        history = None
+        if has_history:
+            size = history_block(queries, pool.page_size, seen)
+            every = (starts, counts, tokens, pool.num_kv_heads, seen, queries, size)
+            visited = getattr(walk, name) or visible_history(*every)
+            history, queries = History(pool, table, visited), min(visited.queries, tokens)
+        is_together = not _may_be_long(seen, has_history)
+        classes.append(HeadClass(heads.start, pool.num_kv_heads, seen, queries, history, is_together))
     return classes
 
 
 def _attend_head(
-    out: jax.Array,
     q: jax.Array,
     at: tuple[jax.Array, jax.Array],
     sources: Sequence[KeySource],
     start: jax.Array,
     count: jax.Array,
-    window: Window,
-    block: int,
+    heads: HeadClass,
 ) -> jax.Array:
-    """Returns ``out`` [B, T, K, G, H] with the outputs of one sequence's KV head; T is a multiple of ``block``."""
-    b, head = at
-    group, head_dim = q.shape[3:]
+    """Returns the outputs [T, G, H] of one sequence's KV head, for q [B, T, K, G, H]; T is whole blocks of queries."""
+    (b, head), block = at, heads.block
+    tokens, (group, head_dim) = q.shape[1], q.shape[3:]
 
     def attend_queries(index: jax.Array, out: jax.Array) -> jax.Array:
         corner = (b, index * block, head, ZERO, ZERO)
         queries = jax.lax.dynamic_slice(q, corner, (1, block, 1, group, head_dim)).reshape(block * group, head_dim)
         positions = jnp.repeat(start + index * block + jnp.arange(block, dtype=jnp.int32), group)
-        state = OnlineSoftmax.start((block * group,), columns_with_ones(head_dim))
+        state = OnlineSoftmax.start((block * group,), head_dim)
         for source in sources:
-            state = _walk(state, queries, positions, source, source.visits(index), window)
-        result = state.finish_ones(head_dim).reshape(1, block, 1, group, head_dim).astype(out.dtype)
-        return jax.lax.dynamic_update_slice(out, result, corner)
+            state = _walk(state, queries, positions, source, source.visits(index), heads)
+        result = state.finish().reshape(block, group, head_dim).astype(out.dtype)
+        return jax.lax.dynamic_update_slice(out, result, (index * block, ZERO, ZERO))
 
-    return jax.lax.fori_loop(0, div_up(count, block), attend_queries, out)
+    return jax.lax.fori_loop(0, div_up(count, block), attend_queries, jnp.zeros((tokens, group, head_dim), q.dtype))
 
 
 def _walk(
@@ -158,81 +192,81 @@ def _walk(
     positions: jax.Array,
     source: KeySource,
     visits: Ranges | Listed,
-    window: Window,
+    heads: HeadClass,
 ) -> OnlineSoftmax:
     """Returns the softmax state of queries [rows, H] at positions [rows] after the visited key blocks of a source."""
+    # Of heads that take each step together, some may visit fewer blocks than others.
+    steps = jax.lax.pmax(visits.count, _HEADS) if heads.is_together else visits.count
 
     def visit(step: jax.Array, state: OnlineSoftmax) -> OnlineSoftmax:
         index = visits.block(step)
         keys, values, exists = source.fetch(index)
+        if heads.is_together:
+            exists &= step < visits.count
+        exists = jax.lax.optimization_barrier(exists)  # else XLA computes it for each query
+        values = jnp.where(exists[:, None], values, jnp.zeros((), values.dtype))
         visible = None
         if source.is_all_visible:
             keys = jnp.where(exists[:, None], keys, keys[:1])  # a key that does not exist must not give the maximum
         else:
             at = source.keys.first + index * source.keys.block + jnp.arange(source.keys.block, dtype=jnp.int32)
-            visible = exists & is_visible(positions[:, None], at, *window)
+            visible, exists = exists & is_visible(positions[:, None], at, *heads.window), None
         scores = jnp.einsum("rh,sh->rs", queries, keys, precision="highest", preferred_element_type=jnp.float32)
-        scale = queries.shape[-1] ** -0.5
-        return state.add(scores, with_ones(values, exists), scale=scale, visible=visible, has_ones=True)
+        return state.add(scores, values, scale=queries.shape[-1] ** -0.5, visible=visible, exists=exists)
 
-    return jax.lax.fori_loop(0, visits.count, visit, state)
+    return jax.lax.fori_loop(0, steps, visit, state)
+
+
+def _may_be_long(window: Window, has_history: bool) -> bool:
+    """Returns whether a query may see a history of any length."""
+    return has_history and window.local is None
+
+
+def query_block(window: Window, has_history: bool = True) -> int:
+    """Returns the tokens per query block, if no walk is given."""
+    return _BLOCK if _may_be_long(window, has_history) else _SMALL_BLOCK
 
 
 def history_block(queries: int, page_size: int, window: Window) -> int:
     """Returns the keys per block of history for the queries per block, if no walk is given."""
-    keys = _DENSE_BLOCK if window.local is None and queries == BLOCK else queries
+    keys = _DENSE_BLOCK if window.local is None and queries == _BLOCK else queries
     return max(keys // page_size, 1) * page_size
 
 
-def _history(heads: HeadClass, b: jax.Array, head: jax.Array, start: jax.Array, dtype: jnp.dtype) -> KeySource:
-    """Returns the source of a head's tokens before the chunk, dequantised from their pages."""
+def _history(heads: HeadClass, b: jax.Array, head: jax.Array, end: jax.Array, dtype: jnp.dtype) -> KeySource:
+    """Returns the source of a head's first ``end`` tokens, dequantised from their pages."""
     assert heads.history is not None
-    pool, tables = heads.history
-    walk, window, block = heads.walk, heads.window, heads.block
-    size = history_block(block, pool.page_size, window) if walk is None else walk.keys
+    pool, tables, walk = heads.history
+    size = walk.keys
     pages = size // pool.page_size
     table = take(tables, b)
     table = jnp.pad(table, (0, -table.size % pages), constant_values=-1)
 
     def visits(index: jax.Array) -> Ranges | Listed:
-        if walk is None:
-            return visible_blocks(start + index * block, block, KeyRange(0, start, size), window)
-        return walk.of(b, head, index, div_up(start, size))
+        return walk.of(b, head, index, div_up(end, size))
 
     def fetch(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         physical = jax.lax.dynamic_slice_in_dim(table, index * pages, pages)
-        keys, values = (_tokens(x, jnp.maximum(physical, 0), head, dtype) for x in (pool.k, pool.v))
+        found = jax.tree.map(lambda x: take(x, jnp.maximum(physical, 0), head), pool)
+        keys, values = (x.reshape(size, -1) for x in (keys_of(found, dtype), dequantize(found.v, dtype)))
         is_held = jnp.repeat(physical >= 0, pool.page_size)
-        return keys, values, is_held & (index * size + jnp.arange(size, dtype=jnp.int32) < start)
+        return keys, values, is_held & (index * size + jnp.arange(size, dtype=jnp.int32) < end)
 
-    return KeySource(KeyRange(0, start, size), visits, fetch, is_all_visible=window.local is None)
-
-
-def _tokens(pages: jax.Array | QuantizedArray, physical: jax.Array, head: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns the tokens [n · page_size, H] of physical pages [n]."""
-    rows = dequantize(jax.tree.map(lambda x: take(x, physical, head), pages), dtype)
-    return rows.reshape(-1, rows.shape[-1])
+    return KeySource(KeyRange(0, end, size), visits, fetch, is_all_visible=heads.window.local is None)
 
 
-def _chunk(
-    k: jax.Array,
-    v: jax.Array,
-    at: tuple[jax.Array, jax.Array],
-    start: jax.Array,
-    count: jax.Array,
-    heads: HeadClass,
-) -> KeySource:
-    """Returns the source of the chunk's tokens of one sequence's head."""
+def _own(own: OwnKeys, at: tuple[jax.Array, jax.Array], start: jax.Array, heads: HeadClass) -> KeySource:
+    """Returns the source of what a head reads unquantised; ``start`` is the position of the sequence's first query."""
     b, head = at
-    block = heads.block
-    positions = KeyRange(start, start + count, block)
+    block, first, count = heads.block, take(own.starts, b), take(own.counts, b)
+    positions = KeyRange(first, first + count, block)
 
     def visits(index: jax.Array) -> Ranges:
         return visible_blocks(start + index * block, block, positions, heads.window)
 
     def fetch(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        corner, shape = (b, index * block, head, ZERO), (1, block, 1, k.shape[-1])
-        keys, values = (jax.lax.dynamic_slice(x, corner, shape).reshape(block, -1) for x in (k, v))
+        corner, shape = (b, index * block, head, ZERO), (1, block, 1, own.k.shape[-1])
+        keys, values = (jax.lax.dynamic_slice(x, corner, shape).reshape(block, -1) for x in (own.k, own.v))
         return keys, values, index * block + jnp.arange(block, dtype=jnp.int32) < count
 
     return KeySource(positions, visits, fetch, is_all_visible=False)

@@ -26,6 +26,7 @@ from lserve_jax.text.stream import TextStream
 from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights.gguf import GGUFFile
 from tests.fuzz.mutation import ODD_TEXTS, as_json, mutated_bytes, mutated_json, mutated_text, odd_value
+from tests.fuzz.serving import http
 from tests.lserve_jax.checkpoints import random_tensors, tiny_config, write_folder, write_gguf
 
 type Kind = Callable[[random.Random, Path], None]
@@ -285,6 +286,7 @@ KINDS: dict[str, Kind] = {
     "prompt": prompt,
     "sampling": sampling,
     "pattern": pattern,
+    "http": http,
 }
 
 

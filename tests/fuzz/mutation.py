@@ -104,11 +104,11 @@ def mutated_bytes(data: bytes, rng: random.Random, header: int) -> bytes:
     return bytes(held)
 
 
-def as_json(value: Any, rng: random.Random) -> bytes:
-    """The value as JSON, sometimes damaged as a text."""
+def as_json(value: Any, rng: random.Random, *, is_damaged: bool = True) -> bytes:
+    """The value as JSON, sometimes damaged as a text if ``is_damaged``."""
     try:
         text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
     except (RecursionError, ValueError):
         text = "[" * 100_000
     data = text.encode("utf-8", "surrogatepass")
-    return mutated_bytes(data, rng, len(data)) if rng.random() < 0.1 else data
+    return mutated_bytes(data, rng, len(data)) if is_damaged and rng.random() < 0.1 else data

@@ -5,6 +5,7 @@ The outcome of each must be success or one line of our own. A finding is printed
 
 import argparse
 import collections
+import logging
 import multiprocessing
 import resource
 import tempfile
@@ -20,6 +21,7 @@ SECONDS = 30
 
 def _work(kind: str, seeds: list[int], results: "multiprocessing.Queue[tuple[int, str, str, float]]") -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    logging.disable(logging.WARNING)  # they would hide the findings
     for seed in seeds:
         begin = time.process_time()
         with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,9 @@ from tests.fuzz.kinds import KINDS, outcome
 SAMPLE = 40
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind == "http" else []) for kind in KINDS]
+)
 def test_damaged_inputs_are_taken_or_refused_in_one_line(kind: str, tmp_path: Path):
     found = []
     for seed in range(SAMPLE):

@@ -5,7 +5,7 @@ disk, `manual_params` lays it out as our model wants it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -208,9 +208,12 @@ def manual_params(
     def with_bias(leaf: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
         return leaf | ({"bias": tensors[f"{name}.bias"]} if f"{name}.bias" in tensors else {})
 
-    def to_heads(name: str, order: list[int]) -> dict[str, np.ndarray]:
-        leaf = with_bias({"kernel": kernel(name).reshape(-1, H, D)[order]}, name)
-        return leaf | ({"bias": leaf["bias"].reshape(-1, H)[order]} if "bias" in leaf else {})
+    def joined(names: list[str], rows: Callable[[np.ndarray, int], np.ndarray], axis: int) -> dict[str, np.ndarray]:
+        parts = [with_bias({"kernel": kernel(name)}, name) for name in names]
+        return {
+            leaf: np.concatenate([rows(part[leaf], index) for index, part in enumerate(parts)], axis)
+            for leaf in parts[0]
+        }
 
     params: dict[str, Any] = {
         "embed": {"embedding": tensors["model.embed_tokens.weight"]},
@@ -222,21 +225,23 @@ def manual_params(
         prefix = f"model.layers.{layer}."
         kv = list(orders[layer]) if orders else list(range(K))
         queries = [head * group + j for head in kv for j in range(group)]
+
+        def by_kv_head(rows: np.ndarray, part: int, kv: list[int] = kv) -> np.ndarray:
+            return rows.reshape(K, group if part == 0 else 1, H, *rows.shape[1:])[kv]
+
+        output = f"{prefix}self_attn.o_proj"
         attention = {
-            "q_proj": to_heads(f"{prefix}self_attn.q_proj", queries),
-            "k_proj": to_heads(f"{prefix}self_attn.k_proj", kv),
-            "v_proj": to_heads(f"{prefix}self_attn.v_proj", kv),
-            "o_proj": with_bias(
-                {"kernel": kernel(f"{prefix}self_attn.o_proj").reshape(D, N, H)[:, queries]},
-                f"{prefix}self_attn.o_proj",
-            ),
+            "qkv_proj": joined([f"{prefix}self_attn.{name}_proj" for name in "qkv"], by_kv_head, 1),
+            "o_proj": with_bias({"kernel": kernel(output).reshape(D, N, H)[:, queries].reshape(D, N * H)}, output),
         }
         for norm in ("q_norm", "k_norm"):
             if f"{prefix}self_attn.{norm}.weight" in tensors:
                 attention[norm] = {"scale": tensors[f"{prefix}self_attn.{norm}.weight"]}
         mlp = {
-            name: with_bias({"kernel": kernel(f"{prefix}mlp.{name}")}, f"{prefix}mlp.{name}")
-            for name in ("gate_proj", "up_proj", "down_proj")
+            "gate_up_proj": joined(
+                [f"{prefix}mlp.{name}_proj" for name in ("gate", "up")], lambda rows, part: rows[None], 0
+            ),
+            "down_proj": with_bias({"kernel": kernel(f"{prefix}mlp.down_proj")}, f"{prefix}mlp.down_proj"),
         }
         params[f"layers_{layer}"] = {
             "input_norm": {"scale": tensors[f"{prefix}input_layernorm.weight"]},
@@ -256,3 +261,11 @@ def assert_same_tree(got: Mapping[str, Any], expected: Mapping[str, Any], dtype:
         assert isinstance(mine, jax.Array)
         assert mine.dtype == dtype
         np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs).astype(dtype))
+
+
+def assert_same_bits(got: Any, expected: Any) -> None:
+    """Two trees with the same classes and the same bits in every leaf."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert mine.dtype == theirs.dtype
+        assert np.asarray(mine).tobytes() == np.asarray(theirs).tobytes()

@@ -10,12 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from lserve_jax.convert import main
+from lserve_jax.convert import convert, main
+from lserve_jax.engine.setup import prepare
 from lserve_jax.text.tokenizer import Tokenizer
-from lserve_jax.weights import open_checkpoint
-from tests.lserve_jax.checkpoints import assert_same_tree, random_tensors, tiny_config, write_folder, write_gguf
-
-pytestmark = pytest.mark.usefixtures("restored_logging")
+from lserve_jax.weights import embedded, open_checkpoint
+from lserve_jax.weights.tensors import describe_forms, tree_bytes
+from tests.lserve_jax.checkpoints import (
+    assert_same_bits,
+    assert_same_tree,
+    random_tensors,
+    tiny_config,
+    write_folder,
+    write_gguf,
+)
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "golden" / "tiny"
@@ -57,6 +64,71 @@ def test_dtype_of_the_new_folder_is_the_one_asked_for(tmp_path: Path, capfd: pyt
     assert copy.config.dtype == "bfloat16"
     expected = open_checkpoint(model).load_params("bfloat16")
     assert_same_tree(copy.load_params("bfloat16"), jax.tree.map(np.asarray, expected), "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q4_K_M"])
+def test_packed_weights_stay_packed(name: str, tmp_path: Path):
+    model = str(ROOT / "tests" / "golden" / "quantized" / "gguf" / f"{name}.gguf")
+    convert(model, tmp_path / "out")
+    source, copy = open_checkpoint(model), open_checkpoint(str(tmp_path / "out"))
+    assert copy.config == source.config
+    dtype = source.config.dtype
+    mine, theirs = (checkpoint.load_params(dtype, weight_dtype="auto") for checkpoint in (copy, source))
+    assert any(leaf.dtype == np.uint8 for leaf in jax.tree.leaves(mine))
+    assert_same_bits(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "words", "most"),
+    [
+        ("int8", {"int8"}, 0.4),
+        ("int4", {"int8", "int4 in groups of 32", "int4 in groups of 16"}, 0.4),
+        ("float32", {"float32"}, 1.1),
+    ],
+)
+def test_weights_are_quantised_when_asked_for(weight_dtype: str, words: set[str], most: float, tmp_path: Path):
+    model = str(TINY / "llama3")
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    assert main(["--model", model, "--out", str(plain)]) == 0
+    assert main(["--model", model, "--out", str(out), "--weight-dtype", weight_dtype]) == 0
+    assert json.loads((out / "config.json").read_text()) == json.loads((plain / "config.json").read_text())
+    params = open_checkpoint(str(out)).load_params("float32", weight_dtype="auto")
+    assert set(describe_forms(params).split(", ")) == words
+    assert tree_bytes(params) < most * tree_bytes(open_checkpoint(model).load_params("float32"))
+
+
+def test_packed_weights_of_a_hugging_face_folder_stay_packed_and_the_config_no_longer_speaks_of_them(tmp_path: Path):
+    model = str(ROOT / "tests" / "golden" / "quantized" / "gptq")
+    assert main(["--model", model, "--out", str(tmp_path / "out"), "--tokenizer", str(TINY / "llama3")]) == 0
+    source, copy = open_checkpoint(model), open_checkpoint(str(tmp_path / "out"))
+    assert "quantization_config" in source.hf_config and "quantization_config" not in copy.hf_config
+    for weight_dtype in ("auto", "float32"):
+        mine, theirs = (
+            checkpoint.load_params(source.config.dtype, weight_dtype=weight_dtype) for checkpoint in (copy, source)
+        )
+        assert_same_bits(mine, theirs)
+
+
+def test_the_embedded_model_in_8_bits_loads_as_it_was_loaded_when_it_was_quantised(embedded_gguf: Path, tmp_path: Path):
+    """Smoothed once."""
+    model = embedded.MODEL_NAME
+    convert(model, tmp_path / "out", weight_dtype="int8")
+    source = prepare(model, attention="dense", weight_dtype="int8")
+    copy = prepare(str(tmp_path / "out"), attention="dense")  # nobody says how
+    assert source.forms.smoothing is not None and copy.forms.smoothing is None
+    wanted = source.load_params()
+    assert_same_bits(copy.load_params(), wanted)
+    assert not (tmp_path / "out" / "head_pattern" / "smoothing.safetensors").exists()
+
+
+def test_quantised_checkpoint_becomes_ordinary_numbers_and_says_so(tmp_path: Path):
+    model = str(ROOT / "tests" / "golden" / "quantized" / "gptq")
+    arguments = ["--weight-dtype", "float32", "--tokenizer", str(TINY / "llama3")]
+    assert main(["--model", model, "--out", str(tmp_path / "out"), *arguments]) == 0
+    copy = open_checkpoint(str(tmp_path / "out"))
+    assert "quantization_config" not in copy.hf_config
+    expected = open_checkpoint(model).load_params("float32")
+    assert_same_tree(copy.load_params("float32"), jax.tree.map(np.asarray, expected))
 
 
 @pytest.mark.parametrize("is_named", [False, True])
@@ -161,9 +233,10 @@ def test_bad_model_is_refused_and_nothing_is_written(tmp_path: Path, capfd: pyte
     assert {path.name for path in tmp_path.iterdir()} == {"bad"}
 
 
-def test_wrong_option_ends_with_status_2():
+@pytest.mark.parametrize("option", [("--dtype", "int8"), ("--weight-dtype", "int3"), ("--weight-dtype", "")])
+def test_wrong_option_ends_with_status_2(option: tuple[str, str]):
     with pytest.raises(SystemExit) as caught:
-        main(["--out", "x", "--dtype", "int8"])
+        main(["--out", "x", *option])
     assert caught.value.code == 2
 
 

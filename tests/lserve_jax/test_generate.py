@@ -19,8 +19,6 @@ from lserve_jax import LLM, AttentionConfig, SamplingParams, prepare
 from lserve_jax.cli.common import use_compilation_cache
 from lserve_jax.generate import main
 
-pytestmark = pytest.mark.usefixtures("restored_logging")
-
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "golden" / "tiny"
 MODEL = str(TINY / "llama3")
@@ -80,10 +78,11 @@ def test_text_goes_to_stdout_and_everything_else_to_stderr(run: Callable[..., Re
     assert "compile prefill_short, sample, decode" in result.err
     assert "prefill: 100%" in result.err
     assert "no head pattern for" in result.err
-    *_, prompt, answer, attention, cache, kernels = result.err.splitlines()
+    *_, prompt, answer, attention, weights, cache, kernels = result.err.splitlines()
     assert prompt.startswith(f"prompt {len(chat_tokens(llm))} tokens, ")
     assert answer.startswith("answer 12 tokens, ")
     assert attention.startswith("attention lserve: 4 retrieval + 0 streaming KV heads, token budget 4096, 100% of the")
+    assert weights.startswith("weights float32: ")
     assert cache.startswith("KV cache float32: ")
     assert kernels.startswith("kernels xla; mosaic_gpu refused: Mosaic GPU kernels need a Hopper GPU")
 
@@ -100,7 +99,16 @@ def test_json_is_one_object_a_line_with_the_promised_fields(run: Callable[..., R
     found = json.loads(line)
     assert list(found) == [
         *("text", "token_ids", "prompt_tokens", "completion_tokens", "finish_reason", "ttft_s"),
-        *("prefill_tokens_per_s", "decode_tokens_per_s", "compile_s", "attention", "kv_cache", "pages_read_ratio"),
+        *(
+            "cached_tokens",
+            "prefill_tokens_per_s",
+            "decode_tokens_per_s",
+            "compile_s",
+            "attention",
+            "weights",
+            "kv_cache",
+            "pages_read_ratio",
+        ),
         *("attention_recall", "attention_recall_by_layer", "implementations", "refusals"),
     ]
     count = len(chat_tokens(llm))
@@ -113,8 +121,8 @@ def test_json_is_one_object_a_line_with_the_promised_fields(run: Callable[..., R
     policy = dataclasses.asdict(AttentionConfig(preset="lserve", kv_dtype="int8"))
     assert found["attention"].items() >= (policy | {"dense_layers": []}).items()
     assert found["attention"]["retrieval_heads"] == [2, 2]
-    # One page of 64 tokens, 2 layers of 2 retrieval heads of 16: codes, scales, zero points; statistics in float32.
-    page = 4 * (2 * 64 * (16 + 4 + 4) + 2 * 4 * 16 * 4)
+    # One page of 64 tokens, 2 layers of 2 retrieval heads of 16: codes; scales and offsets; bounds in float32.
+    page = 4 * (64 * (16 + 16 + 2 + 2) + 2 * 4 * 16 * 4)
     dense = 64 * 4 * 16 * 2 * 2
     assert count + 11 <= 64
     assert found["kv_cache"] == {
@@ -123,6 +131,7 @@ def test_json_is_one_object_a_line_with_the_promised_fields(run: Callable[..., R
         "streaming_bytes": 0,
         "dense_bf16_bytes": dense,
     }
+    assert found["weights"] == {"forms": "float32", "bytes": llm.setup.plan.weight_bytes}
     assert found["pages_read_ratio"] == 1.0
     assert found["implementations"] == dict.fromkeys(("kv_write", "prefill_attention", "decode_attention"), "xla")
     assert found["refusals"].keys() == {"mosaic_gpu"}
@@ -288,8 +297,8 @@ def test_dry_run_prints_the_plan_and_touches_no_weights(run: Callable[..., Resul
     assert result.status == 0
     names = [line.split(":")[0] for line in result.out.splitlines()]
     assert names == [
-        *("context", "KV heads", "weights", "retrieval pages", "streaming pages", "KV cache", "total", "memory"),
-        *("largest context", "head pattern", "kernels"),
+        *("context", "KV heads", "weights", "retrieval pages", "streaming pages", "open pages", "KV cache"),
+        *("prefix cache", "swap", "total", "memory", "largest context", "head pattern", "kernels"),
     ]
 
 
@@ -308,16 +317,33 @@ def test_a_plan_can_be_one_json_object(run: Callable[..., Result]):
         "streaming_heads": 0,
         "retrieval_pages": plan.pools.retrieval,
         "streaming_pages": 0,
+        "weight_forms": "float32",
         "weight_bytes": plan.weight_bytes,
         "retrieval_bytes": plan.retrieval_bytes,
         "streaming_bytes": 0,
+        "open_page_bytes": plan.tail_bytes,
         "total_bytes": plan.total_bytes,
+        "prefix_cache": True,
+        "swap_pages": 0,
         "fits": True,
         "implementations": dict.fromkeys(("kv_write", "prefill_attention", "decode_attention"), "xla"),
     }
     assert found.items() >= expected.items()
     assert found.keys() - expected.keys() == {"free_bytes", "largest_context", "refusals", "head_pattern"}
     assert found["largest_context"] > 128
+
+
+def test_a_plan_and_a_run_say_which_form_the_weights_have(run: Callable[..., Result]):
+    words = "int4 in groups of 32, int8, int4 in groups of 16"
+    form = ("--weight-dtype", "int4")
+    plain, narrow = (json.loads(run("--dry-run", "--json", *flags).out) for flags in ((), form))
+    assert narrow["weight_forms"] == words
+    assert narrow["weight_bytes"] < 0.4 * plain["weight_bytes"]
+    assert narrow["implementations"]["quantized_matmul"] == "xla"
+    assert f", {words})" in run("--dry-run", *form).out
+    result = run("--prompt", PROMPT, "--max-tokens", "4", "--json", *form)
+    assert json.loads(result.out)["weights"] == {"forms": words, "bytes": narrow["weight_bytes"]}
+    assert f"weights {words}: " in result.err
 
 
 def test_a_recall_interval_that_no_answer_reaches_is_no_obstacle(run: Callable[..., Result]):
@@ -709,3 +735,51 @@ def test_a_refusal_as_a_program_has_status_2_and_one_line():
     command = [sys.executable, "-m", "lserve_jax.generate", "--model", MODEL, *SIZES, "--prompt", "x" * 500]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     check_refusal(Result(result.returncode, result.stdout, result.stderr), "517", "128")
+
+
+# --- saved contexts -------------------------------------------------------------------------------------------------
+
+DOCUMENT = "The old lighthouse stood on a hill above the town. " * 6
+
+
+@pytest.mark.parametrize("mode", [("--raw",), ("--system-prompt", "Be brief.")])
+def test_a_saved_context_gives_the_answer_of_the_whole_prompt(
+    mode: tuple[str, ...], run: Callable[..., Result], tmp_path: Path
+):
+    path, sizes = str(tmp_path / "document.safetensors"), ("--max-model-len", "480")
+    saved = run("--prompt", DOCUMENT, "--save-context", path, *mode, *sizes)
+    assert (saved.status, saved.out) == (0, "")
+    assert saved.err.splitlines()[-1].endswith(f"tokens: {path}")
+    asked = ("--max-tokens", "8", "--ignore-eos", "--json", "--quiet", *mode, *sizes)
+    whole = run("--prompt", f"{DOCUMENT}Where?", *asked)
+    parts = run("--context-file", path, "--prompt", "Where?", *asked)
+    assert parts.status == 0, parts.err
+    one, other = json.loads(whole.out), json.loads(parts.out)
+    assert (one["cached_tokens"], other["cached_tokens"] >= 64) == (0, True)
+    same = ("prompt_tokens", "token_ids", "text")
+    assert [one[key] for key in same] == [other[key] for key in same]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--prompt", "a", "--prompt", "b", "--save-context", "x"), "saves one prompt and generates nothing"),
+        (("--prompt", "a", "--save-context", "x", "--json"), "saves one prompt and generates nothing"),
+        (("--prompt", "a", "--save-context", "x", "--context-file", "y"), "saves one prompt and generates nothing"),
+        (("--prompt", "a", "--save-context", "no/such/folder/x"), "must be a file in a folder that exists"),
+        (("--prompt", "a", "--save-context", "."), "must be a file in a folder that exists"),
+        (("--prompt", "a", "--save-context", "x"), "fewer than prefill_chunk=64"),
+        (("--prompt", "a", "--context-file", "no/such/file"), "no/such/file: cannot be read (No such file"),
+        (("--prompt", "a", "--context-file", "."), "cannot be read"),
+    ],
+)
+def test_contexts_that_cannot_be_are_one_line_before_any_weight_is_read(
+    arguments: tuple[str, ...], named: str, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(LLM, "from_setup", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    result = run(*arguments)
+    assert result.status == 2
+    (line,) = result.err.splitlines()
+    assert named in line
+    assert list(tmp_path.iterdir()) == []

@@ -41,10 +41,11 @@ def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> 
 
 
 @cache
-def load(model: str, heads: HeadClasses | None = None) -> tuple[Llama, dict[str, Any]]:
+def load(model: str, heads: HeadClasses | None = None, weight_dtype: str | None = None) -> tuple[Llama, dict[str, Any]]:
     """The float32 model of a checkpoint and its variables."""
     checkpoint = open_checkpoint(model)
-    return Llama(checkpoint.config, jnp.dtype(jnp.float32)), {"params": checkpoint.load_params(jnp.float32, heads)}
+    params = checkpoint.load_params(jnp.float32, heads, weight_dtype=weight_dtype)
+    return Llama(checkpoint.config, jnp.dtype(jnp.float32)), {"params": params}
 
 
 def tiny(name: str) -> str:
@@ -83,7 +84,11 @@ def captured_parts(captured: Any) -> Iterator[tuple[str, jax.Array]]:
         for part in ("input_norm", "post_attention_norm", "mlp"):
             yield f"{layer}.{part}", captured[layer][part]["__call__"][0]
         for part, seen in captured[layer]["attention"].items():
-            if part != "__call__":
+            if part == "qkv_proj":  # [B, T, K, query heads and key and value, H]
+                qkv = seen["__call__"][0]
+                queries = qkv[..., :-2, :].reshape(*qkv.shape[:2], -1, qkv.shape[-1])
+                yield from ((f"{layer}.q_proj", queries), (f"{layer}.k_proj", qkv[..., -2, :]))
+            elif part != "__call__":
                 yield f"{layer}.{part}", seen["__call__"][0]
 
 
@@ -121,7 +126,9 @@ def test_reordered_heads_leave_the_logits_as_they_were(name: str) -> None:
     theirs = golden(f"tiny/{name}/golden.npz")
     heads = HeadClasses(order=((1, 0), (0, 1)), num_retrieval=(1, 1))
     model, variables = load(tiny(name), heads)
-    kernels = [held["params"]["layers_0"]["attention"]["k_proj"]["kernel"] for held in (variables, load(tiny(name))[1])]
+    kernels = [
+        held["params"]["layers_0"]["attention"]["qkv_proj"]["kernel"] for held in (variables, load(tiny(name))[1])
+    ]
     assert np.array_equal(kernels[0], kernels[1][::-1])
     ours, _ = forward(model, variables, theirs["tokens"])
     assert max_error(ours, theirs["logits"]) <= TOLERANCE["logits"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
 
-from pallas_kernels import NO_PAGE, LayerKV, PagedKV, PageTables, decode_attention, kv_write, selection_width
+from pallas_kernels import NO_PAGE, LayerKV, PagedKV, PageTables, Tail, decode_attention, kv_write, selection_width
 from pallas_kernels.core.workloads import SERVING, TINY, Workload
 from pallas_kernels.decode_attention import xla
 from tests.pallas_kernels.cases import (
@@ -18,6 +18,7 @@ from tests.pallas_kernels.cases import (
     Cache,
     abstract,
     abstract_pools,
+    as_read,
     assert_close,
     assert_same_bits,
     dense_attention,
@@ -49,7 +50,8 @@ def decode_cache(workload: Workload, rng: np.random.Generator, lengths: ArrayLik
     cache = filled_cache(workload, rng, lengths)
     page = np.arange(workload.max_pages) * workload.page_size
     is_held = (page < cache.lengths[:, None]) | (np.arange(len(cache.lengths)) % 2 == 0)[:, None]
-    return cache._replace(tables=PageTables(*(np.where(is_held, table, NO_PAGE) for table in cache.tables)))
+    retrieval, streaming = (np.where(is_held, table, NO_PAGE).astype(np.int32) for table in cache.tables[:2])
+    return cache._replace(tables=PageTables(retrieval, streaming, cache.tables.slots))
 
 
 def random_queries(workload: Workload, rng: np.random.Generator) -> NDArray[Any]:
@@ -95,6 +97,40 @@ def test_ragged_batches_equal_the_reference(implementation: str, storage: str, r
     selected = None if storage == "bfloat16" else selection(workload)
     mine, theirs = (attend(name, q, cache, selected, workload) for name in (implementation, "reference"))
     assert_close(mine[[0, 1, 3]], theirs[[0, 1, 3]], workload.dtype)
+
+
+@pytest.mark.parametrize("implementation", [*implementations("decode_attention"), "reference"])
+@pytest.mark.parametrize("storage", STORAGE)
+def test_the_page_of_the_newest_token_is_read_from_the_tail(
+    implementation: str, storage: str, rng: np.random.Generator
+):
+    """Unquantised, at every length around the ends of pages, by the slots; that page of the pools holds NaN.
+
+    The other pages are read as they are stored.
+    """
+    workload = replace(TINY["mixed"], **STORAGE[storage])
+    for lengths in ([1, 15, 16, 17], [31, 32, 33, 2], [47, 48, 49, 95], [96, 80, 81, 64]):
+        cache = filled_cache(workload, rng, lengths)
+        newest = (cache.lengths - 1) // workload.page_size
+        read = as_read(cache, newest * workload.page_size)
+        cache = without_pages(cache, newest)
+        q = random_tokens(workload, rng, 1, workload.num_heads)[:, 0]
+        # The first page, the newest one and a reserve.
+        lists = [[0, page, page + 1] if page else [0, 1, NO_PAGE] for page in newest]
+        for selected in (None, np.array([[pages] * 2 for pages in lists], np.int32)):
+            out = attend(implementation, q, cache, selected, workload)
+            assert_close(out, dense(workload, q, cache._replace(k=read[0], v=read[1]), selected), workload.dtype)
+
+
+def without_pages(cache: Cache, logical: NDArray[Any]) -> Cache:
+    """The cache with NaN, and codes of 255, in one page of each sequence."""
+
+    def spoilt(pool: Any, table: Any) -> Any:
+        pages = table[np.arange(len(logical)), logical]
+        return jax.tree.map(lambda x: x.at[pages].set(255 if x.dtype == jnp.uint8 else jnp.nan), pool)
+
+    retrieval, streaming = map(spoilt, cache.kv[:2], cache.tables[:2])
+    return cache._replace(kv=cache.kv._replace(retrieval=retrieval, streaming=streaming))
 
 
 @each_implementation
@@ -189,30 +225,36 @@ SWEEP = Workload(
 
 @pytest.fixture(scope="module")
 def sweep() -> Sweep:
-    """Full pages are shared by all rows; the last page of each is its own and ends in NaN. Nothing else is held."""
+    """Pages are shared by all rows, but for the newest of each: that is in the tail and ends in NaN, as does the pool.
+
+    Nothing else is held, and the table has a page of NaN for the newest.
+    """
     rng = np.random.default_rng(0)
     length, size = np.arange(1, SWEEP.context + 1), SWEEP.page_size
     k, v = rng.normal(size=(2, SWEEP.max_pages * size, 2, SWEEP.head_dim)).astype(np.float32)
     last = (length - 1) // size
     is_written = np.arange(size) < (length - last * size)[:, None]
-    pools, order = [], rng.permutation(SWEEP.max_pages + len(length)).astype(np.int32)
+    pools, order = [], rng.permutation(SWEEP.max_pages + 1).astype(np.int32)
+    slots = rng.permutation(len(length)).astype(np.int32)
+    by_page = [np.swapaxes(x.reshape(-1, size, 2, SWEEP.head_dim), 1, 2) for x in (k, v)]
+    tail = [np.where(is_written[:, None, :, None], x[last], np.float32(np.nan))[np.argsort(slots)] for x in by_page]
+    blank = np.full((1, 2, size, SWEEP.head_dim), np.nan, np.float32)
     for head in range(2):
-        full = [x[:, head].reshape(-1, 1, size, SWEEP.head_dim) for x in (k, v)]
-        own = [np.where(is_written[:, None, :, None], x[last], np.float32(np.nan)) for x in full]
-        joined = [jnp.asarray(np.concatenate(both)[np.argsort(order)]) for both in zip(full, own, strict=True)]
-        pools.append(PagedKV(*joined))
-    statistics = jnp.zeros((len(order), 1, SWEEP.page_size // SWEEP.sub_page_size, SWEEP.head_dim))
-    pools[0] = pools[0]._replace(k_min=statistics, k_max=statistics)
+        joined = [np.concatenate([x, blank])[np.argsort(order), head : head + 1] for x in by_page]
+        pools.append(PagedKV(*map(jnp.asarray, joined)))
+    statistics = np.zeros((len(order), 1, size // SWEEP.sub_page_size, SWEEP.head_dim), np.float32)
+    statistics[order[-1]] = np.nan
+    pools[0] = pools[0]._replace(k_min=jnp.asarray(statistics), k_max=jnp.asarray(statistics))
     page = np.arange(SWEEP.max_pages)
     table = np.where(page < last[:, None], order[page], NO_PAGE)
-    table[np.arange(len(length)), last] = order[SWEEP.max_pages :]
+    table[np.arange(len(length)), last] = order[-1]
     q = rng.normal(size=(1, 2, SWEEP.head_dim)).astype(np.float32)
     weights = np.exp(np.einsum("kh,skh->sk", *(x.astype(np.float64) for x in (q[0], k))) / 2)[..., None]
     sums = np.concatenate([np.zeros((1, 2, SWEEP.head_dim + 1)), np.concatenate([weights, weights * v], -1).cumsum(0)])
     sink, first = np.minimum(SWEEP.sink, length), np.maximum(length - SWEEP.local, np.minimum(SWEEP.sink, length))
     seen = np.stack([sums[length, 0], sums[length, 1] - sums[first, 1] + sums[sink, 1]], axis=1)
-    tables = PageTables(*[table.astype(np.int32)] * 2)
-    cache = Cache(LayerKV(*pools), tables, length.astype(np.int32), k, v)
+    tables = PageTables(table.astype(np.int32), table.astype(np.int32), slots)
+    cache = Cache(LayerKV(pools[0], pools[1], Tail(*map(jnp.asarray, tail))), tables, length.astype(np.int32), k, v)
     return Sweep(cache, np.repeat(q, len(length), axis=0), seen[..., 1:] / seen[..., :1])
 
 
@@ -312,7 +354,10 @@ def test_a_million_tokens(implementation: str, rng: np.random.Generator):
 @each_implementation
 @pytest.mark.parametrize(("storage", "has_selection"), [("", False), ("_int8", True), ("_int4", True)])
 def test_memory_does_not_grow_with_the_context(implementation: str, storage: str, has_selection: bool):
-    """Write and read in one program: in place, and less than two float32 numbers for each of a million tokens."""
+    """Write and read in one program: in place, and less than two float32 numbers for each of a million tokens.
+
+    The write may seal a page, so that the program has both.
+    """
     workload, pages = SERVING[f"llama3_8b_8k{storage}"], 15_625
 
     def step(kv: LayerKV, q: Any, k: Any, tables: PageTables, lengths: Any, selected: Any) -> tuple[Any, LayerKV]:

@@ -10,7 +10,7 @@ import pallas_kernels
 from pallas_kernels import BACKENDS, Choice, observe_choices
 from pallas_kernels.core.dispatch import dispatch
 from pallas_kernels.core.workloads import TINY
-from tests.pallas_kernels.cases import TABLES, empty_cache, random_tokens
+from tests.pallas_kernels.cases import TABLES, empty_cache, random_matrix, random_tokens
 
 
 def answers(text: str) -> Callable[..., str]:
@@ -188,6 +188,7 @@ def test_every_op_refuses_names_that_it_does_not_have(
             {"num_selected": 4, "interval": 1, "sink_pages": 1},
         ),
         "decode_attention": ((x[:, 0], cache.kv, cache.tables, cache.lengths, None), {"sink": 1, "local": 1}),
+        "quantized_matmul": ((x[0, 0], random_matrix(rng, 3, x.shape[-1], codes="int8")), {}),
     }
     assert set(calls) == set(TABLES)
     arguments, options = calls[op]

@@ -158,11 +158,9 @@ def test_the_score_bounds_every_product_from_above(implementation: str, lengths:
         for head in range(2):
             products = q[b].reshape(2, 2, 8)[head].astype(np.float64) @ k[b, :, head].T.astype(np.float64)
             largest = np.where(np.arange(1120) < length, products, -np.inf).max(0).reshape(70, 16).max(1)
-            scores = (
-                page_scores(jnp.asarray(q), cache.kv.retrieval, table, b, head, length, "max", 1.0)[0]
-                if length
-                else largest[:0]
-            )
+            # The open page has no score, but is always chosen.
+            sealed = max(length - 1, 0) // 16
+            scores = page_scores(jnp.asarray(q), cache.kv.retrieval, table, b, head, sealed, "max", 1.0)[0]
             slack = 1e-5 * (np.abs(q[b]).max() * np.abs(k[b, :length, head]).sum(-1).max(initial=0))
             assert (scores >= largest[: scores.size] - slack).all()
             chosen = [page for page in selected[b, head] if 0 <= page < scores.size]
@@ -239,6 +237,31 @@ def test_sequences_that_do_not_refresh_keep_what_they_had(implementation: str, r
     is_kept = ~is_refresh | (cache.lengths == 0)
     np.testing.assert_array_equal(selected[is_kept], previous[is_kept])
     np.testing.assert_array_equal(selected[~is_kept], fresh[~is_kept])
+
+
+@each_implementation
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+@pytest.mark.parametrize("has_lookahead", [False, True])
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+def test_the_bounds_of_the_open_page_mean_nothing(
+    implementation: str, storage: str, has_lookahead: bool, reduction: str, rng: np.random.Generator
+):
+    """NaN, infinite, or those of a page that was there before; it is selected, and so are the others that were."""
+    cache = integer_cache(replace(LONG, dtype=storage), rng, LENGTHS)
+    q = integer_queries(LONG, rng, len(LENGTHS))
+    pool, newest = cache.kv.retrieval, (np.maximum(LENGTHS, 1) - 1) // 16
+    assert pool is not None and pool.k_min is not None and pool.k_max is not None
+    open_pages = cache.tables.retrieval[np.arange(len(LENGTHS)), newest]
+    found = []
+    for low, high in ((np.nan, np.nan), (-np.inf, np.inf), (1e6, 1e6), (-1e6, -1e6), (0, 0)):
+        bounds = {"k_min": pool.k_min.at[open_pages].set(low), "k_max": pool.k_max.at[open_pages].set(high)}
+        one = cache._replace(kv=cache.kv._replace(retrieval=pool._replace(**bounds)))
+        found.append(select(implementation, q, one, LONG, has_lookahead=has_lookahead, reduction=reduction))
+        np.testing.assert_array_equal(found[-1], found[0])
+    is_running = LENGTHS > 0
+    assert (found[0] == newest[:, None, None]).any(-1)[is_running].all()
+    expected = select("reference", q, cache, LONG, has_lookahead=has_lookahead, reduction=reduction)
+    np.testing.assert_array_equal(found[0], expected)
 
 
 @each_implementation

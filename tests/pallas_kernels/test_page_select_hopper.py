@@ -141,6 +141,33 @@ def test_only_sequences_that_select_are_touched(rng: np.random.Generator):
     _assert_selects(SMALL, _queries(SMALL, rng, len(LENGTHS)), cache, rng, is_refresh=is_refresh)
 
 
+@pytest.mark.parametrize(("reduction", "has_lookahead"), [("max", True), ("mean", False)])
+def test_bounds_of_pages_that_are_not_sealed_do_not_matter(
+    reduction: str, has_lookahead: bool, rng: np.random.Generator
+):
+    """With one token, or half a page, after the last sealed page, and with none."""
+    workload = replace(SMALL, interval=1, context=30 * 16)
+    cache, q = _cache(workload, rng, [417, 424, 432]), _queries(workload, rng, 3)
+    pages = cache.kv.retrieval
+    assert pages is not None and pages.k_min is not None and pages.k_max is not None
+    previous = np.zeros((3, 2, 6), np.int32)
+    options = _options(workload, reduction=reduction, has_lookahead=has_lookahead)
+    run = jax.jit(partial(mosaic_gpu.page_select, **options))
+    is_sealed = np.zeros(pages.k.shape[0], bool)
+    for table, length in zip(np.asarray(cache.tables.retrieval), cache.lengths, strict=True):
+        is_sealed[table[: length // workload.page_size]] = True
+    for least, greatest in ((np.nan, np.nan), (-np.inf, np.inf), (-3e38, 3e38)):
+        k_min, k_max = (
+            jnp.where(is_sealed[:, None, None, None], x, jnp.asarray(value, x.dtype))
+            for x, value in ((pages.k_min, least), (pages.k_max, greatest))
+        )
+        held = pages._replace(k_min=k_min, k_max=k_max)
+        arguments: Any = (q, held, cache.tables.retrieval, cache.lengths, previous, np.full(3, True))
+        selected = np.asarray(evaluate(run, *arguments))
+        np.testing.assert_array_equal(selected, reference.page_select(*arguments, **options))
+        np.testing.assert_array_equal(selected[:, :, -1], [[26] * 2, [26] * 2, [26] * 2])
+
+
 def test_rounded_scores_rank_alike(rng: np.random.Generator):
     """Pages in the list that are not the reference's have scores within rounding of the last one that it chose."""
     workload = replace(SMALL, head_dim=128)
@@ -150,7 +177,7 @@ def test_rounded_scores_rank_alike(rng: np.random.Generator):
     arguments: Any = (q, cache.kv.retrieval, cache.tables.retrieval, cache.lengths, previous, np.array([True]))
     selected = np.asarray(evaluate(partial(mosaic_gpu.page_select, **_options(workload)), *arguments))
     for head in range(2):
-        scores = reference.page_scores(*arguments[:3], b=0, head=head, length=1117, reduction="max", spread=1.0)[0]
+        scores = reference.page_scores(*arguments[:3], b=0, head=head, count=69, reduction="max", spread=1.0)[0]
         chosen = [page for page in selected[0, head] if 1 <= page < 69]
         left_out = sorted(set(range(1, 69)) - set(chosen))
         assert len(chosen) == 4 and chosen == sorted(chosen)

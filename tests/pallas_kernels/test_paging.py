@@ -6,8 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import NO_PAGE, LayerKV, PagedKV, PageTables, quantize
-from pallas_kernels.core.paging import is_visible, parts_stored_alike, pools, streaming_page_count, streaming_pages
+from pallas_kernels import NO_PAGE, LayerKV, PagedKV, PageTables, Tail, quantize, quantize_keys
+from pallas_kernels.core.paging import (
+    is_visible,
+    parts_stored_alike,
+    pools,
+    slots_of,
+    streaming_page_count,
+    streaming_pages,
+)
 from pallas_kernels.core.workloads import SERVING, TINY
 
 WINDOWS = [
@@ -56,35 +63,86 @@ def test_visibility_is_section_2(sink: int, local: int):
             assert streaming[query, key] == (key <= query and (key > query - local or key < sink))
 
 
+def layer(retrieval: PagedKV | None, streaming: PagedKV | None) -> LayerKV:
+    """The pools with a tail of five slots, in which head i holds the number i."""
+    heads = sum(0 if pool is None else pool.num_kv_heads for pool in (retrieval, streaming))
+    rows = jnp.broadcast_to(jnp.arange(heads)[:, None, None], (5, heads, 16, 8))
+    return LayerKV(retrieval, streaming, Tail(rows, rows))
+
+
+def plain_pool(heads: int) -> PagedKV:
+    return PagedKV(*[jnp.zeros((4, heads, 16, 8))] * 2)
+
+
+def quantized_pool(heads: int, bits: int, subs: int) -> PagedKV:
+    x, bounds = jnp.zeros((4, heads, 16, 8)), jnp.zeros((4, heads, subs, 8))
+    return PagedKV(quantize_keys(x, bounds, bounds, bits), quantize(x, bits), bounds, bounds)
+
+
 def test_pools_are_listed_with_their_heads():
-    retrieval, streaming = (PagedKV(*[jnp.zeros((4, heads, 16, 8))] * 2) for heads in (3, 2))
+    retrieval, streaming = plain_pool(3), plain_pool(2)
     tables = PageTables(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
-    both = pools(LayerKV(retrieval, streaming), tables)
+    both = pools(layer(retrieval, streaming), tables)
     assert [(name, heads) for name, _, _, heads in both] == [("retrieval", slice(0, 3)), ("streaming", slice(3, None))]
     assert both[0][2] is tables.retrieval and both[1][2] is tables.streaming
-    assert [(name, heads) for name, _, _, heads in pools(LayerKV(retrieval, None), tables)] == [
+    assert [(name, heads) for name, _, _, heads in pools(layer(retrieval, None), tables)] == [
         ("retrieval", slice(0, 3))
     ]
-    assert [(name, heads) for name, _, _, heads in pools(LayerKV(None, streaming), tables)] == [
+    assert [(name, heads) for name, _, _, heads in pools(layer(None, streaming), tables)] == [
         ("streaming", slice(0, None))
     ]
-    assert (retrieval.num_kv_heads, retrieval.page_size, LayerKV(None, streaming).num_retrieval) == (3, 16, 0)
+    assert (retrieval.num_kv_heads, retrieval.page_size, layer(None, streaming).num_retrieval) == (3, 16, 0)
+    assert layer(None, streaming).page_size == 16
+
+
+@pytest.mark.parametrize("subs", [1, 2, 8])
+def test_the_size_of_a_sub_page_is_that_of_the_bounds(subs: int):
+    assert quantized_pool(2, 8, subs).sub_page_size == 16 // subs
+    assert plain_pool(2).sub_page_size == 16
 
 
 def test_tables_of_the_host_become_arrays_that_a_program_can_index():
-    pool = PagedKV(*[jnp.zeros((4, 1, 16, 8))] * 2)
-    tables = PageTables(np.zeros((1, 2), np.int32), np.ones((1, 2), np.int32))
-    assert all(isinstance(table, jax.Array) for _, _, table, _ in pools(LayerKV(pool, pool), tables))
+    tables = PageTables(np.zeros((1, 2), np.int32), np.ones((1, 2), np.int32), np.array([3], np.int32))
+    assert all(isinstance(table, jax.Array) for _, _, table, _ in pools(layer(plain_pool(1), plain_pool(1)), tables))
+    assert isinstance(slots_of(tables, 1), jax.Array)
 
 
-def test_classes_are_taken_apart_only_where_they_store_differently():
-    plain, codes = (jnp.zeros((4, heads, 16, 8)) for heads in (3, 1))
-    eight, four = (PagedKV(quantize(x, bits), quantize(x, bits)) for x, bits in ((codes, 8), (plain, 4)))
-    alike = LayerKV(PagedKV(plain, plain), PagedKV(codes, codes))
-    assert parts_stored_alike(alike, 8) == [(alike, slice(0, 8))]
-    assert parts_stored_alike(LayerKV(None, eight), 2) == [(LayerKV(None, eight), slice(0, 2))]
-    apart = parts_stored_alike(LayerKV(four, eight), 8)
-    assert apart == [(LayerKV(four, None), slice(0, 6)), (LayerKV(None, eight), slice(6, 8))]
+def test_the_slot_of_a_sequence_is_its_row_unless_the_tables_say_otherwise():
+    tables = PageTables(*[np.zeros((3, 2), np.int32)] * 2)
+    for slots, expected in ((None, [0, 1, 2]), (np.array([4, 0, 2], np.int32), [4, 0, 2])):
+        found = slots_of(tables._replace(slots=slots), 3)
+        assert found.dtype == np.int32
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "streaming"),
+    [
+        (plain_pool(3), plain_pool(1)),
+        (quantized_pool(3, 8, 4), quantized_pool(1, 8, 4)),
+        # Attention does not read the bounds of keys that are not quantised.
+        (PagedKV(*plain_pool(3)[:2], *[jnp.zeros((4, 3, 2, 8))] * 2), plain_pool(1)),
+        (None, quantized_pool(4, 8, 4)),
+    ],
+)
+def test_classes_that_store_alike_stay_together(retrieval: PagedKV | None, streaming: PagedKV):
+    whole = layer(retrieval, streaming)
+    [(part, heads)] = parts_stored_alike(whole, 8)
+    assert part is whole and heads == slice(0, 8)
+
+
+@pytest.mark.parametrize("streaming", [plain_pool(1), quantized_pool(1, 8, 4), quantized_pool(1, 4, 2)])
+def test_classes_that_store_differently_are_taken_apart_with_their_tails(streaming: PagedKV):
+    """Other bits, or other sub-pages of quantised keys; by heads of queries or of keys."""
+    whole = layer(quantized_pool(3, 4, 4), streaming)
+    for heads, expected in ((8, [slice(0, 6), slice(6, 8)]), (4, [slice(0, 3), slice(3, 4)])):
+        (first, retrieval), (second, rest) = parts_stored_alike(whole, heads)
+        assert [retrieval, rest] == expected
+        assert first.retrieval is whole.retrieval and first.streaming is None
+        assert second.streaming is whole.streaming and second.retrieval is None
+        for part, numbers in ((first, [0, 1, 2]), (second, [3])):
+            for rows in part.tail:
+                np.testing.assert_array_equal(rows[4, :, 7, 5], numbers)
 
 
 def test_workloads_are_what_their_names_say():

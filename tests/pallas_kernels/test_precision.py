@@ -7,7 +7,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels.core.workloads import TINY
-from tests.pallas_kernels.cases import filled_cache, random_tokens
+from tests.pallas_kernels.cases import MATRICES, filled_cache, random_matrix, random_tokens
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,8 @@ from tests.pallas_kernels.cases import filled_cache, random_tokens
         ("decode_attention", "xla"),
         ("decode_attention", "reference"),
         ("page_select", "xla"),
+        ("quantized_matmul", "xla"),
+        ("quantized_matmul", "reference"),
     ],
 )
 def test_products_of_float32_ask_for_float32(op: str, implementation: str, rng: np.random.Generator):
@@ -33,9 +35,10 @@ def test_products_of_float32_ask_for_float32(op: str, implementation: str, rng: 
             (q[:, 0, :4], cache.kv.retrieval, cache.tables.retrieval, cache.lengths, previous, cache.lengths > 0),
             {"num_selected": 4, "interval": 4, "sink_pages": 1},
         ),
+        "quantized_matmul": ((q[:, 0].reshape(-1, 32), random_matrix(rng, 9, 32, **MATRICES["int4-groups"])), {}),
     }
     arguments, options = calls[op]
     program = jax.jit(partial(getattr(pallas_kernels, op), implementation=implementation, **options))
     products = [line for line in program.lower(*arguments).as_text().splitlines() if "dot_general" in line]
-    assert len(products) >= 2
+    assert len(products) >= (1 if op == "quantized_matmul" else 2)
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)

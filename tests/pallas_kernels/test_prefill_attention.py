@@ -20,6 +20,7 @@ from tests.pallas_kernels.cases import (
     Cache,
     abstract,
     abstract_pools,
+    as_read,
     assert_close,
     assert_same_bits,
     dense_attention,
@@ -47,31 +48,68 @@ WINDOWS = {
 }
 
 
-class Chunk:
-    """A chunk of every sequence of a batch, with the cache before it."""
+PAGES = {
+    "within a page": (5, [3, 37, 64, 17], [5, 4, 5, 1]),
+    "to the end of a page": (5, [11, 43, 60, 15], [5, 5, 4, 1]),
+    "over the end of a page": (5, [14, 30, 61, 11], [5, 4, 4, 0]),
+    "whole pages": (16, [0, 16, 48, 80], [16, 16, 16, 16]),
+    "as long as a page": (16, [5, 31, 40, 7], [16, 16, 8, 9]),
+    "longer than a page": (40, [5, 37, 56, 50], [11, 40, 40, 3]),
+}
+"""Rows, starts and counts of chunks, by how they lie in pages of 16 tokens."""
 
-    def __init__(self, workload: Workload, rng: np.random.Generator, window: int | None = None):
-        self.workload = workload
-        self.cache = filled_cache(workload, rng, STARTS, window=window or workload.prefill_local)
-        self.q = random_tokens(workload, rng, TOKENS, workload.num_heads)
-        self.k, self.v = (random_tokens(workload, rng, TOKENS) for _ in range(2))
-        for b, count in enumerate(COUNTS):
-            self.k[b, count:] = self.v[b, count:] = np.nan
+
+class Chunk:
+    """A chunk of every sequence of a batch, written to a cache that holds the tokens before it.
+
+    The pages that it leaves open are not sealed, and the tail holds nothing but the page of the newest token.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        rng: np.random.Generator,
+        starts: NDArray[np.int32] = STARTS,
+        counts: NDArray[np.int32] = COUNTS,
+        tokens: int = TOKENS,
+    ):
+        self.workload, self.starts, self.counts = workload, starts, counts
+        before = filled_cache(workload, rng, starts, window=workload.prefill_local)
+        self.q = random_tokens(workload, rng, tokens, workload.num_heads)
+        at = np.minimum(starts[:, None] + np.arange(tokens), before.k.shape[1] - 1)
+        is_new = (np.arange(tokens) < counts[:, None])[..., None, None]
+        self.k, self.v = (
+            np.where(is_new, x[np.arange(len(starts))[:, None], at], np.asarray(np.nan, x.dtype))
+            for x in (before.k, before.v)
+        )
+        kv = jitted("kv_write")(self.k, self.v, before.kv, before.tables, starts, counts)
+        self.cache = before._replace(kv=kv, lengths=starts + counts)
 
     def attend(self, implementation: str, sink: int | None = None, local: int | None = None) -> NDArray[Any]:
         """Outputs of the real rows, joined; all rows must be finite."""
         out = jitted("prefill_attention", implementation)(
-            *(self.q, self.k, self.v, self.cache.kv, self.cache.tables, STARTS, COUNTS),
+            *(self.q, self.k, self.v, self.cache.kv, self.cache.tables, self.starts, self.counts),
             sink=self.workload.sink if sink is None else sink,
             local=self.workload.prefill_local if local is None else local,
         )
         assert out.dtype == self.q.dtype and out.shape == self.q.shape
         assert np.isfinite(np.asarray(out, np.float32)).all()
-        return real_rows(out)
+        return real_rows(out, self.counts)
+
+    def defined(self) -> NDArray[Any]:
+        """The op's definition in float64: neither a chunk is quantised, nor the page in which it begins and ends."""
+        page = self.starts // self.workload.page_size * self.workload.page_size
+        own = np.where(self.starts + self.counts <= page + self.workload.page_size, page, self.starts)
+        k, v = as_read(self.cache, own)
+        rows = []
+        for b, (start, count) in enumerate(zip(self.starts, self.counts, strict=True)):
+            visible = mask(self.workload, start + np.arange(count), start + count, self.workload.prefill_local)
+            rows.append(dense_attention(self.q[b, :count], k[b, : start + count], v[b, : start + count], visible))
+        return np.concatenate(rows)
 
 
-def real_rows(x: Any) -> NDArray[Any]:
-    return np.concatenate([np.asarray(x[b, :count]) for b, count in enumerate(COUNTS)])
+def real_rows(x: Any, counts: NDArray[np.int32] = COUNTS) -> NDArray[Any]:
+    return np.concatenate([np.asarray(x[b, :count]) for b, count in enumerate(counts)])
 
 
 @each_implementation
@@ -81,6 +119,39 @@ def test_chunks_over_paged_history_equal_the_reference(implementation: str, stor
     workload = replace(TINY["mixed"], **STORAGE[storage])
     chunk = Chunk(workload, rng)
     assert_close(chunk.attend(implementation), chunk.attend("reference"), workload.dtype)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *implementations("prefill_attention")])
+@pytest.mark.parametrize("storage", [*STORAGE, "one sub-page"])
+@pytest.mark.parametrize("pages", PAGES)
+def test_chunks_begin_and_end_anywhere_in_a_page(
+    implementation: str, pages: str, storage: str, rng: np.random.Generator
+):
+    """Against the definition: in one page with tokens before the chunk, that page is not read from the pools."""
+    tokens, starts, counts = PAGES[pages]
+    workload = replace(TINY["mixed"], **STORAGE.get(storage, {"bits": (8, 8), "sub_page_size": 16}))
+    chunk = Chunk(workload, rng, np.array(starts, np.int32), np.array(counts, np.int32), tokens)
+    assert_close(chunk.attend(implementation), chunk.defined(), workload.dtype)
+
+
+@each_implementation
+@pytest.mark.parametrize("storage", ["float32-int4", "bfloat16-int8-int4"])
+def test_a_page_that_is_open_is_read_from_the_tail_alone(implementation: str, storage: str, rng: np.random.Generator):
+    """Wherever the chunk ends in it: the pools' pages from the first unquantised token on hold NaN."""
+    workload = replace(TINY["mixed"], **STORAGE[storage])
+    for tokens, starts, counts in PAGES.values():
+        chunk = Chunk(workload, rng, np.array(starts, np.int32), np.array(counts, np.int32), tokens)
+        expected, size = chunk.attend(implementation), workload.page_size
+        ends = chunk.starts + chunk.counts
+        first = np.where(ends <= (chunk.starts // size + 1) * size, chunk.starts // size, -(-chunk.starts // size))
+        spoilt = []
+        for pool, table in zip(chunk.cache.kv[:2], chunk.cache.tables[:2], strict=True):
+            pages = table[(np.arange(table.shape[1]) >= first[:, None]) & (table >= 0)]
+            blank = partial(jax.tree.map, lambda x, at=pages: x.at[at].set(255 if x.dtype == jnp.uint8 else jnp.nan))
+            spoilt.append(blank(pool))
+        kv = chunk.cache.kv._replace(retrieval=spoilt[0], streaming=spoilt[1])
+        chunk.cache = chunk.cache._replace(kv=kv)
+        assert_same_bits(chunk.attend(implementation), expected)
 
 
 @each_implementation
@@ -115,17 +186,8 @@ def test_streaming_heads_see_the_sink_and_the_window_to_the_token(
     implementation: str, window: str, rng: np.random.Generator
 ):
     sink, local = WINDOWS[window]
-    workload = replace(TINY["mixed"], sink=sink, prefill_local=local)
-    chunk = Chunk(workload, rng)
-    expected = []
-    for b, (start, count) in enumerate(zip(STARTS, COUNTS, strict=True)):
-        k, v = (
-            np.concatenate([old[b, :start], new[b, :count]])
-            for old, new in ((chunk.cache.k, chunk.k), (chunk.cache.v, chunk.v))
-        )
-        visible = mask(workload, np.arange(start, start + count), start + count, local)
-        expected.append(dense_attention(chunk.q[b, :count], k, v, visible))
-    assert_close(chunk.attend(implementation), np.concatenate(expected), "float32")
+    chunk = Chunk(replace(TINY["mixed"], sink=sink, prefill_local=local), rng)
+    assert_close(chunk.attend(implementation), chunk.defined(), "float32")
 
 
 @each_implementation
@@ -162,12 +224,12 @@ PROMPT = Workload(
 
 @each_implementation
 def test_every_chunk_size_gives_dense_attention(implementation: str, rng: np.random.Generator):
-    """Chunks of 128, of 512 and one shot: chunks end inside pages, the last one is not full."""
+    """Chunks of 37, less than a page, of 128, 512 and one shot: they end inside pages, the last one is not full."""
     prompt = 1050
     q = random_tokens(PROMPT, rng, prompt, PROMPT.num_heads)
     k, v = (random_tokens(PROMPT, rng, prompt) for _ in range(2))
     expected = dense_attention(q[0], k[0], v[0], mask(PROMPT, np.arange(prompt), prompt, PROMPT.prefill_local))
-    for size in (128, 512, 1050):
+    for size in (37, 128, 512, 1050):
         out = prefill_in_chunks(implementation, empty_cache(PROMPT, rng), (q, k, v), size)
         assert_close(out, expected, "float32")
 
@@ -193,16 +255,18 @@ def prefill_in_chunks(implementation: str, cache: Cache, qkv: tuple[NDArray[Any]
 def test_a_chunk_after_a_million_tokens(implementation: str, rng: np.random.Generator):
     """The retrieval head finds the one key that stands out; the streaming head reads its few pages."""
     workload, cache = million_tokens()
-    start, count = 1_000_000, 3
+    start, window = 1_000_000, {"sink": workload.sink, "local": workload.prefill_local}
     q, k, v = (random_tokens(workload, rng, 24, heads) for heads in (2, 2, 2))
     q[..., :1, :] = [1.0, 0.5]
-    at = (np.array([start], np.int32), np.array([count], np.int32))
-    out = jitted("prefill_attention", implementation)(
-        q, k, v, cache.kv, cache.tables, *at, sink=workload.sink, local=workload.prefill_local
-    )
-    keys, values = (np.concatenate([old[0, :start], new[0, :count]]) for old, new in ((cache.k, k), (cache.v, v)))
-    visible = mask(workload, np.arange(start, start + count), start + count, workload.prefill_local)
-    assert_close(out[0, :count], dense_attention(q[0, :count], keys, values, visible), "float32")
+    kv, before = cache.kv, (cache.k[0, :start], cache.v[0, :start])
+    for count in (3, 20):  # within the open page, twice
+        at = (np.array([start], np.int32), np.array([count], np.int32))
+        kv = jitted("kv_write")(k, v, kv, cache.tables, *at)
+        out = jitted("prefill_attention", implementation)(q, k, v, kv, cache.tables, *at, **window)
+        keys, values = (np.concatenate([old, new[0, :count]]) for old, new in zip(before, (k, v), strict=True))
+        visible = mask(workload, np.arange(start, start + count), start + count, workload.prefill_local)
+        assert_close(out[0, :count], dense_attention(q[0, :count], keys, values, visible), "float32")
+        start, before = start + count, (keys, values)
 
 
 @pytest.mark.parametrize("block", [1, 24])

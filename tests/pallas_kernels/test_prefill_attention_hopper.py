@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pallas_kernels import BlockList, BlockRanges, PageTables, Walk, prefill_attention, visible_walk
 from pallas_kernels.core.paging import LayerKV
 from pallas_kernels.core.workloads import SERVING, Workload
+from pallas_kernels.kv_write import reference as kv_write_reference
 from pallas_kernels.prefill_attention import mosaic_gpu, reference
 from pallas_kernels.prefill_attention.blocks import Ranges, Window
+from pallas_kernels.prefill_attention.codes import RowsInRegisters
 from pallas_kernels.prefill_attention.mosaic_gpu import KEYS, QUERIES
 from tests.pallas_kernels import hopper
 from tests.pallas_kernels.cases import (
@@ -47,14 +50,17 @@ SMALL = Workload(
 
 
 def _chunk(workload: Workload, starts: list[int], counts: list[int]) -> tuple[Cache, tuple[Any, ...]]:
-    """A chunk after random histories: NaN in every token that does not exist."""
+    """A chunk after random histories, which has been written: NaN in every token that does not exist."""
     rng = np.random.default_rng(1)
     cache = filled_cache(workload, rng, starts, window=workload.prefill_local)
     q = random_tokens(workload, rng, workload.chunk, workload.num_heads)
     k, v = (random_tokens(workload, rng, workload.chunk) for _ in range(2))
     for b, count in enumerate(counts):
         q[b, count:] = k[b, count:] = v[b, count:] = np.nan
-    return cache, (q, k, v, cache.kv, cache.tables, np.asarray(starts, np.int32), np.asarray(counts, np.int32))
+    at = np.asarray(starts, np.int32), np.asarray(counts, np.int32)
+    write: Any = kv_write_reference.kv_write
+    cache = cache._replace(kv=write(k, v, cache.kv, cache.tables, *at))
+    return cache, (q, k, v, cache.kv, cache.tables, *at)
 
 
 def _attend(workload: Workload) -> Any:
@@ -77,6 +83,16 @@ def _check(workload: Workload, starts: list[int], counts: list[int], *, detect_r
     [
         pytest.param({"group": 3}, [200], [140], id="embedded"),
         pytest.param({"head_dim": 128, "page_size": 16, "bits": (8, 8)}, [211], [150], id="int8"),
+        pytest.param({"page_size": 16, "bits": (8, 8), "sub_page_size": 2}, [211], [40], id="int8-sub-pages-of-2"),
+        pytest.param({"head_dim": 128, "bits": (8, None), "sub_page_size": 4}, [211], [40], id="int8-sub-pages-of-4"),
+        pytest.param({"bits": (8, 4), "sub_page_size": 64}, [211], [40], id="int8-whole-pages"),
+        pytest.param({"page_size": 16, "bits": (4, 4), "sub_page_size": 8}, [211], [40], id="int4-sub-pages-of-8"),
+        pytest.param(
+            {"head_dim": 128, "page_size": 128, "bits": (4, 8), "sub_page_size": 128},
+            [131],
+            [128],
+            id="int4-whole-pages",
+        ),
         pytest.param({"sink": 300, "prefill_local": 1000, "bits": (None, 8)}, [192], [70], id="window-of-everything"),
         pytest.param({"page_size": 32, "bits": (4, 4)}, [289], [129], id="int4-halves-of-32"),
         pytest.param({"head_dim": 128, "page_size": 128, "bits": (8, 4)}, [130], [64], id="int8-int4"),
@@ -93,6 +109,26 @@ def test_values(fields: dict[str, Any], starts: list[int], counts: list[int]):
 def test_ragged_batches_about_page_and_block_boundaries():
     starts, counts = [0, 63, 64, 65, 127, 128, 129, 300, 191], [1, 40, 64, 63, 65, 0, 1, 40, 64]
     _check(replace(SMALL, batch=len(starts), chunk=65), starts, counts)
+
+
+@pytest.mark.parametrize("fields", [{}, {"bits": (8, 4), "page_size": 128, "group": 2}], ids=str)
+def test_chunks_that_end_in_the_page_in_which_they_begin(fields: dict[str, Any]):
+    """They read the page's tokens before them in the tail, which is longer than the chunk."""
+    workload = replace(SMALL, chunk=10, batch=6, sink=140, prefill_local=5, **fields)
+    size = workload.page_size
+    starts = [0, size - 10, size + 1, 2 * size, 3 * size - 1, 3 * size - 3]
+    _check(workload, starts, [10, 10, 9, 3, 1, 0])
+
+
+def test_a_program_without_history_reads_no_page_and_no_tail():
+    """Pages and tail hold NaN."""
+    workload = replace(SMALL, batch=2)
+    starts, counts = [0, 0], [150, 30]
+    _, arguments = _chunk(workload, starts, counts)
+    blank = list(arguments)
+    blank[3] = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), blank[3])
+    out = evaluate(partial(_attend(workload), has_history=False), *blank)
+    assert_same_bits(out, evaluate(_attend(workload), *arguments))
 
 
 def test_a_sequence_is_the_same_in_any_batch():
@@ -152,6 +188,45 @@ def test_the_default_walk_gives_the_same_bits():
     assert_same_bits(out, expected)
 
 
+def _held(layout: Any, shape: tuple[int, int]) -> NDArray[np.int64]:
+    """The numbers of the elements that each thread has of an array, [warps, lanes, registers, elements]."""
+    layout = layout.to_mgpu()
+    tiled = np.arange(np.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        lead = tiled.ndim - len(tile)
+        counts = [whole // size for whole, size in zip(tiled.shape[lead:], tile, strict=True)]
+        split = tiled.reshape(*tiled.shape[:lead], *np.ravel(np.column_stack([counts, tile])))
+        tiled = split.transpose(*range(lead), *range(lead, split.ndim, 2), *range(lead + 1, split.ndim, 2))
+    held = np.empty((4, 32, np.prod(layout.registers_shape(shape)), tiled.shape[-1]), np.int64)
+    for thread in np.ndindex(4, 32):
+        index: list[Any] = [slice(None)] * tiled.ndim
+        for number, dims in zip(thread, (layout.warp_dims, layout.lane_dims), strict=True):
+            sizes = [tiled.shape[dim] if isinstance(dim, int) else dim.times for dim in dims]
+            for dim, i in zip(dims, np.unravel_index(number, sizes), strict=True):
+                if isinstance(dim, int):
+                    index[dim] = i
+        held[thread] = tiled[tuple(index)].reshape(held.shape[2:])
+    return held
+
+
+@pytest.mark.parametrize(
+    ("columns", "width"), [(128, 64), (64, 64), (64, 32), (32, 32)], ids=["int8", "int4", "int8-of-64", "int4-of-64"]
+)
+@pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64])
+def test_each_thread_has_the_bounds_of_its_keys(columns: int, width: int, size: int):
+    """Register by register, the same channels of the sub-page. The interpreter knows no layouts."""
+    rows = min(max(4 * size, 16), 64)
+    through, size = RowsInRegisters(rows, columns, width), min(size, rows)
+    keys, bounds = _held(through.layout, (rows, columns)), _held(through.by_sub(size), (rows // size, columns))
+    assert sorted(keys.ravel()) == list(range(rows * columns))
+    for warp, lane in np.ndindex(4, 32):
+        mine = np.empty(bounds.shape[2], object)
+        mine[:] = [*bounds[warp, lane]]
+        repeated = np.stack([*through.repeated(mine).ravel()])
+        row, column = np.divmod(keys[warp, lane], columns)
+        np.testing.assert_array_equal(repeated, row // size * columns + column)
+
+
 @pytest.mark.parametrize("bits", [(None, None), (8, 8)], ids=str)
 def test_races(bits: tuple[int | None, int | None]):
     """Every slot of the rings is used again."""
@@ -159,15 +234,20 @@ def test_races(bits: tuple[int | None, int | None]):
 
 
 def test_exactly_the_blocks_with_a_visible_key_are_visited():
-    """Against every key of random chunks, histories and windows; a query block without queries visits nothing."""
+    """Against every key of random chunks, histories and windows; a query block without queries visits nothing.
+
+    The own keys begin with the chunk, or up to 63 tokens before it.
+    """
     rng = np.random.default_rng(0)
     n, tokens = 100, 3 * QUERIES
     for sink, local in ((0, 1), (5, 77), (128, 256), (300, 128), (130, 385), (1000, 2000)):
         starts, counts = rng.integers(0, 1000, n), rng.integers(0, tokens + 1, n)
         starts[::3] -= starts[::3] % 64
+        own = starts.copy()
+        own[::2] -= own[::2] % 64
         windows = [Window(0, 2**30), Window(sink, local)]
-        arrays = [jnp.asarray(x, jnp.int32) for x in (starts, counts)]
-        found = np.asarray(mosaic_gpu.walks(arrays[0], arrays[1], tokens, windows))
+        first, many, before = (jnp.asarray(x, jnp.int32) for x in (starts, counts, own))
+        found = np.asarray(mosaic_gpu.walks(first, many, before, tokens, windows))
         assert found.shape == (n, 2, 3, 6) and found.dtype == np.int32
         for (b, index, block), walk in zip(np.ndindex(n, 2, 3), found.reshape(-1, 6), strict=True):
             queries = starts[b] + np.arange(block * QUERIES, min((block + 1) * QUERIES, int(counts[b])))[:, None]
@@ -176,7 +256,7 @@ def test_exactly_the_blocks_with_a_visible_key_are_visited():
             if index == 1:
                 visible &= (keys > queries - local) | (keys < sink)
             seen = keys[visible.any(0)]
-            old, new = seen[seen < starts[b]], seen[seen >= starts[b]] - starts[b]
+            old, new = seen[seen < own[b]], seen[seen >= own[b]] - own[b]
             expected = [("old", i) for i in sorted({*(old // KEYS)})] + [("new", i) for i in sorted({*(new // KEYS)})]
             steps = mosaic_gpu._Steps(Ranges(*walk[:3]), Ranges(*walk[3:]))
             visited = [steps.block(jnp.int32(step)) for step in range(int(steps.count))]
@@ -207,6 +287,11 @@ def test_every_query_block_has_one_program_and_long_walks_come_first(counts: tup
         ({"dtype": "float32"}, "queries, keys and values must be bfloat16, not float32"),
         ({"head_dim": 32}, "head_dim must be 64 or 128, not 32"),
         ({"page_size": 48}, "page_size must be 16, 32, 64 or 128, not 48"),
+        ({"bits": (4, 4), "sub_page_size": 1}, "sub-pages of quantised keys must have 2 tokens or more, not 1"),
+        (
+            {"bits": (8, 8), "sub_page_size": 2, "head_dim": 128},
+            "sub-pages of quantised keys must have 4 tokens or more, not 2",
+        ),
     ],
 )
 def test_refusals(fields: dict[str, Any], reason: str):
@@ -234,6 +319,14 @@ def test_refuses_pages_of_another_dtype():
         jax.eval_shape(_attend(SMALL), q, k, v, kv, *rest)
 
 
+def test_refuses_bounds_of_another_dtype():
+    q, k, v, kv, *rest = _arguments(replace(SMALL, bits=(8, 8)))
+    bounds = jax.ShapeDtypeStruct(kv.retrieval.k_min.shape, jnp.float32)
+    kv = kv._replace(retrieval=kv.retrieval._replace(k_min=bounds, k_max=bounds))
+    with interpreted(), pytest.raises(NotImplementedError, match="bounds of keys must be bfloat16, not float32"):
+        jax.eval_shape(_attend(SMALL), q, k, v, kv, *rest)
+
+
 def test_refuses_a_device_that_is_no_hopper_gpu():
     if jax.default_backend() != "cpu":
         pytest.skip("the default device is a GPU")
@@ -248,9 +341,16 @@ def _arguments(workload: Workload, pages: int = 9) -> tuple[Any, ...]:
     )
     kv = abstract_pools(workload, pages)
     kv = LayerKV(
-        *(pool if count else None for pool, count in zip(kv, (workload.retrieval, workload.streaming), strict=True))
+        retrieval=kv.retrieval if workload.retrieval else None,
+        streaming=kv.streaming if workload.streaming else None,
+        tail=kv.tail,
     )
-    return q, k, k, kv, PageTables(abstract(1, pages), abstract(1, pages)), abstract(1), abstract(1)
+    tables = PageTables(abstract(1, pages), abstract(1, pages), abstract(1))
+    return q, k, k, kv, tables, abstract(1), abstract(1)
+
+
+def _bytes(arrays: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 FEW: list[dict[str, Any]] = [
@@ -261,24 +361,41 @@ FEW: list[dict[str, Any]] = [
     {"head_dim": 64, "bits": (4, 4), "page_size": 128},
     {"bits": (4, 4), "page_size": 32, "streaming": 0},
     {"head_dim": 64, "bits": (8, 4), "page_size": 16, "retrieval": 0},
+    {"bits": (8, 8), "page_size": 16, "sub_page_size": 4},
+    {"bits": (4, 4), "page_size": 32, "sub_page_size": 8},
 ]
 ALL = [
     {"head_dim": head_dim, "bits": bits, "page_size": page_size}
     for head_dim in (64, 128)
     for bits in ((None, None), (8, 8), (4, 4), (8, 4), (None, 8), (4, None))
     for page_size in (16, 32, 64, 128)
+] + [
+    {"head_dim": head_dim, "bits": bits, "page_size": page_size, "sub_page_size": sub_page_size}
+    for head_dim in (64, 128)
+    for bits in ((8, 8), (4, 4), (8, 4), (4, 8), (8, None))
+    for page_size, sub_page_size in ((16, 2), (64, 4), (128, 8), (64, 64))
+    if (head_dim, bits, sub_page_size) != (128, (8, 8), 2)
 ]
 
 
 @pytest.mark.parametrize("fields", [*FEW, *(pytest.param(fields, marks=pytest.mark.sweep) for fields in ALL)], ids=str)
 def test_machine_code(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    """One kernel without spills, whose products overlap; memory that does not grow with a prompt of 10⁶ tokens."""
+    """One kernel without spills, whose products overlap; a prompt of 10⁶ tokens takes memory for the own keys alone."""
     said, read = [], hopper._kernel
     monkeypatch.setattr(hopper, "_kernel", lambda folder, file: said.append(file.read_text()) or read(folder, file))
     workload = replace(SERVING["llama3_8b_8k"], chunk=2048, **fields)
-    program, kernels = compiled(_attend(workload), *_arguments(workload, 1_000_000 // workload.page_size))
+    arguments = _arguments(workload, 1_000_000 // workload.page_size)
+    program, kernels = compiled(_attend(workload), *arguments)
     hopper.assert_fits(kernels, count=1)
     assert len(said) == 1 and "serialized" not in said[0], said  # ptxas: "wgmma.mma_async instructions are serialized"
+    assert program.memory_analysis().temp_size_in_bytes < _bytes(arguments[1:3]) + 64 * 1024
+
+
+def test_machine_code_without_history():
+    """No copy of the chunk."""
+    workload = replace(SERVING["llama3_8b_8k"], chunk=2048, bits=(8, 8))
+    program, kernels = compiled(partial(_attend(workload), has_history=False), *_arguments(workload))
+    hopper.assert_fits(kernels, count=1)
     assert program.memory_analysis().temp_size_in_bytes < 64 * 1024
 
 
@@ -290,9 +407,10 @@ def test_machine_code_with_a_walk():
     def attend(walk: Walk, *arguments: Any) -> jax.Array:
         return _attend(workload)(*arguments, walk=walk)
 
-    program, kernels = compiled(attend, walk, *_arguments(workload, 15_625))
+    arguments = _arguments(workload, 15_625)
+    program, kernels = compiled(attend, walk, *arguments)
     hopper.assert_fits(kernels, count=1)
-    assert program.memory_analysis().temp_size_in_bytes < 64 * 1024
+    assert program.memory_analysis().temp_size_in_bytes < _bytes(arguments[1:3]) + 64 * 1024
 
 
 def test_dispatch_chooses_the_kernel():

@@ -46,6 +46,8 @@ TOKENS, QUERIES, KEYS = 40, 16, 32
 """Three blocks of queries, the last one half full; blocks of two pages."""
 STARTS = np.array([0, 37, 64, 150, 11, 161], np.int32)
 COUNTS = np.array([40, 9, 17, 33, 0, 40], np.int32)
+OWN = np.array([0, 32, 64, 150, 0, 161], np.int32)
+"""What is always visited: the chunks, and the page in which the second one begins and ends."""
 WORKLOAD = replace(TINY["mixed"], batch=6, context=208)
 BLOCKS = -(-WORKLOAD.context // KEYS)
 
@@ -88,15 +90,16 @@ FORMS: dict[str, Callable[[Visited], BlockRanges | BlockList]] = {"ranges": as_r
 
 
 class Chunk:
-    """A chunk of every sequence of a batch, with the cache before it."""
+    """A chunk of every sequence of a batch, written to a cache that holds the tokens before it."""
 
     def __init__(self, workload: Workload, rng: np.random.Generator, tokens: int = TOKENS):
         self.workload = workload
-        self.cache = filled_cache(workload, rng, STARTS, window=workload.prefill_local)
+        before = filled_cache(workload, rng, STARTS, window=workload.prefill_local)
         self.q = random_tokens(workload, rng, tokens, workload.num_heads)
         self.k, self.v = (random_tokens(workload, rng, tokens) for _ in range(2))
         for b, count in enumerate(COUNTS):
             self.k[b, count:] = self.v[b, count:] = np.nan
+        self.cache = before._replace(kv=jitted("kv_write")(self.k, self.v, before.kv, before.tables, STARTS, COUNTS))
 
     def attend(
         self, implementation: str, walk: Walk | None, kv: LayerKV | None = None, tables: PageTables | None = None
@@ -126,7 +129,7 @@ class Chunk:
         )
 
     def defined(self, visited: Visited) -> NDArray[Any]:
-        """The op's definition in float64: visible keys of visited blocks, and of the chunk."""
+        """The op's definition in float64: visible keys of visited blocks, and those from `OWN` on."""
         expected = []
         for b, (start, count) in enumerate(zip(STARTS, COUNTS, strict=True)):
             k, v = (
@@ -135,7 +138,7 @@ class Chunk:
             )
             visible = mask(self.workload, start + np.arange(count), start + count, self.workload.prefill_local)
             rows, keys = np.arange(count) // QUERIES, np.arange(start) // KEYS
-            visible[:, :, :start] &= visited[b][:, rows][:, :, keys]
+            visible[:, :, :start] &= visited[b][:, rows][:, :, keys] | (np.arange(start) >= OWN[b])
             expected.append(dense_attention(self.q[b, :count], k, v, visible))
         return np.concatenate(expected)
 
@@ -145,15 +148,17 @@ class Chunk:
         split, kv, tables = self.workload.retrieval, self.cache.kv, self.cache.tables
         retrieval = poison(kv.retrieval, tables.retrieval, pages[:, :split])
         streaming = poison(kv.streaming, tables.streaming, pages[:, split:])
-        return LayerKV(retrieval[0], streaming[0]), PageTables(retrieval[1], streaming[1])
+        return kv._replace(retrieval=retrieval[0], streaming=streaming[0]), tables._replace(
+            retrieval=retrieval[1], streaming=streaming[1]
+        )
 
 
 def poison(pool: Any, table: Any, visited: NDArray[np.bool_]) -> tuple[PagedKV, NDArray[np.int32]]:
     """A pool and its page table, spoilt where a head [K] does not visit a page, by visited [B, K, pages]."""
     b, head, page = np.nonzero(~visited & (table >= 0)[:, None])
     at = (table[b, page], head)
-    k, v = jax.tree.map(lambda x: jnp.asarray(x).at[at].set(255 if x.dtype == jnp.uint8 else jnp.nan), (pool.k, pool.v))
-    return pool._replace(k=k, v=v), np.where(visited.any(axis=1), table, NO_PAGE)
+    spoilt = jax.tree.map(lambda x: jnp.asarray(x).at[at].set(255 if x.dtype == jnp.uint8 else jnp.nan), pool)
+    return spoilt, np.where(visited.any(axis=1), table, NO_PAGE)
 
 
 def split(visited: Visited, form: str) -> Walk:
@@ -260,7 +265,10 @@ def test_blocks_behind_the_history_mean_nothing(implementation: str, form: str, 
 
 @each_implementation
 def test_queries_that_visit_no_history_see_the_chunk(implementation: str, rng: np.random.Generator):
-    """As if each sequence began with it, but for the window's positions: all heads retrieve."""
+    """As if each sequence began with it, but for the window's positions: all heads retrieve.
+
+    The second one also sees the tokens before it in the page in which it begins and ends.
+    """
     workload = replace(WORKLOAD, retrieval=3, streaming=0)
     chunk = Chunk(workload, rng)
     nothing = np.zeros((len(STARTS), 3, 3, BLOCKS), bool)
@@ -269,8 +277,12 @@ def test_queries_that_visit_no_history_see_the_chunk(implementation: str, rng: n
         *arrays, np.zeros_like(STARTS), COUNTS, sink=1, local=1, has_history=False
     )
     expected = np.concatenate([np.asarray(fresh[b, :count]) for b, count in enumerate(COUNTS)])
+    is_all_own = (OWN == STARTS).repeat(COUNTS)
+    assert 0 < (~is_all_own).sum() < len(expected)
     for form in FORMS.values():
-        assert_close(chunk.attend(implementation, Walk(form(nothing))), expected, "float32")
+        out = chunk.attend(implementation, Walk(form(nothing)))
+        assert_close(out[is_all_own], expected[is_all_own], "float32")
+        assert_close(out, chunk.defined(nothing), "float32")
 
 
 @each_form
@@ -280,11 +292,12 @@ def test_only_visited_blocks_are_read(form: str, rng: np.random.Generator, monke
     visited = random_visited(rng, form, WORKLOAD.num_kv_heads)
     reads: list[None] = []
 
-    def counting(array: Any, dtype: Any, *, original: Callable[..., Any] = xla.dequantize) -> Any:
+    def counting(original: Callable[..., Any], *arguments: Any) -> Any:
         jax.debug.callback(lambda: reads.append(None))
-        return original(array, dtype)
+        return original(*arguments)
 
-    monkeypatch.setattr(xla, "dequantize", counting)
+    for name in ("keys_of", "dequantize"):
+        monkeypatch.setattr(xla, name, partial(counting, getattr(xla, name)))
     jitted_before: Any = xla.prefill_attention
     traced_anew: Any = jax.jit(partial(jitted_before.__wrapped__, sink=5, local=30))
     arrays = (chunk.q, chunk.k, chunk.v, chunk.cache.kv, chunk.cache.tables, STARTS, COUNTS)
@@ -293,7 +306,7 @@ def test_only_visited_blocks_are_read(form: str, rng: np.random.Generator, monke
         jax.block_until_ready(traced_anew(*arrays, walk=walk))
         jax.effects_barrier()
         is_row = (np.arange(3) * QUERIES < COUNTS[:, None])[:, None, :, None]
-        is_history = np.arange(BLOCKS) * KEYS < STARTS[:, None, None, None]
+        is_history = np.arange(BLOCKS) * KEYS < OWN[:, None, None, None]
         assert len(reads) == 2 * (blocks & is_row & is_history).sum()
 
 

@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import BlockList, Walk, visible_walk
+from pallas_kernels import BlockList, PageTables, Walk, visible_walk
 from pallas_kernels.core.dtypes import narrowed
 from pallas_kernels.core.workloads import TINY, Workload
 from tests import x64
 from tests.pallas_kernels.cases import (
+    MATRICES,
     NOT_FOR_JIT,
     STORAGE,
     TABLES,
     assert_same_bits,
     filled_cache,
     jitted,
+    random_matrix,
     random_tokens,
 )
 
@@ -40,12 +42,14 @@ def _call(op: str, workload: Workload) -> tuple[tuple[Any, ...], dict[str, Any]]
     previous = np.full((workload.batch, workload.retrieval, 5), -1, np.int32)
     queries = q[:, 0, : workload.retrieval * workload.group]
     pages, table = cache.kv.retrieval, cache.tables.retrieval
+    matrix = {8: "int8-inputs", 4: "int4-groups", None: "int8-offsets"}[workload.bits[0]]
     selection = {"num_selected": 4, "interval": 4, "sink_pages": 1}
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "kv_write": ((k, k, cache.kv, cache.tables, starts, counts), {}),
         "prefill_attention": ((q, k, k, cache.kv, cache.tables, starts, counts), window),
         "page_select": ((queries, pages, table, cache.lengths, previous, cache.lengths > 0), selection),
         "decode_attention": ((q[:, 0], cache.kv, cache.tables, cache.lengths, None), window),
+        "quantized_matmul": ((q[0].reshape(-1, 32), random_matrix(rng, 9, 32, **MATRICES[matrix])), {}),
     }
     return calls[op]
 
@@ -67,11 +71,14 @@ def test_no_equation_of_an_op_has_64_bits(op: str, implementation: str, storage:
 
 
 def test_no_equation_of_other_forms_of_the_ops_has_64_bits():
-    """Steps of one token, keys that only statistics bound, walks, means, lookahead: what the cases above leave out."""
+    """Steps of one token, slots that are the rows, walks, means, lookahead: what the cases above leave out."""
     (k, v, kv, tables, starts, counts), _ = _call("kv_write", TINY["mixed"])
     write = pallas_kernels.kv_write
     assert x64.wide(x64.traced(write, k[:, :1], v[:, :1], kv, tables, starts, counts)) == set()
-    assert x64.wide(x64.traced(partial(write, k_bounded=k), k, v, kv, tables, starts, counts)) == set()
+    for op in ("kv_write", "prefill_attention", "decode_attention"):
+        arguments, options = _call(op, TINY["mixed"])
+        arguments = tuple(x._replace(slots=None) if isinstance(x, PageTables) else x for x in arguments)
+        assert x64.wide(x64.traced(partial(getattr(pallas_kernels, op), **options), *arguments)) == set()
     selecting, options = _call("page_select", TINY["mixed"])
     select = partial(pallas_kernels.page_select, **options, reduction="mean", has_lookahead=True, spread=0.5)
     assert x64.wide(x64.traced(select, *selecting)) == set()
@@ -112,7 +119,8 @@ def test_arrays_of_64_bits_are_taken_as_those_of_32(op: str, implementation: str
     expected = jitted(op, implementation)(*arguments, **options)
     with x64.enabled():
         wide = jax.tree.map(widened, arguments)
-        assert {"int64", "float64"} <= {str(x.dtype) for x in jax.tree.leaves(wide)}
+        expected_dtypes = {"float64"} if op == "quantized_matmul" else {"int64", "float64"}  # codes have 8 bits
+        assert expected_dtypes <= {str(x.dtype) for x in jax.tree.leaves(wide)}
         assert_same_bits(jitted(op, implementation)(*wide, **options), expected)
 
 

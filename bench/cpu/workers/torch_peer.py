@@ -30,6 +30,8 @@ class Transformers:
         if "export_to" in settings:  # a GGUF file made a folder; its weights are quantised no more
             self.model.hf_quantizer = self.model.config.quantization_config = None
             self.model.save_pretrained(settings["export_to"])
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+            tokenizer.save_pretrained(settings["export_to"])
 
     def measure(self, prompt: list[int], batch: int, steps: int) -> dict[str, Any]:
         """Returns the times of one prefill, and of greedy steps of ``batch`` sequences."""

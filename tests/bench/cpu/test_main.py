@@ -27,7 +27,7 @@ def test_a_tiny_model_is_measured_in_processes_of_its_own(tmp_path: Path, capsys
     for line in lines:
         assert line["prefill_tok_per_s"] > 0
         assert line["ms_per_token"] > 0
-        assert line["programs"] == ["decode", "prefill_512", "sample"]
+        assert line["programs"] == ["decode", "prefill_256", "sample"]
         assert len(line["tokens"]) == 8
         assert 0 < line["facts"]["base_bytes"] < line["peak_bytes"]
         assert [n for n, _ in line["prefill_curve"]] == [80]

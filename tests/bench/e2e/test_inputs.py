@@ -11,6 +11,7 @@ from bench.e2e.models import inference_config
 from bench.e2e.points import Point
 from lserve_jax.config.sizes import PoolSizes
 from pallas_kernels import dequantize
+from pallas_kernels.core.sealing import keys_of
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -40,7 +41,9 @@ def test_random_pages_are_finite_and_their_statistics_ordered():
     filled = random_cache(subject.template)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (filled, subject.template))
     assert shapes[0] == shapes[1]
-    pool = filled[0].kv.retrieval
+    kv = filled[0].kv
+    pool = kv.retrieval
     assert pool is not None
     assert bool(jnp.all(jnp.asarray(pool.k_min) <= jnp.asarray(pool.k_max)))
-    assert bool(jnp.all(jnp.isfinite(dequantize(pool.k, jnp.dtype(jnp.float32)))))
+    for numbers in (keys_of(pool, jnp.float32), dequantize(pool.v, jnp.dtype(jnp.float32)), *kv.tail):
+        assert bool(jnp.all(jnp.isfinite(numbers))) and 0.5 < float(jnp.std(numbers.astype(jnp.float32))) < 2

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bench.kernels.chain import chain, rotation
-from bench.kernels.ops import OPS
+from bench.kernels.ops import OPS, WORKLOADS
 from bench.measure import L2_BYTES
 from tests.bench.kernels.workloads import LLAMA, SMALL, case
 
@@ -20,6 +20,7 @@ def test_calls_of_a_chain_are_all_made_each_on_its_own_arguments():
     before = jax.device_get(written.shared)
     run = chain(written, "xla")
     after = jax.device_get(run())
+    assert not np.array_equal(before.tail.k, after.tail.k)
     assert not np.array_equal(before.retrieval.k, after.retrieval.k)
     run()  # the donated pools of the call before
 
@@ -28,7 +29,7 @@ def test_inputs_rotate_until_the_cache_of_a_gpu_is_cold_and_fit_its_memory(monke
     monkeypatch.setattr("bench.kernels.chain.is_gpu", lambda: True)
     gpu = 140 * 2**30
     for op in OPS:
-        sizes = OPS[op].sizes(LLAMA)
+        sizes = OPS[op].sizes(WORKLOADS["llama3_8b_gate_up_b8_w4g128"] if op == "quantized_matmul" else LLAMA)
         calls, sets = rotation(sizes, memory=gpu)
         assert sizes.pools * sets + 2 * sizes.own * calls <= gpu
         if op != "kv_write_decode":  # so little that 40 calls do not fill the cache

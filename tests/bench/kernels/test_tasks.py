@@ -15,6 +15,12 @@ def test_what_does_not_fit_or_is_refused_is_a_line_that_says_why(monkeypatch: py
     assert refused["kind"] == "refusal" and "Hopper" in refused["reason"]
     skipped = perform(Task("page_select", "xla", "tiny_all_streaming"), limits, 1)
     assert (skipped["kind"], skipped["reason"]) == ("skip", "no head selects pages")
+    for op, workload, reason in (
+        ("quantized_matmul", "tiny_mixed", "it is an attention layer"),
+        ("decode_dense", "tiny_w8", "it is a projection"),
+    ):
+        other = perform(Task(op, "xla", workload), limits, 1)
+        assert (other["kind"], other["reason"]) == ("skip", reason)
     monkeypatch.setattr("bench.kernels.chain.free_memory", lambda: 1000)
     full = perform(Task("decode_dense", "xla", "tiny_mixed"), limits, 1)
     assert full["kind"] == "skip" and "are free" in full["reason"]

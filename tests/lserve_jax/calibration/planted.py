@@ -81,8 +81,7 @@ def params() -> dict[str, Any]:
             "attention": _attention(layer, rng),
             "post_attention_norm": {"scale": np.ones(WIDTH, np.float32)},
             "mlp": {
-                "gate_proj": {"kernel": rng.standard_normal((8, WIDTH)).astype(np.float32)},
-                "up_proj": {"kernel": rng.standard_normal((8, WIDTH)).astype(np.float32)},
+                "gate_up_proj": {"kernel": rng.standard_normal((2, 8, WIDTH)).astype(np.float32)},
                 "down_proj": {"kernel": np.zeros((WIDTH, 8), np.float32)},
             },
         }
@@ -109,12 +108,11 @@ def _attention(layer: int, rng: np.random.Generator) -> dict[str, Any]:
         else:
             v[head] = rng.standard_normal((HEAD_DIM, WIDTH)) / 10
             o[head, :, NOISE] = rng.standard_normal((HEAD_DIM, 16)) / 10
-    queries = np.repeat(np.arange(HEADS), GROUP)
+    kernels, biases = [q] * GROUP + [k, v], [q_bias] * GROUP + [k_bias, np.zeros((HEADS, HEAD_DIM), np.float32)]
+    outputs = np.moveaxis(np.repeat(o, GROUP, axis=0) / GROUP, 2, 0)
     return {
-        "q_proj": {"kernel": q[queries], "bias": q_bias[queries]},
-        "k_proj": {"kernel": k, "bias": k_bias},
-        "v_proj": {"kernel": v, "bias": np.zeros((HEADS, HEAD_DIM), np.float32)},
-        "o_proj": {"kernel": np.moveaxis(o[queries] / GROUP, 2, 0).copy()},
+        "qkv_proj": {"kernel": np.stack(kernels, axis=1), "bias": np.stack(biases, axis=1)},
+        "o_proj": {"kernel": outputs.reshape(WIDTH, -1).copy()},
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lserve_jax import classify, load_gates
-from lserve_jax.calibrate import main
+from lserve_jax.calibrate import SMOOTHING_PROMPTS, main
 from lserve_jax.calibration import training
 from lserve_jax.calibration.folder import require_target, write_pattern
 from lserve_jax.calibration.picture import head_map
@@ -22,7 +22,7 @@ from lserve_jax.text.tokenizer import Tokenizer
 from tests.lserve_jax.calibration import planted
 from tests.lserve_jax.runtime.tiny_steps import TINY
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("restored_logging")]
+pytestmark = pytest.mark.slow
 
 MODEL = str(TINY / "llama3")  # 2 layers of 2 KV heads, a byte or so a token
 # One shape for all runs, so that each program is compiled once.
@@ -62,7 +62,13 @@ def test_scoring_writes_a_pattern_that_the_loader_reads(run: Callable[..., Resul
     out = tmp_path / "new" / "pattern"
     result = run("--out", out, "--prompts", "3", "--held-out", "3")
     assert result.status == 0, result.err
-    assert sorted(files(out)) == ["config.json", "full_attention_heads.tsv", "heads.png", "scores.npz"]
+    assert sorted(files(out)) == [
+        "config.json",
+        "full_attention_heads.tsv",
+        "heads.png",
+        "scores.npz",
+        "smoothing.safetensors",
+    ]
     gates = load_gates(out, 2, 2)
     with np.load(out / "scores.npz") as saved:
         kinds = sorted({name.split("/")[0] for name in saved})
@@ -78,7 +84,7 @@ def test_scoring_writes_a_pattern_that_the_loader_reads(run: Callable[..., Resul
     assert table[1].split() == ["streaming", "heads", "retrieval", "copying", "text", "mean", "change"]
     assert [line.split()[0] for line in table[2:7]] == ["dense", "25%", "50%", "75%", "90%"]
     assert table[7] == f"wrote {out}: use it with --head-pattern {out}"
-    assert "calibration: 100%" in result.err and " 18/18 " in result.err  # 3 prompts, and 5 times 3 for the table
+    assert "calibration: 100%" in result.err and " 22/22 " in result.err  # 3 + 4 prompts, and 5 times 3 for the table
 
 
 def test_a_seed_repeats_every_file_and_another_gives_other_scores(run: Callable[..., Result], tmp_path: Path):
@@ -100,7 +106,7 @@ def test_a_random_pattern_is_its_seeds_and_of_no_prompt(run: Callable[..., Resul
     for name, seed in (("first", "3"), ("again", "3"), ("other", "5")):
         assert run("--out", tmp_path / name, "--score", "random", "--seed", seed, *QUICK).status == 0
     first, again, other = (files(tmp_path / name) for name in ("first", "again", "other"))
-    assert first == again and sorted(first) == ["config.json", "full_attention_heads.tsv"]
+    assert first == again and sorted(first) == ["config.json", "full_attention_heads.tsv", "smoothing.safetensors"]
     assert first["full_attention_heads.tsv"] != other["full_attention_heads.tsv"]
     assert sorted(load_gates(tmp_path / "first", 2, 2).ravel()) == [0.25, 0.5, 0.75, 1.0]
 
@@ -122,7 +128,7 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_pattern(
 ):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run("--out", whole, *TRAINING, *QUICK).status == 0
-    assert sorted(files(whole)) == ["config.json", "full_attention_heads.tsv"]
+    assert sorted(files(whole)) == ["config.json", "full_attention_heads.tsv", "smoothing.safetensors"]
     settings = json.loads((whole / "config.json").read_text())
     assert (settings["method"], settings["num_steps"], settings["lr"]) == ("DuoAttention", 4, 0.02)
     step, calls = training.train_step, []
@@ -157,7 +163,7 @@ def test_a_pattern_can_be_used_before_its_table_of_losses_is_done(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     command = (*TABLE, "--score", score)
     assert run("--out", whole, *command).status == 0
-    with interrupted(monkeypatch, Reader, "read_through", call=call):
+    with interrupted(monkeypatch, Reader, "read_through", call=SMOOTHING_PROMPTS + call):
         result = run("--out", broken, *command)
     assert (result.status, result.out) == (130, "")
     assert result.err == "stopped: the same command goes on from here\n"
@@ -192,7 +198,7 @@ def test_what_was_measured_on_other_prompts_is_measured_again(
     run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """As with another tokenizer: the settings are the same, but not the prompts."""
-    with interrupted(monkeypatch, Reader, "read_through", call=6):
+    with interrupted(monkeypatch, Reader, "read_through", call=SMOOTHING_PROMPTS + 6):
         assert run("--out", tmp_path / "p", *TABLE).status == 130
     with monkeypatch.context() as patch, counted(monkeypatch, Reader, "read") as prompts:
         patch.setattr(Tokenizer, "decide_chat_format", lambda self, advice: False)
@@ -200,6 +206,28 @@ def test_what_was_measured_on_other_prompts_is_measured_again(
         assert run("--out", tmp_path / "fresh", *TABLE).status == 0
     assert len(prompts) == 2 + 3  # plain text has no template: its prompt is the same
     assert files(tmp_path / "p") == files(tmp_path / "fresh")
+
+
+def test_heads_are_scored_with_the_weights_in_the_form_that_is_named(run: Callable[..., Result], tmp_path: Path):
+    command = (*TABLE, "--held-out", "0")
+    for name, form in (("plain", ()), ("auto", ("--weight-dtype", "auto")), ("int8", ("--weight-dtype", "int8"))):
+        assert run("--out", tmp_path / name, *command, *form).status == 0
+    settings = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "int8")}
+    assert (settings["plain"]["weight_dtype"], settings["int8"]["weight_dtype"]) == ("float32", "int8")
+    found = {name: np.load(tmp_path / name / "scores.npz") for name in ("plain", "auto", "int8")}
+    for name in found["plain"]:
+        np.testing.assert_array_equal(found["auto"][name], found["plain"][name])  # the file has numbers
+        np.testing.assert_allclose(found["int8"][name], found["plain"][name], rtol=0.1, atol=0.02)
+        assert (found["int8"][name] != found["plain"][name]).any() or not found["plain"][name].any()
+
+
+def test_a_calibration_is_not_continued_with_weights_of_another_form(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with interrupted(monkeypatch, Reader, "read", call=2):
+        assert run("--out", tmp_path / "p", *TABLE).status == 130
+    result = run("--out", tmp_path / "p", *TABLE, "--weight-dtype", "int8")
+    check_refusal(result, "progress.npz: was begun with weight_dtype=float32 (now int8)")
 
 
 @contextmanager
@@ -263,6 +291,10 @@ def check_refusal(result: Result, message: str) -> None:
         ("--method train --min-length 500", "min_length=500 has no room for 10 passkeys"),
         ("--method train --min-length 900 --max-length 800", "min_length=900 must be at most max_length=800"),
         ("--model nothing-here", "nothing-here: no such file or folder"),
+        ("--method train --weight-dtype int8", "--method train follows gradients, which pass through weights that are"),
+        ("--score loss --weight-dtype int4", "--score loss follows gradients, which pass through weights that are"),
+        ("--score divergence --weight-dtype int8", "these are int8; --weight-dtype float32 makes numbers of them"),
+        ("--weight-dtype int3", "--weight-dtype 'int3' must be one of auto, bfloat16"),
         ("--length 2000000000", "--length 2000000000 does not fit into memory"),
     ],
 )

@@ -13,8 +13,10 @@ from lserve_jax.calibration.pages import Chunk
 from lserve_jax.calibration.probe import probe, slopes
 from lserve_jax.calibration.prompts import Prompt
 from lserve_jax.calibration.scores import BEST_PLACE, MEASURES, SCORES, Scores, combine, score_heads, to_gates
+from lserve_jax.models.layers import numbers
 from lserve_jax.models.llama import Llama
 from lserve_jax.weights import abstract_params
+from pallas_kernels.core.quantized_matrix import quantize_groups, quantize_rows
 from tests.lserve_jax.calibration import planted
 from tests.lserve_jax.runtime.tiny_steps import TINY
 
@@ -50,6 +52,24 @@ def test_every_score_finds_exactly_the_planted_heads(planted_scores: dict[str, S
 
 def test_the_merged_ranking_finds_exactly_the_planted_heads(planted_scores: dict[str, Scores]):
     assert found(combine(planted_scores, BEST_PLACE)) == planted.PLANTED
+
+
+@pytest.mark.parametrize("form", ["int4 in groups", "a tuple"])
+def test_an_output_projection_that_is_quantised_is_scored_as_its_numbers(form: str):
+    packed, plain = (jax.tree.map(jnp.asarray, planted.params()) for _ in range(2))
+    for layer in range(planted.LAYERS):
+        kernel = packed[f"layers_{layer}"]["attention"]["o_proj"]["kernel"]
+        matrix: Any = quantize_groups(kernel, 16)
+        if form == "a tuple":
+            matrix = (quantize_rows(kernel[:40]), kernel[40:])
+        packed[f"layers_{layer}"]["attention"]["o_proj"]["kernel"] = matrix
+        plain[f"layers_{layer}"]["attention"]["o_proj"]["kernel"] = numbers(matrix, jnp.dtype("float32"))
+    mine, theirs = (
+        score_heads(params, planted.CONFIG, [planted.prompt(0)], chunk=CHUNK, names=tuple(MEASURES))
+        for params in (packed, plain)
+    )
+    for name in MEASURES:
+        np.testing.assert_allclose(mine["lookup"][name], theirs["lookup"][name], rtol=2e-3, atol=1e-5)
 
 
 def test_the_same_prompts_give_the_same_scores_and_others_the_same_heads(planted_scores: dict[str, Scores]):
@@ -132,7 +152,7 @@ def dense_scores(params: dict[str, Any], prompt: Prompt) -> dict[str, np.ndarray
         outside = np.where(window, 0, weights)[:, :, rows].sum(-1)  # [K, G, A]
         source = np.where(is_source, weights[:, :, rows], 0).sum(-1)
         kernel = np.asarray(params[f"layers_{layer}"]["attention"]["o_proj"]["kernel"])
-        kernel = kernel.reshape(kernel.shape[0], K, -1, kernel.shape[-1])
+        kernel = kernel.reshape(kernel.shape[0], K, -1, model.head_dim)
         dense, lost, x = dense[rows], lost[rows], x[rows]
         harm = np.linalg.norm(np.einsum("akgh,dkgh->akd", lost, kernel), axis=-1)
         written = np.linalg.norm(np.einsum("akgh,dkgh->ad", dense, kernel), axis=-1, keepdims=True)
@@ -177,9 +197,9 @@ def residuals(params: dict[str, Any], outputs: list[np.ndarray], tokens: jax.Arr
         x = x + output.reshape(len(x), -1) @ kernel.reshape(len(kernel), -1).T
         mean = np.mean(np.square(x), axis=-1, keepdims=True)
         normed = x / np.sqrt(mean + TINY_CONFIG.model.rms_norm_eps) * tree["post_attention_norm"]["scale"]
-        gate, up, down = (tree["mlp"][f"{name}_proj"]["kernel"].T for name in ("gate", "up", "down"))
-        gated = normed @ gate
-        x = x + (gated / (1 + np.exp(-gated)) * (normed @ up)) @ down
+        gate, up = tree["mlp"]["gate_up_proj"]["kernel"]
+        gated = normed @ gate.T
+        x = x + (gated / (1 + np.exp(-gated)) * (normed @ up.T)) @ tree["mlp"]["down_proj"]["kernel"].T
     return found
 
 

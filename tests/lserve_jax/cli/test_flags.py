@@ -19,6 +19,8 @@ from lserve_jax.config.settings import settings
 from lserve_jax.evaluation import ablations
 from lserve_jax.evaluation.opening import PromptSettings
 from lserve_jax.evaluation.variants import parse_variant
+from lserve_jax.serve import __main__ as serve
+from lserve_jax.serve.options import ServeOptions
 
 NO_VALUE = ()
 MODEL = {
@@ -109,8 +111,30 @@ FLAGS: dict[str, Mapping[str, tuple[Any, Any, Any]]] = {
         "--passkeys": ("4", 4, 10),
     },
     "convert": {flag: MODEL[flag] for flag in ("--model", "--dtype")},
+    "serve": {
+        **{flag: option for flag, option in MODEL.items() if flag != "--recall-interval"},
+        "--max-model-len": ("4", 4, None),
+        "--max-num-seqs": ("4", 4, 8),
+        "--prefill-chunk": ("4", 4, None),
+        "--attention": ("quest", "quest", "lserve"),
+        "--token-budget": ("4", 4, None),
+        "--kv-dtype": ("int4", "int4", None),
+        "--host": ("::1", "::1", "127.0.0.1"),
+        "--port": ("4", 4, 8000),
+        "--api-key": ("a", "a", None),
+        "--served-model-name": ("a", "a", None),
+        "--max-queued-requests": ("4", 4, 256),
+        "--max-queued-tokens": ("4", 4, None),
+        "--max-body-bytes": ("4", 4, 16 * 2**20),
+        "--request-timeout": ("0.5", 0.5, 0.0),
+        "--default-max-tokens": ("4", 4, None),
+        "--ping-interval": ("0.5", 0.5, 1.0),
+        "--stuck-after": ("0.5", 0.5, 600.0),
+        "--drain-timeout": ("0.5", 0.5, 30.0),
+        "--metrics-prefix": ("vllm:", "vllm:", "lserve_"),
+    },
 }
-COMMANDS = {"generate": generate, "evaluate": evaluate, "calibrate": calibrate, "convert": convert}
+COMMANDS = {"generate": generate, "evaluate": evaluate, "calibrate": calibrate, "convert": convert, "serve": serve}
 DEST = {"--batch": "max_num_seqs", "--chunk": "prefill_chunk", "--no-has-lookahead": "has_lookahead"}
 # A flag that is not given leaves these to the dataclass; other fields are the model's or the preset's.
 DEFAULTS = {
@@ -118,12 +142,13 @@ DEFAULTS = {
     "evaluate": dataclasses.asdict(PromptSettings()),
     "calibrate": dataclasses.asdict(TrainingConfig()),
     "convert": {},
+    "serve": dataclasses.asdict(ServeOptions()),
 }
 
 
 def value_of(command: str, flag: str, *arguments: str) -> Any:
     """What a command makes of a flag."""
-    required = () if command == "generate" else ("--out", "folder")
+    required = () if command in ("generate", "serve") else ("--out", "folder")
     args = COMMANDS[command].build_parser().parse_args([*required, *arguments])
     name = DEST.get(flag, flag[2:].replace("-", "_"))
     value = getattr(args, name)

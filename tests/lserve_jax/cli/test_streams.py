@@ -14,6 +14,7 @@ from lserve_jax import calibrate, convert, demo, evaluate, generate
 from lserve_jax.cli.common import run_command
 from lserve_jax.cli.streams import to_json_line
 from lserve_jax.config.errors import InputError
+from lserve_jax.serve import __main__ as serve
 
 ROOT = Path(__file__).parents[3]
 TEXT = "naïve – 你好 😀"
@@ -23,7 +24,7 @@ GENERATE = (
     *("--max-model-len", "128", "--prefill-chunk", "64", "--max-tokens", "4"),
 )
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    module.__name__: module.main for module in (generate, calibrate, convert, evaluate, demo)
+    module.__name__: module.main for module in (generate, calibrate, convert, evaluate, demo, serve)
 }
 
 

@@ -401,14 +401,6 @@ def test_missing_keys_wrong_types_and_unknown_features_are_reported_together():
         ({"eos_token_id": "</s>"}, "eos_token_id must be a token id or a list"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not one of bfloat16, float16, float32"),
         ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new' is not supported, only 'silu'"),
-        (
-            {"quantization_config": {"quant_method": "gptq"}},
-            r"quantization_config \('gptq'\) is not supported; use an unquantised or a GGUF checkpoint",
-        ),
-        (
-            {"compression_config": {"quant_method": "compressed-tensors"}},
-            r"compression_config \('compressed-tensors'\)",
-        ),
         ({"quantization": {"bits": 4}}, r"quantization \(\{'bits': 4\}\) is not supported; use an unquantised"),
         ({"hidden_activation": "gelu_tanh"}, "hidden_activation 'gelu_tanh' is not supported, only 'silu'"),
         ({"logits_scaling": 8.0}, "logits_scaling 8.0 is not supported, only 1"),

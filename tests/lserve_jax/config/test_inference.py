@@ -29,22 +29,36 @@ def test_dense_layers_read_all_pages_and_others_the_budget():
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("budget", [None, "all", 2048])
-def test_a_layer_stores_statistics_exactly_if_it_selects_pages_by_them(preset: str, budget: str | int | None):
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8", "int4"])
+def test_a_layer_stores_bounds_if_it_selects_pages_or_quantises_keys(
+    preset: str, budget: str | int | None, kv_dtype: str
+):
     heads = HeadClasses(order=((0, 1), (0, 1)), num_retrieval=(1, 0))
+    policy = from_preset(preset, token_budget=budget, kv_dtype=kv_dtype)
     for one in (None, heads):
-        config = InferenceConfig(model=MODEL, attention=from_preset(preset, token_budget=budget), heads=one)
-        for kind in config.kinds:
+        for kind in InferenceConfig(model=MODEL, attention=policy, heads=one).kinds:
+            is_quantised = kv_dtype != "bfloat16"
             if kind.retrieval is not None:
-                assert kind.retrieval.has_statistics == (kind.decode.num_selected is not None)
-            assert kind.streaming is None or not kind.streaming.has_statistics
+                has_bounds = is_quantised or kind.decode.num_selected is not None
+                assert (kind.retrieval.sub_page_size is not None) == has_bounds
+            if kind.streaming is not None:
+                assert (kind.streaming.sub_page_size is not None) == is_quantised
 
 
-def test_dense_attention_stores_no_statistics():
-    for preset in ("dense", "streaming", "qserve"):
+def test_dense_attention_in_bfloat16_stores_no_bounds():
+    for preset in ("dense", "streaming"):
         config = InferenceConfig(model=MODEL, attention=from_preset(preset))
-        assert [kind.retrieval and kind.retrieval.has_statistics for kind in config.kinds] == [False, False]
+        assert [kind.retrieval and kind.retrieval.sub_page_size for kind in config.kinds] == [None, None]
     dense_layer = InferenceConfig(model=MODEL, attention=AttentionConfig(dense_layers=(1,)))
-    assert [kind.retrieval and kind.retrieval.has_statistics for kind in dense_layer.kinds] == [True, False]
+    assert [kind.retrieval and kind.retrieval.sub_page_size for kind in dense_layer.kinds] == [16, None]
+
+
+def test_keys_of_8_bits_that_nobody_selects_have_the_bounds_of_whole_pages():
+    """So they take no more memory than one scale per key did; keys of 4 bits need smaller sub-pages."""
+    for preset, kv_dtype, size in (("dense", "int8", 64), ("qserve", "int4", 16), ("lserve", "int8", 16)):
+        config = InferenceConfig(model=MODEL, attention=from_preset(preset, kv_dtype=kv_dtype))
+        stored = [storage for kind in config.kinds for storage in (kind.retrieval, kind.streaming) if storage]
+        assert {storage.sub_page_size for storage in stored} == {size}
 
 
 def test_equal_configurations_are_one_static_argument():

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from lserve_jax.config.pages import most_streaming_pages, retrieval_pages, visible_pages
-from lserve_jax.engine.allocator import PageAllocator, PagePool, stack_tables
+from lserve_jax.engine.allocator import PageAllocator, stack_tables
+from lserve_jax.engine.pools import PagePool
+from lserve_jax.engine.prefix_cache import PrefixCache
 from lserve_jax.engine.request import Request, Sequence
 
 PROMPTS = (1, 63, 64, 65, 100, 127, 128, 129, 200, 256, 257, 300, 384, 385, 448, 449, 512, 1000)
@@ -278,24 +280,96 @@ def test_stacked_tables_have_a_row_a_slot_and_are_copies():
     assert held(streaming[2]) == {0, 1}
 
 
-def test_a_page_pool_refuses_double_and_foreign_returns_and_changes_nothing():
-    pool = PagePool(4, keeps_all=True)
-    pages = pool.take(3)
-    with pytest.raises(ValueError, match=r"page 4 is not of this pool, whose ids are 0 to 3"):
-        pool.give_back([pages[0], 4])
-    with pytest.raises(ValueError, match=r"page -1 is not of this pool"):
-        pool.give_back([-1])
-    with pytest.raises(ValueError, match=r"given back twice in one call"):
-        pool.give_back([pages[0], pages[0]])
-    assert pool.num_free == 1
-    pool.give_back(pages[:1])
-    with pytest.raises(ValueError, match=f"page {pages[0]} is given back, but it is free already"):
-        pool.give_back(pages)
-    assert pool.num_free == 2
-    with pytest.raises(ValueError, match=r"cannot take 3 pages: 2 of 4 are free"):
-        pool.take(3)
-    with pytest.raises(ValueError, match=r"num_pages=0 must be a whole number from 1"):
-        PagePool(0, keeps_all=True)
+# --- pages that several hold ------------------------------------------------------------------------------------------
+
+
+def make_sharing(windows: Windows, *, retrieval: int = 40, streaming: int = 40) -> tuple[PageAllocator, PrefixCache]:
+    pools = PagePool(retrieval, keeps_all=True), PagePool(streaming, keeps_all=False)
+    cache = PrefixCache(32, *pools)
+    allocator = PageAllocator(
+        retrieval=pools[0], streaming=pools[1], sink=windows.sink, page_size=windows.page_size, cache=cache
+    )
+    return allocator, cache
+
+
+SMALL = Windows(sink=8, local=16, prefill_local=16, page_size=8)
+
+
+def test_a_window_is_what_the_next_query_sees_of_the_tokens_before_it():
+    allocator, _ = make_sharing(SMALL)
+    sequence = make_sequence(100, 10, 8)
+    assert allocator.reserve(sequence, 0, 64, 16)
+    # Position 64 sees keys from 49 on, which begins inside page 6, and the sink's page.
+    window = allocator.window(sequence, 64, 16)
+    assert window == {page: sequence.streaming_table[page] for page in (0, 6, 7)}
+    assert set(allocator.window(sequence, 64, 18)) == {0, 5, 6, 7}
+    allocator.release_unseen(sequence, 64, 16)
+    assert allocator.window(sequence, 64, 16) == window
+    with pytest.raises(AssertionError, match="a window is kept before its pages are given back"):
+        allocator.window(sequence, 64, 40)
+
+
+def test_shared_pages_are_those_of_the_cache_and_stay_when_the_sequence_goes():
+    allocator, cache = make_sharing(SMALL)
+    first, second = make_sequence(100, 10, 8), make_sequence(100, 10, 8, request_id=1)
+    assert allocator.reserve(first, 0, 32, 16)
+    entry = cache.insert(b"0", None, first.retrieval_table[:4].tolist())
+    cache.keep_window(entry, allocator.window(first, 32, 16))
+    allocator.free(first)
+    pools = [pool for _, pool in allocator.pools]
+    assert [pool.num_evictable for pool in pools] == [4, 3]
+    allocator.share(second, entry.retrieval, entry.window or {})
+    assert held(second.retrieval_table) == {0, 1, 2, 3}
+    assert held(second.streaming_table) == {0, 2, 3}
+    assert tuple(second.retrieval_table[:4].tolist()) == entry.retrieval
+    assert [pool.num_evictable for pool in pools] == [0, 0]
+    with pytest.raises(AssertionError, match="these pages would be lost"):
+        allocator.share(second, entry.retrieval, {})
+    allocator.retrieval.give_back(entry.retrieval)  # type: ignore[union-attr]
+    allocator.free(second)
+    assert [pool.num_free + pool.num_evictable for pool in pools] == [40, 40]
+
+
+def test_adopted_pages_replace_those_of_the_sequence():
+    allocator, cache = make_sharing(SMALL)
+    assert allocator.retrieval is not None
+    first, second = make_sequence(100, 10, 8), make_sequence(100, 10, 8, request_id=1)
+    for sequence in (first, second):
+        assert allocator.reserve(sequence, 0, 64, 16)
+    entry = cache.insert(b"1", None, first.retrieval_table[4:8].tolist())
+    allocator.adopt(first, entry, 4)  # its own: nothing changes
+    allocator.adopt(second, entry, 4)
+    assert second.retrieval_table[4:8].tolist() == first.retrieval_table[4:8].tolist()
+    assert set(second.retrieval_table[:4].tolist()).isdisjoint(first.retrieval_table[:4].tolist())
+    assert allocator.retrieval.num_free == 40 - 12
+    for sequence in (first, second):
+        allocator.free(sequence)
+    assert (allocator.retrieval.num_free, allocator.retrieval.num_evictable) == (36, 4)
+
+
+def test_a_reservation_takes_pages_from_the_cache_and_only_as_many_as_it_needs():
+    allocator, cache = make_sharing(SMALL, retrieval=12, streaming=12)
+    first, second = make_sequence(100, 10, 8), make_sequence(100, 10, 8, request_id=1)
+    assert allocator.reserve(first, 0, 64, 16)
+    parent = None
+    for number in (0, 1):
+        pages = first.retrieval_table[4 * number : 4 * number + 4].tolist()
+        parent = cache.insert(bytes([number]), parent, pages)
+        cache.keep_window(parent, allocator.window(first, 32 * (number + 1), 16))
+    allocator.free(first)
+    for count, entries in ((32, 2), (33, 1), (64, 1), (65, 0), (96, 0)):
+        assert allocator.reserve(second, 0, count, 16), count
+        assert cache.num_entries == entries, count
+    third = make_sequence(8, 10, 8, request_id=2)
+    assert not allocator.reserve(third, 0, 8, 16)
+
+
+def test_pages_for_one_that_comes_back_are_taken_where_it_had_them():
+    allocator, _ = make_sharing(SMALL)
+    sequence = make_sequence(100, 10, 8)
+    allocator.take_for(sequence, np.arange(3, 9), np.array([0, 7, 8]))
+    assert held(sequence.retrieval_table) == set(range(3, 9))
+    assert held(sequence.streaming_table) == {0, 7, 8}
 
 
 class AllocatorMachine(RuleBasedStateMachine):

@@ -139,8 +139,8 @@ def test_a_plan_for_a_named_memory_asks_no_device(asked: Callable[..., None], ca
     rows = plan(capsys, "--memory", "80GiB")
     assert rows["memory"] == "60.00 GiB free, 90% of it usable: fits"
     assert rows["kernels"] == "not known: the device is not here"
-    # 0.9 · 60 GiB − weights of 16,060,522,496 bytes, in pages of 64 tokens and 8,912,896 bytes
-    pages = (int(0.9 * 60 * GIB) - 16_060_522_496) // 8_912_896
+    # 0.9 · 60 GiB − weights of 16,060,522,496 bytes − an open page of 8,388,608, in pages of 8,912,896 bytes
+    pages = (int(0.9 * 60 * GIB) - 16_060_522_496 - 8_388_608) // 8_912_896
     assert rows["largest context"] == f"{pages * 64:,} tokens x 1 sequence(s)"
     assert "DOES NOT FIT" in plan(capsys, "--memory", "24GB")["memory"]
 

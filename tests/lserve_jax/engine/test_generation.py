@@ -143,6 +143,28 @@ def test_a_callback_that_enters_the_model_again_gets_the_error_and_no_deadlock(
     assert errors
 
 
+def test_a_request_begins_also_while_another_thread_removes_one_that_has_ended(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+):
+    """`Session.end` holds the lock for a moment, in any thread."""
+    lock = llm.session._lock
+
+    class Removing:
+        """The lock, as one finds it who does not wait."""
+
+        def acquire(self, *, blocking: bool) -> bool:
+            return blocking and lock.acquire()
+
+        def release(self) -> None:
+            lock.release()
+
+    generation = llm.request([1, 2], SamplingParams(max_tokens=1))
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.session, "_lock", Removing())
+        llm.session.open(generation)
+    llm.session.end([generation])
+
+
 def test_a_stream_that_is_closed_while_another_thread_is_inside_ends_when_that_leaves(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ):

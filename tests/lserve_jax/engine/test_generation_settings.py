@@ -22,7 +22,9 @@ PROMPT = np.random.default_rng(0).integers(5, VOCABULARY, 40).tolist()
 
 @pytest.fixture(scope="module")
 def dense() -> LLM:
-    return LLM(MODEL, dtype="float32", attention="dense", max_model_len=160, max_num_seqs=3, steps_per_call=4)
+    """With chunks that the prefix cache keeps."""
+    sizes: Any = {"max_model_len": 160, "max_num_seqs": 3, "prefill_chunk": 64, "steps_per_call": 4}
+    return LLM(MODEL, dtype="float32", attention="dense", **sizes)
 
 
 def generate(llm: LLM, prompt: list[int], **settings: Any) -> RequestOutput:

@@ -175,7 +175,7 @@ def test_a_guess_does_not_go_along_as_if_it_were_known(model: Path, tmp_path: Pa
     folder = gates(tmp_path / "shipped", 1)
     for is_guess in (True, False):
         pattern = HeadPattern(folder=folder, shape=(3, 3), origin="shipped", is_guess=is_guess)
-        monkeypatch.setattr("lserve_jax.convert.find_pattern", lambda checkpoint, found=pattern: found)
+        monkeypatch.setattr("lserve_jax.convert.find_pattern", lambda checkpoint, named, found=pattern: found)
         convert(str(model), tmp_path / f"{is_guess}")
         assert (tmp_path / f"{is_guess}" / "head_pattern").exists() is not is_guess
 

@@ -1,162 +1,21 @@
-from dataclasses import dataclass, replace
+"""Who runs when: turns of prefill and decode calls, the order of service, and the room that each needs."""
 
-import numpy as np
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lserve_jax.config.attention import AttentionConfig
-from lserve_jax.config.pages import most_streaming_pages, visible_pages
-from lserve_jax.config.sizes import PoolSizes, Sizes
-from lserve_jax.engine.allocator import PagePool
-from lserve_jax.engine.request import Request, Sequence, Status
-from lserve_jax.engine.scheduler import Decode, Prefill, Scheduler
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a scheduler is made of; pages of 0 for a pool that no layer has."""
-
-    max_model_len: int = 200
-    max_num_seqs: int = 3
-    prefill_chunk: int = 32
-    steps_per_call: int = 8
-    page_size: int = 8
-    sink: int = 10
-    local: int = 20
-    prefill_local: int = 40
-    retrieval_pages: int = 60
-    streaming_pages: int = 40
-
-    def scheduler(self) -> Scheduler:
-        sizes = Sizes(
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            prefill_chunk=self.prefill_chunk,
-            steps_per_call=self.steps_per_call,
-        )
-        attention = AttentionConfig(
-            token_budget=None,
-            page_size=self.page_size,
-            sub_page_size=self.page_size,
-            sink=self.sink,
-            local=self.local,
-            prefill_local=self.prefill_local,
-        )
-        pools = PoolSizes(retrieval=self.retrieval_pages, streaming=self.streaming_pages)
-        return Scheduler(sizes, attention, pools)
-
+from lserve_jax.config.pages import most_streaming_pages
+from lserve_jax.config.sizes import Sizes
+from lserve_jax.engine import room
+from lserve_jax.engine.plans import Decode, Prefill, Swap
+from lserve_jax.engine.request import Status
+from lserve_jax.engine.scheduler import Turns
+from tests.lserve_jax.engine.page_model import Device, Settings, assert_all_free, assert_nothing_leaks, make_request
 
 CONFIG = Settings()
-STOP, TOKEN = 99, 7
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaxTokens:
-    max_tokens: int
-    stop_token_ids: tuple[int, ...] = ()
-    is_stepwise: bool = False
-
-
-def make_request(request_id: int, prompt: int, max_tokens: int) -> Request:
-    return Request(id=request_id, prompt=(TOKEN,) * prompt, sampling=MaxTokens(max_tokens=max_tokens))
-
-
-class Device:
-    """Generates TOKEN until, for a request in `stops`, its total length is reached: that token is STOP."""
-
-    def __init__(self, scheduler: Scheduler, stops: dict[int, int] | None = None) -> None:
-        self.scheduler = scheduler
-        self.stops = stops or {}
-        self.calls: list[tuple[str, tuple[int, ...]]] = []
-        self.written: dict[tuple[str, int, int], int] = {}  # (table, request, logical page) -> page
-
-    def step(self) -> bool:
-        plan = self.scheduler.schedule()
-        self.check_slots()
-        if isinstance(plan, Prefill):
-            self.prefill(plan)
-        elif isinstance(plan, Decode):
-            self.decode(plan)
-        return plan is not None
-
-    def run(self, max_calls: int = 10_000) -> None:
-        for _ in range(max_calls):
-            if not self.step():
-                return
-        raise AssertionError(f"not idle after {max_calls} calls")
-
-    def prefill(self, plan: Prefill) -> None:
-        sequence = plan.sequence
-        self.calls.append(("prefill", (sequence.request.id,)))
-        assert plan.start == sequence.num_cached
-        assert 1 <= plan.count <= self.scheduler.sizes.prefill_chunk
-        self.check_pages(sequence, plan.count, self.scheduler.attention.prefill_local)
-        if plan.is_last:
-            token, reason = self.next_token(sequence, len(sequence.tokens))
-            self.scheduler.record_prefill(plan, token, reason)
-        else:
-            self.scheduler.record_prefill(plan)
-
-    def decode(self, plan: Decode) -> None:
-        self.calls.append(("decode", tuple(sequence.request.id for sequence in plan.sequences)))
-        sizes = self.scheduler.sizes
-        assert plan.num_steps == min(sizes.steps_per_call, max(sequence.remaining for sequence in plan.sequences))
-        for sequence, limit in zip(plan.sequences, plan.limits, strict=True):
-            assert 1 <= limit <= sequence.remaining
-            assert sequence.num_cached == len(sequence.tokens) - 1
-            self.check_pages(sequence, limit, self.scheduler.attention.local)
-            tokens: list[int] = []
-            reason = None
-            while len(tokens) < limit and reason is None:
-                token, reason = self.next_token(sequence, len(sequence.tokens) + len(tokens))
-                tokens.append(token)
-            self.scheduler.record_decode(sequence, tokens, reason)
-
-    def next_token(self, sequence: Sequence, length: int) -> tuple[int, str | None]:
-        is_stop = self.stops.get(sequence.request.id) == length + 1 - sequence.prompt_length
-        return (STOP, "stop") if is_stop else (TOKEN, None)
-
-    def check_slots(self) -> None:
-        slots = [sequence.slot for sequence in self.scheduler.running]
-        assert len(set(slots)) == len(slots)
-        assert set(slots) <= set(range(self.scheduler.sizes.max_num_seqs))
-
-    def check_pages(self, sequence: Sequence, count: int, window: int) -> None:
-        config, start = self.scheduler.attention, sequence.num_cached
-        pools = {name: getattr(self.scheduler.allocator, name) for name in ("retrieval", "streaming")}
-        num_pages = sequence.streaming_table.size
-        seen = visible_pages(
-            start, count, sink=config.sink, window=window, page_size=config.page_size, num_pages=num_pages
-        )
-        if pools["streaming"] is not None:
-            self.check_unmoved("streaming", sequence, sequence.streaming_table, np.flatnonzero(seen))
-        if pools["retrieval"] is not None:
-            pages = np.arange(-(-(start + count) // config.page_size))
-            self.check_unmoved("retrieval", sequence, sequence.retrieval_table, pages)
-        for name, table in (("retrieval", "retrieval_table"), ("streaming", "streaming_table")):
-            owned = np.concatenate([getattr(other, table) for other in self.scheduler.running])
-            owned = owned[owned >= 0]
-            assert len(set(owned.tolist())) == owned.size
-            assert owned.size <= (0 if pools[name] is None else pools[name].num_pages)
-
-    def check_unmoved(self, name: str, sequence: Sequence, table: np.ndarray, pages: np.ndarray) -> None:
-        """The pages are held; those that hold cached tokens are the ones that the tokens were written to."""
-        assert (table[pages] >= 0).all()
-        for logical in pages.tolist():
-            key = name, sequence.request.id, logical
-            if logical * self.scheduler.attention.page_size < sequence.num_cached:
-                assert table[logical] == self.written[key]
-            self.written[key] = int(table[logical])
-
-
-def assert_nothing_leaks(scheduler: Scheduler) -> None:
-    assert scheduler.is_idle
-    assert scheduler.schedule() is None
-    for pool in (scheduler.allocator.retrieval, scheduler.allocator.streaming):
-        assert pool is None or pool.num_free == pool.num_pages
-    assert scheduler.num_free_slots == scheduler.sizes.max_num_seqs
-
 
 CONFIGS = st.builds(
     lambda **overrides: replace(CONFIG, **overrides),
@@ -169,6 +28,12 @@ CONFIGS = st.builds(
     prefill_local=st.integers(1, 100),
     retrieval_pages=st.one_of(st.just(0), st.integers(200, 450)),
     streaming_pages=st.one_of(st.just(0), st.integers(200, 450)),
+    turns=st.builds(
+        Turns,
+        prefill_calls=st.integers(1, 3),
+        busy_steps=st.sampled_from([None, 1, 4]),
+        short_chunk=st.just(1),
+    ),
 )
 # (calls before it arrives, prompt, max_tokens, generated tokens at which it stops)
 ARRIVALS = st.lists(
@@ -176,7 +41,7 @@ ARRIVALS = st.lists(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(CONFIGS, ARRIVALS)
 def test_random_arrivals_all_finish_in_fair_order_and_nothing_leaks(
     config: Settings, arrivals: list[tuple[int, int, int, int]]
@@ -189,7 +54,7 @@ def test_random_arrivals_all_finish_in_fair_order_and_nothing_leaks(
             device.step()
         sequences.append(scheduler.add(make_request(index, prompt, max_tokens)))
     device.run()
-    assert_nothing_leaks(scheduler)
+    assert_all_free(scheduler)
     for sequence, (_, prompt, max_tokens, stop) in zip(sequences, arrivals, strict=True):
         due = max(1, min(max_tokens, config.max_model_len - prompt))
         assert sequence.status is Status.FINISHED
@@ -197,13 +62,14 @@ def test_random_arrivals_all_finish_in_fair_order_and_nothing_leaks(
         assert sequence.finish_reason == ("stop" if stop <= due else "length")
         assert sequence.decode_steps == len(sequence.generated) - 1
         assert sequence.num_cached == len(sequence.tokens) - 1
-    # First come, first served, and one prefill at a time.
+    # First come, first served, and one prefill at a time; but a prompt of one call may pass a longer one.
     prefills = [ids[0] for kind, ids in device.calls if kind == "prefill"]
-    assert prefills == sorted(prefills)
+    in_order = [number for number in prefills if number not in device.passed]
+    assert in_order == sorted(in_order)
     assert set(prefills) == set(range(len(arrivals)))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(CONFIGS, ARRIVALS, st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)), max_size=8))
 def test_random_aborts_leak_nothing_and_stop_nobody_else(
     config: Settings, arrivals: list[tuple[int, int, int, int]], aborts: list[tuple[int, int]]
@@ -216,28 +82,13 @@ def test_random_aborts_leak_nothing_and_stop_nobody_else(
         for _ in range(delay):
             device.step()
         if scheduler.abort(request_id):
+            device.check()
             aborted.add(request_id)
             assert sequences[request_id].finish_reason == "abort"
     device.run()
-    assert_nothing_leaks(scheduler)
+    assert_all_free(scheduler)
     assert {i for i, sequence in enumerate(sequences) if sequence.finish_reason == "abort"} == aborted
     assert all(sequence.remaining == 0 for sequence in sequences if sequence.finish_reason == "length")
-
-
-def test_prefills_come_before_decode_calls_and_decode_calls_hold_everyone():
-    scheduler = CONFIG.scheduler()
-    device = Device(scheduler)
-    for request_id, prompt in enumerate((40, 10, 70, 5)):
-        scheduler.add(make_request(request_id, prompt, 12))
-    device.run()
-    assert device.calls == [
-        *[("prefill", (0,))] * 2,
-        ("prefill", (1,)),
-        *[("prefill", (2,))] * 3,
-        *[("decode", (0, 1, 2))] * 2,
-        ("prefill", (3,)),
-        *[("decode", (3,))] * 2,
-    ]
 
 
 def test_a_short_request_does_not_overtake_one_that_waits_for_pages():
@@ -278,15 +129,16 @@ def test_streaming_pages_of_the_prefill_window_are_uncommitted_when_the_prefill_
         for request_id in range(2):
             scheduler.add(make_request(request_id, 900, 12))
         device.run()
-        assert (("decode", (0, 1)) in device.calls) == is_together
+        assert (("prefill", (1,)) in device.calls[: last_call(device, ("decode", (0,)))]) == is_together
 
 
 def test_a_decode_call_has_as_many_steps_as_the_longest_to_go_and_no_more_than_configured():
     scheduler = CONFIG.scheduler()
-    sequences = [scheduler.add(make_request(i, 5, tokens)) for i, tokens in enumerate((3, 6))]
+    sequences = [scheduler.add(make_request(i, 5, tokens)) for i, tokens in enumerate((11, 6))]
     device = Device(scheduler)
-    device.step()
-    device.step()
+    for _ in range(3):
+        device.step()
+    assert device.calls == [("prefill", (0,)), ("decode", (0,)), ("prefill", (1,))]
     plan = scheduler.schedule()
     assert isinstance(plan, Decode)
     assert plan.sequences == tuple(sequences)
@@ -353,13 +205,34 @@ def test_a_request_can_be_aborted_waiting_prefilling_and_decoding():
     scheduler = replace(CONFIG, max_num_seqs=2).scheduler()
     device = Device(scheduler)
     sequences = [scheduler.add(make_request(i, 60, 50)) for i in range(3)]
-    for _ in range(3):
+    for _ in range(4):
         device.step()
     assert [sequence.status for sequence in sequences] == [Status.DECODING, Status.PREFILLING, Status.WAITING]
     assert [scheduler.abort(i) for i in range(3)] == [True] * 3
     assert [sequence.finish_reason for sequence in sequences] == ["abort"] * 3
     assert not scheduler.abort(0)
-    assert_nothing_leaks(scheduler)
+    assert_all_free(scheduler)
+
+
+@pytest.mark.parametrize("is_all", [False, True])
+def test_a_request_can_be_aborted_while_its_pages_are_in_host_memory(is_all: bool, small_margin: None):
+    scheduler = OVERSUBSCRIBED.scheduler()
+    device = Device(scheduler)
+    sequences = [scheduler.add(make_request(i, 60, 100)) for i in range(3)]
+    while not scheduler.swapped:
+        assert device.step() is not None
+    (gone,) = scheduler.swapped
+    assert gone is sequences[2]
+    if is_all:
+        scheduler.abort_all()
+        device.check()
+    else:
+        assert scheduler.abort(2)
+        device.run()
+        assert [len(one.generated) for one in sequences[:2]] == [100, 100]
+    assert gone.finish_reason == "abort"
+    assert gone.swapped is None
+    assert_all_free(scheduler)
 
 
 def test_bad_requests_and_configs_are_refused():
@@ -369,5 +242,248 @@ def test_bad_requests_and_configs_are_refused():
         make_request(3, 1, 0)
     with pytest.raises(ValueError, match=r"max_num_seqs=0 must be a whole .* from 1; prefill_chunk=-1 must be a whole"):
         Sizes(max_model_len=1, max_num_seqs=0, prefill_chunk=-1)
-    with pytest.raises(ValueError, match=r"num_pages=0 must be a whole number from 1"):
-        PagePool(0, keeps_all=True)
+
+
+# --- turns ---------------------------------------------------------------------------------------------------------
+
+
+def last_call(device: Device, call: tuple[str, tuple[int, ...]]) -> int:
+    return max(index for index, other in enumerate(device.calls) if other == call)
+
+
+def longest_wait(device: Device, number: int) -> int:
+    """How many calls in a row go to others between two decode calls of a request."""
+    places = [i for i, (kind, ids) in enumerate(device.calls) if kind == "decode" and number in ids]
+    return max(after - before - 1 for before, after in pairwise(places))
+
+
+def test_calls_take_turns():
+    scheduler = CONFIG.scheduler()
+    device = Device(scheduler)
+    for request_id, (prompt, tokens) in enumerate(((40, 12), (10, 12), (70, 12), (5, 3))):
+        scheduler.add(make_request(request_id, prompt, tokens))
+    device.run()
+    assert device.calls == [
+        ("prefill", (0,)),
+        ("prefill", (1,)),  # needs one call, and passes
+        ("decode", (1,)),
+        ("prefill", (0,)),
+        ("decode", (0, 1)),  # 1 ends
+        ("prefill", (2,)),
+        ("decode", (0,)),  # 0 ends
+        ("prefill", (3,)),
+        ("decode", (3,)),
+        ("prefill", (2,)),
+        ("prefill", (2,)),
+        *[("decode", (2,))] * 2,
+    ]
+
+
+@pytest.mark.parametrize(("prefill_calls", "wait"), [(1, 1), (2, 2), (10**9, 20)])
+def test_a_stream_goes_on_while_a_prompt_of_twenty_chunks_is_read(prefill_calls: int, wait: int):
+    """The last case is a policy that prefers prefill."""
+    config = replace(CONFIG, max_model_len=700, retrieval_pages=200, turns=Turns(prefill_calls=prefill_calls))
+    scheduler = config.scheduler()
+    device = Device(scheduler)
+    scheduler.add(make_request(0, 10, 300))
+    device.step()
+    device.step()
+    scheduler.add(make_request(1, 640, 5))
+    device.run()
+    assert longest_wait(device, 0) == wait
+    assert device.calls.count(("prefill", (1,))) == 20
+
+
+@pytest.mark.parametrize(("retrieval_pages", "prompt"), [(53, 19), (54, 28), (57, 46)])
+def test_calls_take_turns_also_when_somebody_leaves_between_them(retrieval_pages: int, prompt: int, small_margin: None):
+    """A decode call lacks pages while a long prompt is read, and the short one that passed it leaves.
+
+    A swap is no call: it must not count as the turn of those who decode.
+    """
+    config = replace(OVERSUBSCRIBED, max_model_len=400, max_num_seqs=4, retrieval_pages=retrieval_pages, swap=200)
+    scheduler = config.scheduler()
+    device = Device(scheduler)
+    scheduler.add(make_request(0, prompt, 200))
+    device.step()
+    device.step()
+    scheduler.add(make_request(1, 280, 20))
+    scheduler.add(make_request(2, 10, 150))
+    device.run()
+    assert scheduler.num_swaps > 0
+    assert longest_wait(device, 0) == 1
+    assert_all_free(scheduler)
+
+
+@pytest.mark.parametrize(("busy_steps", "expected"), [(None, 8), (3, 3), (100, 8)])
+def test_bursts_are_short_while_a_prompt_is_read_or_waits(busy_steps: int | None, expected: int):
+    config = replace(CONFIG, max_num_seqs=2, turns=Turns(busy_steps=busy_steps, short_chunk=1))
+    scheduler = config.scheduler()
+    device = Device(scheduler)
+    scheduler.add(make_request(0, 10, 100))
+
+    def steps(count: int) -> list[tuple[int, ...]]:
+        found = []
+        for _ in range(count):
+            plan = device.step()
+            found += [plan.limits] if isinstance(plan, Decode) else []
+        return found
+
+    assert steps(3) == [(8,), (8,)]
+    scheduler.add(make_request(1, 70, 40))
+    assert steps(4) == [(expected,)] * 2
+    scheduler.add(make_request(2, 70, 1))  # has no slot
+    assert set(steps(3)) == {(expected, expected)}
+    scheduler.abort(2)
+    assert steps(1) == [(8, 8)]
+
+
+def test_a_sequence_for_which_the_host_acts_after_each_token_takes_one_and_the_others_go_on():
+    scheduler = CONFIG.scheduler()
+    scheduler.add(make_request(0, 5, 50))
+    scheduler.add(make_request(1, 5, 50, is_stepwise=True))
+    device = Device(scheduler)
+    for _ in range(3):
+        device.step()
+    plan = device.step()
+    assert isinstance(plan, Decode)
+    assert plan.limits == (8, 1)
+    assert plan.num_steps == 8
+
+
+def test_every_second_prefill_call_may_go_to_prompts_that_pass_a_long_one():
+    config = replace(CONFIG, max_num_seqs=8, max_model_len=400, retrieval_pages=300, streaming_pages=200)
+    scheduler = config.scheduler()
+    device = Device(scheduler)
+    scheduler.add(make_request(0, 320, 1))
+    scheduler.add(make_request(9, 64, 1))  # needs two calls: it passes nobody
+    for number in range(1, 5):
+        scheduler.add(make_request(number, 32, 1))
+    device.run()
+    prefills = [ids[0] for kind, ids in device.calls if kind == "prefill"]
+    assert prefills == [0, 1, 0, 2, 0, 3, 0, 4, *[0] * 6, 9, 9]
+
+
+def test_nobody_passes_one_that_waits_for_a_slot():
+    scheduler = replace(CONFIG, max_num_seqs=2).scheduler()
+    device = Device(scheduler)
+    for number, prompt in enumerate((150, 20, 150, 5)):
+        scheduler.add(make_request(number, prompt, 60))
+    device.run()
+    first = {ids[0]: index for index, (kind, ids) in reversed(list(enumerate(device.calls))) if kind == "prefill"}
+    assert first[1] == 1
+    assert sorted(first, key=lambda number: first[number]) == [0, 1, 2, 3]
+
+
+def test_short_prompts_share_a_call():
+    config = replace(CONFIG, max_num_seqs=6, streaming_pages=80, turns=Turns(short_chunk=16, short_rows=3))
+    scheduler = config.scheduler()
+    device = Device(scheduler)
+    lengths = (16, 1, 17, 5, 6, 7)
+    for number, prompt in enumerate(lengths):
+        scheduler.add(make_request(number, prompt, 1, is_cacheable=number != 4))
+    device.run()
+    # Number 2 is too long, and 4 wants to be alone: they wait for the short ones that fill the first call.
+    assert [ids for kind, ids in device.calls if kind == "prefill"] == [(0, 1, 3), (2,), (4,), (5,)]
+
+
+def test_requests_are_served_by_priority_and_then_in_the_order_of_their_arrival():
+    scheduler = replace(CONFIG, max_num_seqs=1).scheduler()
+    device = Device(scheduler)
+    scheduler.add(make_request(0, 40, 5, priority=5))
+    device.step()
+    for number, priority in ((1, 1), (2, 0), (3, 1), (4, -3), (5, 0)):
+        scheduler.add(make_request(number, 5, 2, priority=priority))
+    device.run()
+    prefills = [ids[0] for kind, ids in device.calls if kind == "prefill"]
+    assert prefills == [0, 0, 4, 2, 5, 1, 3]
+
+
+# --- more sequences than the pools hold at their longest --------------------------------------------------------------
+
+OVERSUBSCRIBED = replace(CONFIG, max_model_len=200, retrieval_pages=40, streaming_pages=100, swap=60)
+"""Three sequences of up to 160 tokens, 20 pages each, in 40 pages."""
+
+
+@pytest.fixture
+def small_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "MARGIN", 8)
+
+
+def test_the_last_one_leaves_when_pages_run_out_and_comes_back_before_anyone_new(small_margin: None):
+    scheduler = OVERSUBSCRIBED.scheduler()
+    device = Device(scheduler)
+    sequences = [scheduler.add(make_request(i, 60, 100)) for i in range(4)]
+    swaps = []
+    while (plan := device.step()) is not None:
+        if isinstance(plan, Swap):
+            swaps.append((plan.sequence.request.id, plan.is_out))
+        elif isinstance(plan, Prefill) and plan.chunks[0].sequence is sequences[3]:
+            assert not scheduler.swapped
+    assert swaps[0] == (2, True)
+    assert (2, False) in swaps
+    assert scheduler.num_swaps == sum(is_out for _, is_out in swaps)
+    assert all(number != 0 for number, _ in swaps)
+    assert [len(one.generated) for one in sequences] == [100] * 4
+    assert_all_free(scheduler)
+
+
+def test_what_is_still_cached_does_not_move_back(small_margin: None):
+    scheduler = replace(OVERSUBSCRIBED, retrieval_pages=30).scheduler()
+    device = Device(scheduler)
+    for i in range(3):
+        scheduler.add(make_request(i, [5] * 96 + [i] * 4, 60))
+    shared = []
+    while (plan := device.step()) is not None:
+        if isinstance(plan, Swap) and not plan.is_out:
+            shared.append(plan.num_shared)
+    assert shared and set(shared) == {3 * 32 // 8}
+    assert_all_free(scheduler)
+
+
+def test_a_short_prompt_that_comes_back_does_not_take_the_pages_of_a_long_one(small_margin: None):
+    """It is as long as a chunk that is cached, and begins alike, but another program wrote its pages."""
+    config = replace(OVERSUBSCRIBED, turns=Turns(short_chunk=32, short_rows=2))
+    scheduler = config.scheduler()
+    device = Device(scheduler)
+    scheduler.add(make_request(0, [5] * 70, 100))  # holds the chunk all the time
+    for i in (1, 2):
+        scheduler.add(make_request(i, [5] * 32, 100))
+    moved = []
+    while (plan := device.step()) is not None:
+        if isinstance(plan, Swap) and not plan.is_out:
+            moved.append(plan.num_shared)
+    assert moved and set(moved) == {0}
+    assert_all_free(scheduler)
+
+
+@pytest.mark.parametrize("steps", [8, 64, 100])
+def test_whoever_comes_back_stays_for_a_call_at_least(steps: int, small_margin: None):
+    """A call may take more pages than the margin; then two moves of the same pages must not follow each other."""
+    scheduler = replace(OVERSUBSCRIBED, steps_per_call=steps).scheduler()
+    device = Device(scheduler)
+    for i in range(3):
+        scheduler.add(make_request(i, 20, 150))
+    plans = []
+    while (plan := device.step()) is not None:
+        plans.append(plan)
+        assert len(plans) < 1000, "pages move to and fro, and nothing is computed"
+    for plan, following in pairwise(plans):
+        is_back = isinstance(plan, Swap) and not plan.is_out
+        assert not (is_back and isinstance(following, Swap) and following.is_out)
+    assert_all_free(scheduler)
+
+
+def test_a_prompt_that_is_being_read_leaves_and_is_read_on(small_margin: None):
+    config = replace(OVERSUBSCRIBED, max_model_len=320, swap=200, steps_per_call=20)
+    scheduler = config.scheduler()
+    device = Device(scheduler)
+    scheduler.add(make_request(0, 30, 250))
+    device.step()
+    late = scheduler.add(make_request(1, 200, 10))
+    while not scheduler.swapped:
+        assert device.step() is not None
+    assert scheduler.swapped == [late]
+    assert 0 < late.num_cached < late.prompt_length
+    device.run()
+    assert device.calls.count(("prefill", (1,))) == 7
+    assert_all_free(scheduler)

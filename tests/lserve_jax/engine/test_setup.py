@@ -1,9 +1,11 @@
 """Defaults that come from the head pattern of a model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lserve_jax.engine.device import Device
 from lserve_jax.engine.setup import prepare
 
 MODEL = Path(__file__).parents[2] / "golden" / "tiny" / "llama3"
@@ -48,3 +50,24 @@ def test_a_pattern_from_elsewhere_names_none(pattern: Path):
 def test_the_embedded_model_has_windows_of_its_own():
     policy = prepare("smollm2-135m-instruct").config.attention
     assert (policy.sink, policy.local, policy.prefill_local, policy.dense_layers) == (64, 256, 256, (7,))
+
+
+@pytest.mark.usefixtures("embedded_gguf")
+def test_a_cpu_multiplies_integers_where_factors_are_known(tmp_path: Path):
+    (tmp_path / "full_attention_heads.tsv").write_text("1\t0\t1\n" * 30)
+
+    def default(model: str, **options: Any) -> tuple[str | None, bool]:
+        forms = prepare(model, **options).forms
+        return forms.weight_dtype, forms.smoothing is not None
+
+    gpu = Device(platform="gpu", free_bytes=None, is_here=False)
+    embedded = "smollm2-135m-instruct"
+    assert default(embedded) == ("int8", True)
+    assert default(embedded, attention="dense") == ("int8", True)
+    assert default(embedded, dtype="float32") == ("auto", False)
+    assert default(embedded, device=gpu) == ("auto", False)
+    assert default(embedded, weight_dtype="bfloat16") == ("bfloat16", False)
+    assert default(embedded, head_pattern=tmp_path) == ("int8", True), "a pattern without factors changes no weights"
+    assert default(str(MODEL)) == ("auto", False)
+    w8a8 = MODEL.parents[1] / "quantized" / "ct_w8a8"
+    assert default(str(w8a8)) == ("auto", False)

@@ -21,7 +21,7 @@ from lserve_jax.weights.safetensors import SafetensorsFolder
 from lserve_jax.weights.tensors import Inventory
 from tests.lserve_jax import checkpoints
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("restored_logging")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 TOKENIZER = ROOT / "tests" / "golden" / "tiny" / "llama3"  # about a character a token
@@ -109,6 +109,7 @@ def test_a_run_leaves_settings_rows_prompts_summary_and_pictures(whole: Path):
         assert row["streaming_share"] == (0.5 if row["variant"] == SPARSE else 0)
         assert row["pages_read_ratio"] == 1 if row["variant"] == "dense" else row["pages_read_ratio"] < 0.6
     assert {row["attention"]["token_budget"] for row in rows} == {None, 176}
+    assert {(row["weight_dtype"], row["weights"]) for row in rows} == {("auto", "float32")}
     summary = json.loads((whole / "summary.json").read_text())
     assert len(summary["cells"]) == 3 * 2
     names = {"results.jsonl", "prompts.jsonl", "summary.json", "niah_single_1.png", "scores.png"}
@@ -167,6 +168,40 @@ def test_a_variant_whose_budget_is_lifted_reads_all_pages(run: Callable[..., Res
     budgets = {row["variant"]: row["attention"]["token_budget"] for row in rows}
     assert budgets == {lifted: None, SPARSE: 176}
     assert [row["pages_read_ratio"] < 0.6 for row in rows if row["variant"] == SPARSE] == [True]
+
+
+def test_variants_may_differ_in_the_form_of_their_weights(run: Callable[..., Result], tmp_path: Path):
+    command = ("--tasks", "perplexity", "--lengths", "700", "--samples", "1", *SIZES, "--quiet")
+    variants = ("--variants", f"dense,dense:weight_dtype=int8,{SPARSE}+weight_dtype=int4,{SPARSE}")
+    assert run(*command, *variants).status == 0
+    _, *rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    found = {row["variant"]: (row["weight_dtype"], row["weights"]) for row in rows}
+    assert found == {
+        "dense": ("auto", "float32"),
+        "dense:weight_dtype=int8": ("int8", "int8"),
+        f"{SPARSE}+weight_dtype=int4": ("int4", "int8, int4 in groups of 32, int4 in groups of 8"),
+        SPARSE: ("auto", "float32"),
+    }
+    nll = {row["variant"]: row["nll"] for row in rows}
+    assert 0 < abs(nll["dense:weight_dtype=int8"] - nll["dense"]) < 0.1 * nll["dense"]
+    assert len({row["measured_on"]["checkpoint"] for row in rows}) == 1
+    # Variants that name no form have that of the run, which the folder's results must have too.
+    before = (tmp_path / "out" / "results.jsonl").read_bytes()
+    assert run(*command, *variants, "--weight-dtype", "auto").status == 0
+    result = run(*command, *variants, "--weight-dtype", "int8")
+    assert (result.status, result.out) == (2, "")
+    assert "variant 'dense' was measured with weight_dtype=auto and now has int8: name a new --out" in result.err
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
+    settings = ablations.settings(
+        dataclasses.replace(parse_variant("dense"), weight_dtype="bfloat16"), ["weight_dtype"], num_layers=1
+    )
+    assert [setting.variant.label for setting in settings] == [
+        "dense:weight_dtype=auto",
+        "dense",
+        "dense:weight_dtype=int8",
+        "dense:weight_dtype=int4",
+    ]
+    assert json.loads(json.dumps(settings[2].as_json()))["variant"]["weight_dtype"] == "int8"
 
 
 def test_a_stopped_run_says_how_to_go_on_and_comes_to_the_same(
@@ -277,6 +312,8 @@ def test_published_files_are_a_task_with_the_samples_they_have(run: Callable[...
         (("--variants", "dense,lserve:dense_layers=7"), ("dense_layers=[7] do not exist",)),
         (("--variants", "dense,lserve:head_pattern=nowhere"), ("nowhere", "full_attention_heads.tsv")),
         (("--ablation", "colour"), ("ablation 'colour' must be one of page, budget",)),
+        (("--variants", "dense,dense:weight_dtype=int3"), ("weight_dtype=int3 must be one of auto, bfloat16",)),
+        (("--weight-dtype", "int3"), ("--weight-dtype", "int3")),
         (("--corpus", "nowhere.txt", "--tasks", "drift"), ("nowhere.txt", "no such file")),
         (("--haystack", "nowhere"), ("haystack nowhere", "no such folder")),
         (("--model", "nowhere"), ("nowhere", "no such file or folder")),

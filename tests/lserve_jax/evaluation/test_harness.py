@@ -409,10 +409,12 @@ def test_model_arguments_make_the_model():
     make = harness.register().create_from_arg_obj
     settings = {name: value for name, value in SETTINGS.items() if name != "max_num_seqs"}
     lm = make(
-        {"model": MODEL, **settings, "attention": "lserve", "kv_dtype": "int8"}, {"batch_size": 3, "device": "cuda"}
+        {"model": MODEL, **settings, "attention": "lserve", "kv_dtype": "int8", "weight_dtype": "int4"},
+        {"batch_size": 3, "device": "cuda"},
     )
     assert lm.llm.setup.sizes.max_num_seqs == 3
     assert lm.get_model_info()["kv_dtype"] == "int8"
+    assert lm.get_model_info()["weights"] == "int4 in groups of 32, int8, int4 in groups of 16"
     assert lm.tokenizer_name.endswith("__llama3")
     with pytest.raises(ValueError, match=r"unknown attention option pretrained; known are"):
         make({"pretrained": MODEL})

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,9 +24,11 @@ def test_variants_are_split_at_commas_that_no_list_holds():
 def test_every_field_of_the_policy_can_be_written():
     text = (
         "lserve:token_budget=512+page_size=32+sub_page_size=8+selector_interval=2+sink=32+local=64+prefill_local=128"
-        "+static_sparsity=0.75+dense_layers=0+kv_dtype=int4+is_sink_forced=false+group_reduction=mean+head_pattern=a+b"
+        "+static_sparsity=0.75+dense_layers=0+kv_dtype=int4+is_sink_forced=false+group_reduction=mean"
+        "+weight_dtype=int8+head_pattern=a+b"
     )
     variant = parse_variant(text)
+    assert variant.weight_dtype == "int8"
     assert variant.head_pattern == "a+b"  # a plus is a plus where no field follows
     config = variant.config(4096)
     assert (config.token_budget, config.page_size, config.static_sparsity) == (512, 32, 0.75)
@@ -71,6 +74,9 @@ def test_a_budget_may_be_a_share_of_the_length(text: str, length: int, budget: i
         ("lserve:dense_layers=0,", "variant 'lserve:dense_layers=0,': dense_layers=0, must be layer numbers"),
         ("lserve:dense_layers=,", "dense_layers=, must be layer numbers"),
         ("dense,lserve,dense", "variant 'dense' is named twice"),
+        ("dense:weight_dtype=int3", "weight_dtype=int3 must be one of auto, bfloat16, float32, int8, int4"),
+        ("dense:weight_dtype=", "weight_dtype= must be one of auto"),
+        ("dense:weight_dtype=int8+weight_dtype=int8", "weight_dtype is given twice"),
     ],
 )
 def test_what_is_no_variant_is_refused(text: str, message: str):
@@ -104,8 +110,23 @@ def test_a_change_replaces_fields_or_leaves_the_variant_itself():
     assert change(base, "sink=128+local=64").label == "lserve:token_budget=25%+sink=128+local=64"
 
 
+def test_the_form_of_the_weights_is_a_field_like_others_and_is_that_of_the_run_where_none_is_named():
+    base = dataclasses.replace(parse_variant("dense"), weight_dtype="bfloat16")  # as a run fills it in
+    assert change(base, "weight_dtype=bfloat16") is base
+    narrow = change(base, "weight_dtype=int8")
+    assert (narrow.label, narrow.weight_dtype, narrow.options) == ("dense:weight_dtype=int8", "int8", {})
+    assert change(narrow, "weight_dtype=int8") is narrow
+    assert change(narrow, "sink=16").weight_dtype == "int8"
+    assert change(base, "sink=16").weight_dtype == "bfloat16"
+    assert change(narrow, "weight_dtype=int4+sink=16").label == "dense:weight_dtype=int4+sink=16"
+    assert narrow.config(1024) == base.config(1024)
+    assert narrow.arguments(narrow.config(1024))["weight_dtype"] == "int8"
+    assert base.arguments(base.config(1024))["weight_dtype"] == "bfloat16"
+
+
 def test_each_axis_of_the_ablation_holds_the_base_and_every_setting_can_be():
-    found = ablations.settings(parse_variant(ablations.BASE), ablations.AXES, num_layers=3)
+    base = dataclasses.replace(parse_variant(ablations.BASE), weight_dtype="bfloat16")
+    found = ablations.settings(base, ablations.AXES, num_layers=3)
     assert {setting.axis for setting in found} == set(ablations.AXES)
     for axis in ablations.AXES:
         labels = [setting.variant.label for setting in found if setting.axis == axis]
@@ -113,6 +134,17 @@ def test_each_axis_of_the_ablation_holds_the_base_and_every_setting_can_be():
         assert len(set(labels)) == len(labels)
     for setting in found:
         setting.variant.config(1024)
+
+
+def test_a_base_that_is_the_reference_stands_once_in_the_table_of_an_axis():
+    base = dataclasses.replace(parse_variant("dense"), weight_dtype="int8")
+    found = ablations.settings(base, ["weight_dtype"], num_layers=1)
+    cells: list[Any] = [
+        {"task": "copy", "length": 9, "variant": label, "is_reference": label == "dense"}
+        for label in ("dense", "dense:weight_dtype=int4")
+    ]
+    rows = ablations.by_axis(found, cells)["weight_dtype"]
+    assert [row["variant"] for row in rows] == ["weight_dtype=int8", "weight_dtype=int4"]
 
 
 def test_an_unknown_axis_is_refused():

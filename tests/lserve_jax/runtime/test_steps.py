@@ -134,7 +134,8 @@ def test_decode_loop_gives_what_single_steps_give_and_ends_each_sequence_at_its_
     prompts = [tokens(100), tokens(70, seed=2)]
     expected, caches, first = [], run.cache(), []
     for slot, prompt in enumerate(prompts):
-        tables = PageTables(*(table[slot : slot + 1] for table in run.tables))
+        rows = (table[slot : slot + 1] for table in run.tables if table is not None)
+        tables = PageTables(*rows, slots=np.array([slot], np.int32))
         row = np.zeros((1, 128), np.int32)
         row[0, : len(prompt)] = prompt
         counts = np.array([len(prompt)], np.int32)

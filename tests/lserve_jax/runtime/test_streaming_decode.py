@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lserve_jax.config.pages import most_streaming_pages
 from lserve_jax.engine.allocator import PageAllocator, PagePool, stack_tables
 from lserve_jax.engine.request import Request, Sequence
-from pallas_kernels import LayerKV, PagedKV, PageTables, decode_attention, kv_write, prefill_attention
+from pallas_kernels import LayerKV, PagedKV, PageTables, Tail, decode_attention, kv_write, prefill_attention
 
 pytestmark = pytest.mark.slow
 
@@ -78,10 +78,10 @@ def step(
     """Outputs [B, T, N, H] of a chunk, or of one token, and the pools with NaN in whatever nobody holds."""
     pools = [
         jax.tree.map(lambda x, held=held: jnp.where(held[:, None, None, None], x, jnp.nan), pool)
-        for pool, held in zip(kv, is_held, strict=True)
+        for pool, held in zip(kv[:2], is_held, strict=True)
     ]
     q, k, v = qkv
-    kv = kv_write(k, v, LayerKV(*pools), tables, starts, counts)
+    kv = kv_write(k, v, kv._replace(retrieval=pools[0], streaming=pools[1]), tables, starts, counts)
     if q.shape[1] == 1:
         lengths = jnp.where(counts > 0, starts + 1, 0)
         return decode_attention(q[:, 0], kv, tables, lengths, None, sink=window.sink, local=window.local)[:, None], kv
@@ -112,6 +112,7 @@ class Cache:
                 *(jnp.zeros((retrieval.num_pages, 1, rows, HEAD_DIM)) for rows in (PAGE, PAGE, subs, subs))
             ),
             streaming=PagedKV(*(jnp.zeros((streaming.num_pages, 1, PAGE, HEAD_DIM)) for _ in range(2))),
+            tail=Tail(*(jnp.full((len(PROMPTS), 2, PAGE, HEAD_DIM), jnp.nan) for _ in range(2))),
         )
 
     def reserve(self, counts: NDArray[np.int_], window: int) -> None:
@@ -123,7 +124,9 @@ class Cache:
         """Outputs [B, width, 4, H] of the next tokens of every sequence."""
         tables = PageTables(*stack_tables(self.sequences, len(self.sequences), TABLE_PAGES))
         is_held = [
-            np.isin(np.arange(pool.k.shape[0]), table) for pool, table in zip(self.kv, tables, strict=True) if pool
+            np.isin(np.arange(pool.k.shape[0]), table)
+            for pool, table in zip(self.kv[:2], tables[:2], strict=True)
+            if pool
         ]
         starts = np.array([sequence.num_cached for sequence in self.sequences])
         index = np.minimum(starts[:, None] + np.arange(width), LONGEST - 1)

@@ -119,10 +119,11 @@ def test_integers_of_64_bits_give_the_same_results():
 def test_attention_recall_is_the_same():
     rng = np.random.default_rng(0)
     one = stepper()
-    pool = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), one.cache()[0].kv.retrieval)
+    kv = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), one.cache()[0].kv)
     q, lengths = rng.normal(size=(SLOTS, 2, 16)).astype(np.float32), np.array([100, 0])
     selected = np.array([[[0, 2, -1]], [[-1, -1, -1]]])
-    arguments = (q, pool, one.tables.retrieval[:SLOTS], lengths, selected)  # NumPy's integers have 64 bits
+    tables = jax.tree.map(lambda table: table[:SLOTS], one.tables)
+    arguments = (q, kv, tables, lengths, selected)  # NumPy's integers have 64 bits
     without, within = x64.both(lambda: np.asarray(attention_recall(*arguments)))
     assert_same_bits(within, without)
     assert np.isnan(without).tolist() == [[False], [True]]

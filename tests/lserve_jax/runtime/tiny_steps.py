@@ -71,7 +71,7 @@ class Stepper:
 
     def prefill(self, cache: KVCache, tokens: np.ndarray, chunk: int) -> tuple[np.ndarray, KVCache]:
         """The logits [T, V] of a prompt fed chunk by chunk."""
-        tables = PageTables(*(table[:1] for table in self.tables))
+        tables = jax.tree.map(lambda table: table[:1], self.tables)
         parts = []
         for start in range(0, len(tokens), chunk):
             piece = np.zeros((1, chunk), np.int32)
@@ -113,8 +113,8 @@ class Stepper:
         """What `run` must give, by dense attention in the checkpoint's own head order with a mask a KV head.
 
         Retrieval heads see all that came before, streaming heads what section 2 of the algorithm says, with the prefill
-        window in the prompt and the decode window after it. In a quantised cache, what a query reads of the past is
-        rounded; its own chunk of the prompt is not.
+        window in the prompt and the decode window after it. In a quantised cache, what a query reads of sealed pages is
+        rounded; the open page and its own chunk of the prompt are not.
         """
         config, count = self.config, len(tokens)
         policy, order = config.attention, config.heads
@@ -124,13 +124,16 @@ class Stepper:
         local = np.where(is_prompt, policy.prefill_local, policy.local)
         causal = key <= query
         window = causal & ((key > query - local) | (key < policy.sink))
-        is_rounded = np.where(is_prompt, key < query // chunk * chunk, True)
+        page, start = policy.page_size, query // chunk * chunk
+        opened, end = start // page * page, np.minimum(start + chunk, prompt_length)
+        own = np.where(is_prompt, np.where(end <= opened + page, opened, start), query // page * page)
+        is_rounded = key < own
         kept = [set(heads[:n]) for heads, n in zip(order.order, order.num_retrieval, strict=True)]
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: None) -> tuple[jax.Array, None]:
             groups = q.shape[2] // k.shape[2]
             seen = jnp.asarray(np.stack([causal if head in kept[layer] else window for head in range(k.shape[2])]))
-            stored = (self._stored(x, kept[layer]) for x in (k, v))
+            stored = (self._stored(x, kept[layer], kind) for x, kind in ((k, "k"), (v, "v")))
             (k_old, v_old), repeat = stored, partial(jnp.repeat, repeats=groups, axis=2)
             scores = [jnp.einsum("btnh,bsnh->bnts", q, repeat(x)) / math.sqrt(q.shape[3]) for x in (k_old, k)]
             scores = jnp.where(is_rounded, *scores)
@@ -149,15 +152,29 @@ class Stepper:
 
         return np.asarray(forward(variables, rows))[0]
 
-    def _stored(self, x: jax.Array, kept: set[int]) -> jax.Array:
+    def _stored(self, x: jax.Array, kept: set[int], part: str) -> jax.Array:
         """Keys or values [B, T, K, H] as they come back from the cache, of retrieval heads `kept` and of the others."""
-        retrieval, streaming = (self._rounded(x, kind) for kind in (self.config.kv_dtype, self.config.streaming_dtype))
+        config, rounded = self.config, self._rounded_keys if part == "k" else self._rounded_values
+        retrieval, streaming = (rounded(x, kind) for kind in (config.kv_dtype, config.streaming_dtype))
         is_kept = np.isin(np.arange(x.shape[2]), sorted(kept))
         return jnp.where(is_kept[:, None], retrieval, streaming)
 
-    def _rounded(self, x: jax.Array, kind: str) -> jax.Array:
+    def _rounded_keys(self, k: jax.Array, kind: str) -> jax.Array:
+        """Keys within the bounds of their sub-pages; those of a page that is not full are never read so."""
         if kind not in BITS:
-            return x.astype(kind).astype(jnp.float32)
-        turned = rotate(x) if self.config.is_rotated else x
+            return k.astype(kind).astype(jnp.float32)
+        (batch, tokens, heads, size), (storage, *_) = k.shape, [x.retrieval or x.streaming for x in self.config.kinds]
+        assert storage is not None and storage.sub_page_size is not None
+        pages = jnp.pad(k, ((0, 0), (0, -tokens % storage.sub_page_size), (0, 0), (0, 0)))
+        by_sub = pages.reshape(batch, -1, storage.sub_page_size, heads, size)
+        low, high = (x(by_sub, axis=2, keepdims=True) for x in (jnp.min, jnp.max))
+        step = (high - low) / (2 ** BITS[kind] - 1)
+        codes = jnp.round((by_sub - low) / jnp.where(step > 0, step, 1.0))
+        return (codes * step + low).reshape(pages.shape)[:, :tokens]
+
+    def _rounded_values(self, v: jax.Array, kind: str) -> jax.Array:
+        if kind not in BITS:
+            return v.astype(kind).astype(jnp.float32)
+        turned = rotate(v) if self.config.is_rotated else v
         rounded = dequantize(quantize(turned, BITS[kind]), jnp.dtype("float32"))
         return rotate(rounded) if self.config.is_rotated else rounded

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.text import chat
 from lserve_jax.text.tokenizer import Tokenizer
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
@@ -254,6 +255,24 @@ def test_a_begun_answer_is_what_it_would_be_without_the_template_behind_it(quest
     whole = tokenizer.apply_chat_template([user(question), answer(content)], add_generation_prompt=False)
     end = tokenizer.encode("<|im_end|>\n")
     assert [*ids, *end] == whole
+
+
+def test_names_that_someone_invents_do_not_fill_the_memory_or_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(chat, "MOST_WARNED", 5)
+    tokenizer = characters(THINKER)
+    for number in range(20):
+        tokenizer.render_chat([user("hi")], template_kwargs={f"invented{number}": 1})
+    assert len([record for record in caplog.records if "without effect" in record.getMessage()]) == 5
+
+
+def test_a_long_name_does_not_fill_the_memory(caplog: pytest.LogCaptureFixture):
+    tokenizer = characters(THINKER)
+    names = ["x" * 1_000_000 + end for end in "ab"]
+    for name in names:
+        tokenizer.render_chat([user("hi")], template_kwargs={name: 1})
+    assert len([record for record in caplog.records if "without effect" in record.getMessage()]) == 1
 
 
 # Which text is literal

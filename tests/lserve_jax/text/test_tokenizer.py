@@ -1,7 +1,11 @@
 import json
 import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from lserve_jax.config.errors import InputError
+from lserve_jax.text import literals
 from lserve_jax.text.tokenizer import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "tokenizer_ids.json").read_text())
@@ -219,6 +224,23 @@ def test_no_message_writes_a_control_token(parts: list[str]):
 
 
 TINY = tiny()
+
+
+def test_threads_that_encode_their_first_conversations_together_get_the_same(monkeypatch: pytest.MonkeyPatch):
+    def slow_dumps(value: Any) -> str:
+        time.sleep(0.02)  # the others get here meanwhile, if they can
+        return json.dumps(value)
+
+    monkeypatch.setattr(literals, "json", SimpleNamespace(loads=json.loads, dumps=slow_dumps))
+    tokenizer, start = tiny(), threading.Barrier(8)
+
+    def encode(_: int) -> list[int]:
+        start.wait(60)
+        return tokenizer.apply_chat_template(user("a<|end|>b"))
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(encode, range(8)))
+    assert found == [tiny().apply_chat_template(user("a<|end|>b"))] * 8
 
 
 def test_literal_special_tokens_work_whatever_the_model_behind():
@@ -478,3 +500,29 @@ def test_a_model_without_a_template_says_so():
 
 def test_ids_beyond_the_vocabulary_decode_to_nothing():
     assert tiny().decode([0, 10**6, 1]) == '!"'
+
+
+@pytest.mark.parametrize("form", ["text", "chat", "chat with a control token"])
+def test_other_threads_run_while_a_long_text_is_encoded(form: str, embedded: Tokenizer):
+    """A server's streams would stand still for seconds."""
+    text = "The quick brown fox jumps over the lazy dog. " * 8000
+    turns, is_over = 0, threading.Event()
+
+    def work() -> None:
+        nonlocal turns
+        while not is_over.wait(0.001):
+            turns += 1
+
+    end = "<|im_end|>" if form.endswith("token") else ""
+    embedded.apply_chat_template(user("hi" + end))  # what is made once has been made
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        begin = turns
+        found = embedded.encode(text) if form == "text" else embedded.apply_chat_template(user(text + end))
+        end_turns = turns
+    finally:
+        is_over.set()
+        worker.join()
+    assert len(found) > 8000
+    assert end_turns - begin >= 20

@@ -61,7 +61,9 @@ def write_orbax(path: Path, tensors: dict[str, np.ndarray]) -> tuple[Path, Calla
     params = whole.load_params("float32")
     params["final_norm"]["scale"] = tensors[NORM]
     params["layers_1"]["mlp"]["down_proj"]["kernel"] = tensors[DOWN]
-    orbax.save(path, params, hf_config=CONFIG, generation_config={}, write_others=lambda folder: None)
+    orbax.save(
+        path, params, config=whole.config, hf_config=CONFIG, generation_config={}, write_others=lambda folder: None
+    )
     return path, {NORM: "final_norm.scale", DOWN: "layers_1.mlp.down_proj.kernel"}.__getitem__
 
 

@@ -386,7 +386,8 @@ def test_embedded_file_loads_as_its_published_model(embedded_gguf: Path):
     params = checkpoint.load_params("bfloat16")
     assert params["embed"]["embedding"].shape == (49152, 576)
     assert all(
-        bool(np.isfinite(np.asarray(leaf, np.float32)).all()) for leaf in params["layers_29"]["mlp"]["up_proj"].values()
+        bool(np.isfinite(np.asarray(leaf, np.float32)).all())
+        for leaf in params["layers_29"]["mlp"]["gate_up_proj"].values()
     )
 
 

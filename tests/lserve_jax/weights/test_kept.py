@@ -10,9 +10,10 @@ import pytest
 
 from lserve_jax.weights import open_checkpoint
 from lserve_jax.weights.load import Checkpoint
-from tests.lserve_jax.checkpoints import assert_same_tree, random_tensors, write_folder
+from tests.lserve_jax.checkpoints import assert_same_bits, assert_same_tree, random_tensors, write_folder
 from tests.lserve_jax.weights.test_rules import CONFIGS, Heads
 
+GGUF = Path(__file__).parents[2] / "golden" / "quantized" / "gguf"
 ORDERS = (None, Heads((2, 0, 1), (0, 1, 2), (1, 0, 2)), Heads((1, 2, 0), (0, 1, 2), (2, 1, 0)), None)
 
 
@@ -42,6 +43,33 @@ def test_another_dtype_is_read_anew(tmp_path: Path):
     kept.load_params("float32", None)
     wanted = jax.tree.map(np.asarray, checkpoint.load_params("bfloat16", None))
     assert_same_tree(kept.load_params("bfloat16", None), wanted, "bfloat16")
+
+
+@pytest.mark.parametrize("weight_dtype", ["auto", "int4"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q4_K_M", "Q8_0"])
+def test_packed_weights_in_each_order_equal_a_load_of_their_own(name: str, weight_dtype: str):
+    checkpoint = open_checkpoint(str(GGUF / f"{name}.gguf"))
+    layers, heads = checkpoint.config.num_layers, checkpoint.config.num_kv_heads
+    rng = np.random.default_rng(0)
+    orders = [Heads(*(tuple(rng.permutation(heads)) for _ in range(layers))) for _ in range(2)]
+    kept = checkpoint.kept()
+    for order in (None, *orders, None):
+        assert_same_bits(
+            kept.load_params("float32", order, weight_dtype=weight_dtype),
+            checkpoint.load_params("float32", order, weight_dtype=weight_dtype),
+        )
+
+
+def test_another_form_is_read_anew(tmp_path: Path):
+    checkpoint = opened(tmp_path, CONFIGS["biased"])
+    kept = checkpoint.kept()
+    for weight_dtype in ("int8", "int4", None, "int8"):
+        wanted = checkpoint.load_params("float32", ORDERS[1], weight_dtype=weight_dtype)
+        assert_same_bits(kept.load_params("float32", ORDERS[1], weight_dtype=weight_dtype), wanted)
+    unreadable(tmp_path)
+    kept.load_params("float32", ORDERS[2], weight_dtype="int8")
+    with pytest.raises(ValueError, match="holds neither"):
+        kept.load_params("float32", ORDERS[2], weight_dtype="int4")
 
 
 def test_memory_never_holds_two_models_where_none_is_alive(tmp_path: Path):

@@ -7,7 +7,7 @@ from lserve_jax.config.hf import read_hf
 from lserve_jax.config.model import ModelConfig
 from lserve_jax.models.llama import Llama
 from lserve_jax.weights import abstract_params
-from lserve_jax.weights.rules import check_heads, expected_tensors, head_index
+from lserve_jax.weights.rules import check_heads, expected_tensors, head_order, parameters
 from tests.lserve_jax.checkpoints import gguf_name, random_tensors, tiny_config
 
 CONFIGS = {
@@ -53,18 +53,19 @@ def test_tables_describe_the_tensors_of_hugging_face_and_llama_cpp(name: str):
     assert [gguf_name(tensor.names["hf"]) for tensor in expected] == [tensor.names["gguf"] for tensor in expected]
 
 
-def test_query_heads_move_in_the_groups_that_share_a_kv_head():
+def test_heads_move_as_blocks_of_one_kv_head():
     config = model("biased")
     heads = Heads((2, 0, 1), (0, 1, 2), (0, 2, 1))
-    moved = {tensor.path: index for tensor in expected_tensors(config) if (index := head_index(tensor, config, heads))}
-    axis, order = moved["layers_0", "attention", "q_proj", "kernel"]
-    assert (axis, order.tolist()) == (0, [4, 5, 0, 1, 2, 3])
-    axis, order = moved["layers_2", "attention", "k_proj", "bias"]
-    assert (axis, order.tolist()) == (0, [0, 2, 1])
-    per_layer = {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 1}
-    names = [path[2] for path in moved if path[0] == "layers_0"]
-    assert {name: names.count(name) for name in names} == per_layer
-    assert not any(path[0] == "layers_1" for path in moved)
+    every = parameters(config)
+    moved = {
+        parameter.path: order for parameter in every if (order := head_order(parameter, config, heads)) is not None
+    }
+    assert {path[0] for path in moved} == {"layers_0", "layers_2"}
+    names = ["qkv_proj.kernel", "o_proj.kernel", "qkv_proj.bias"]
+    assert [".".join(path[2:]) for path in moved if path[0] == "layers_0"] == names
+    assert all(order.tolist() == [2, 0, 1] for path, order in moved.items() if path[0] == "layers_0")
+    axes = {parameter.path[-2]: parameter.head_axis for parameter in every if parameter.path in moved}
+    assert axes == {"qkv_proj": 0, "o_proj": -1}
 
 
 @pytest.mark.parametrize(
@@ -83,4 +84,4 @@ def test_head_order_of_another_model_is_refused(order: tuple[tuple[int, ...], ..
 def test_identity_order_moves_nothing():
     config = model("llama")
     heads = Heads(*[tuple(np.arange(3).tolist())] * 3)
-    assert all(head_index(tensor, config, heads) is None for tensor in expected_tensors(config))
+    assert all(head_order(parameter, config, heads) is None for parameter in parameters(config))
