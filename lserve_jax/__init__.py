@@ -10,6 +10,7 @@ from lserve_jax.config.hf import read_hf
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.model import ModelConfig, RopeConfig
 from lserve_jax.config.sampling import SamplingParams
+from lserve_jax.config.selectors import register_selector
 from lserve_jax.engine.outputs import RequestOutput, ScoreOutput
 from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.llm import LLM
@@ -41,4 +42,5 @@ __all__ = [
     "prefill_step",
     "prepare",
     "read_hf",
+    "register_selector",
 ]

@@ -1,12 +1,13 @@
 """`python -m lserve_jax.calibrate`: finds which KV heads of a model may stream and writes a head pattern.
 
-Smoothing factors for weights in 8 bits are written beside it.
+With it go the window of streaming heads, the layers that must read all pages, and smoothing factors for weights in 8
+bits.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,25 +15,29 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from lserve_jax.calibration.dense_layers import dense_layers, selection_costs
 from lserve_jax.calibration.folder import require_target, write_pattern, write_settings
+from lserve_jax.calibration.masked import retrieval_heads
 from lserve_jax.calibration.passkeys import Passkeys
 from lserve_jax.calibration.picture import head_map, require_matplotlib
 from lserve_jax.calibration.progress import Done, Progress
-from lserve_jax.calibration.prompts import make_prompts
+from lserve_jax.calibration.prompts import Prompt, make_prompts
 from lserve_jax.calibration.scores import (
     DEFAULT_RANKING,
     MEASURES,
     RANDOM,
     RANKINGS,
     SLOPES,
+    OnProgress,
     Scores,
     combine,
     score_heads,
     to_gates,
 )
-from lserve_jax.calibration.shares import describe, expected_losses, num_readings
+from lserve_jax.calibration.shares import describe, expected_losses
 from lserve_jax.calibration.smoothing import find_smoothing
 from lserve_jax.calibration.training import TrainingConfig, train
+from lserve_jax.calibration.windows import WINDOWS, choose_window, window_costs
 from lserve_jax.cli.common import (
     ProgressBars,
     required_tokenizer,
@@ -42,9 +47,10 @@ from lserve_jax.cli.common import (
 )
 from lserve_jax.cli.flags import add_fields, add_shared, given, local_path, whole
 from lserve_jax.cli.parser import OneLineParser
-from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.config.attention import AttentionConfig, from_preset
 from lserve_jax.config.errors import InputError
-from lserve_jax.config.heads import QUOTAS
+from lserve_jax.config.heads import QUOTAS, classify
+from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.engine.patterns import architecture
 from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.models.llama import Params
@@ -55,15 +61,20 @@ from pallas_kernels.core.quantized_matrix import quantized_matrices
 _LONGEST = 32768
 SMOOTHING_PROMPTS = 4
 """Prompts that are read for smoothing factors."""
-_WINDOWS = {
+SEARCH_PROMPTS = 18
+"""Prompts on which window and dense layers are chosen: the costs of copies differ by a factor of five."""
+_SETTINGS = {
     "sink": {"default": AttentionConfig.sink},
     "local": {
-        "default": AttentionConfig.local,
+        "words": f"the best of {', '.join(map(str, WINDOWS))}, for heads ranked with {AttentionConfig.local}",
         "help": "newest tokens, the current one included, that streaming heads see",
     },
-    "dense_layers": {"default": (), "help": "layers whose retrieval heads read all pages wherever the pattern is used"},
+    "dense_layers": {
+        "words": "those that are found",
+        "help": "layers whose retrieval heads read all pages wherever the pattern is used; '' for none",
+    },
 }
-"""The attention settings with which a pattern is found, and which are written into it."""
+"""The attention settings that are written into a pattern."""
 
 _FLAGS: dict[str, dict[str, Any]] = {
     "--quota": {
@@ -109,13 +120,11 @@ class _Method(NamedTuple):
 
     Attributes:
       settings: what is written into the pattern beside the settings that all methods share.
-      num_steps: steps that it reports.
-      find: parameters, results of an interrupted run, a function to call with the steps done → gates.
+      find: parameters, results of an interrupted run, a function that shows progress → gates.
     """
 
     settings: dict[str, Any]
-    num_steps: int
-    find: Callable[[Params, Done, Callable[[int], None]], _Found]
+    find: Callable[[Params, Done, OnProgress], _Found]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     methods = "how gates are found; see below (default: %(default)s)"
     parser.add_argument("--method", choices=tuple(_METHODS), default="score", help=methods)
-    add_fields(parser, AttentionConfig, tuple(_WINDOWS), own=_WINDOWS)
+    add_fields(parser, AttentionConfig, tuple(_SETTINGS), own=_SETTINGS)
     scoring = parser.add_argument_group("--method score: what heads would lose on synthetic prompts; minutes")
     training = parser.add_argument_group("--method train: DuoAttention's gates by gradient descent; hours")
     add_fields(training, TrainingConfig)
@@ -165,8 +174,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     _check(args)
     setup = _prepare(args)
     tokenizer = required_tokenizer(setup.checkpoint, args.tokenizer)
-    held_out = make_prompts(tokenizer, count=args.held_out, length=args.length, seed=f"held out {args.seed}")
-    plain = make_prompts(tokenizer, count=SMOOTHING_PROMPTS, length=args.length, seed=f"smoothing {args.seed}")
+    prompts = _make_prompts(args, tokenizer)
     # Find every error of the user before loading weights.
     method = _METHODS[args.method](args, setup, tokenizer)
     settings = _settings(args, setup) | method.settings
@@ -174,41 +182,109 @@ def _calibrate(args: argparse.Namespace) -> None:
     progress = Progress(args.out, {name: value for name, value in settings.items() if name != "model_name"})
     setup.warn()
     use_compilation_cache()
+    chunk = setup.sizes.prefill_chunk
     with ProgressBars(is_shown=not args.quiet) as bars:
-        params = setup.checkpoint.load_params(  # without the factors of an earlier calibration
-            *(setup.config.dtype, None, lambda done, total: bars.report("weights", done, total)),
-            weight_dtype=setup.forms.weight_dtype,
-        )
-
-        def report(done: int) -> None:
-            bars.report("calibration", done, method.num_steps + len(plain) + num_readings(held_out))
-
-        gates, scores = method.find(params, progress, report)
+        params = _load(setup, bars.report)
+        gates, scores = method.find(params, progress, bars.report)
         smoothing = find_smoothing(
-            *(params, setup.config, plain),
-            chunk=setup.sizes.prefill_chunk,
+            *(params, setup.config, prompts.smoothing),
+            chunk=chunk,
             done=progress,
-            on_progress=lambda done: report(method.num_steps + done),
+            on_progress=lambda done: bars.report("smoothing", done, SMOOTHING_PROMPTS),
         )
         picture = None if args.no_picture else _picture(gates, settings)
         progress.save()  # before the pattern: a folder with a pattern alone is finished
         write_pattern(
             *(args.out, gates, settings | {"expected_loss": []}), scores=scores, picture=picture, smoothing=smoothing
         )
+        options = {"chunk": chunk, "done": progress, "on_progress": bars.report}
+        search = _Search(params, setup.config, prompts.search, gates, options)
+        if args.local is None:
+            settings |= search.window(settings["attention"])
+        if args.dense_layers is None:
+            settings |= search.dense_layers(settings["attention"], args.length)
+        write_settings(args.out, settings | {"expected_loss": []})
         rows = []
-        if held_out:
-            chunk = setup.sizes.prefill_chunk
-            rows = expected_losses(
-                *(params, setup.config, held_out, gates),
-                chunk=chunk,
-                done=progress,
-                on_progress=lambda stage, done, total: report(method.num_steps + len(plain) + done),
-            )
+        if prompts.held_out:
+            local = settings["attention"]["local"]
+            rows = expected_losses(params, setup.config, prompts.held_out, gates, local=local, **options)
     write_settings(args.out, settings | {"expected_loss": [asdict(row) for row in rows]})
     progress.remove()
     if rows:
         print(describe(rows))
     print(f"wrote {args.out}: use it with --head-pattern {args.out}")
+
+
+class _Prompts(NamedTuple):
+    """Prompts by what is done with them; those that rank heads belong to a method."""
+
+    smoothing: list[Prompt]
+    search: list[Prompt]
+    held_out: list[Prompt]
+
+
+def _make_prompts(args: argparse.Namespace, tokenizer: Tokenizer) -> _Prompts:
+    def make(count: int, use: str) -> list[Prompt]:
+        return make_prompts(tokenizer, count=count, length=args.length, seed=f"{use} {args.seed}")
+
+    is_searched = args.local is None or args.dense_layers is None
+    return _Prompts(
+        smoothing=make(SMOOTHING_PROMPTS, "smoothing"),
+        search=make(SEARCH_PROMPTS if is_searched else 0, "search"),
+        held_out=make(args.held_out, "held out"),
+    )
+
+
+def _load(setup: Setup, on_progress: OnProgress) -> Params:
+    """Returns the parameters, without the factors of an earlier calibration."""
+    return setup.checkpoint.load_params(
+        *(setup.config.dtype, None, lambda done, total: on_progress("weights", done, total)),
+        weight_dtype=setup.forms.weight_dtype,
+    )
+
+
+class _Search(NamedTuple):
+    """What the settings of a pattern are searched with. As many heads stream as by default.
+
+    Attributes:
+      params: the model's parameters in the checkpoint's order of heads.
+      config: the dense model; its ``attention`` has the sink.
+      prompts: prompts of all kinds.
+      gates: [L, K].
+      options: chunk, results of an interrupted run, and a function that shows progress.
+    """
+
+    params: Params
+    config: InferenceConfig
+    prompts: Sequence[Prompt]
+    gates: NDArray[np.floating]
+    options: dict[str, Any]
+
+    def window(self, attention: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns ``attention`` with the window that is found, and what each window costs, as settings of a pattern."""
+        share = AttentionConfig.static_sparsity
+        is_retrieval = retrieval_heads(self.gates, share)
+        costs = window_costs(self.params, self.config, self.prompts, is_retrieval, **self.options)
+        local = choose_window(costs)
+        return {
+            "attention": {**attention, "local": local, "prefill_local": local},
+            "windows": {"static_sparsity": share, "costs": [asdict(cost) for cost in costs]},
+        }
+
+    def dense_layers(self, attention: Mapping[str, Any], length: int) -> dict[str, Any]:
+        """Returns ``attention`` with the dense layers that are found, and what page selection costs.
+
+        A quarter of ``length`` tokens is selected.
+        """
+        policy = from_preset("lserve", token_budget=length // 4, **attention)
+        config = replace(self.config, attention=policy, heads=classify(self.gates, policy.static_sparsity))
+        costs = selection_costs(self.params, config, self.prompts, **self.options)
+        found = {"dense_layers": list(dense_layers(costs))} if dense_layers(costs) else {}
+        pages = {"token_budget": policy.token_budget, "page_size": policy.page_size}
+        return {
+            "attention": {**attention, **found},
+            "page_selection": {**pages, "costs": [asdict(cost) for cost in costs]},
+        }
 
 
 def _picture(gates: NDArray[np.floating], settings: dict[str, Any]) -> bytes:
@@ -222,9 +298,10 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("held_out", "seed"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0")
-    if args.length <= args.sink + args.local:
+    local = _ranking_window(args)
+    if args.length <= args.sink + local:
         raise InputError(
-            f"--length {args.length} must be more than --sink {args.sink} and --local {args.local} together: "
+            f"--length {args.length} must be more than --sink {args.sink} and --local {local} together: "
             "streaming heads see all of a shorter prompt"
         )
     if not args.no_picture:
@@ -257,8 +334,14 @@ def _prepare(args: argparse.Namespace) -> Setup:
     return setup
 
 
+def _ranking_window(args: argparse.Namespace) -> int:
+    """Returns the window with which heads are ranked."""
+    return AttentionConfig.local if args.local is None else args.local
+
+
 def _settings(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
-    attention: dict[str, Any] = {"sink": args.sink, "local": args.local, "prefill_local": args.local}
+    local = _ranking_window(args)
+    attention: dict[str, Any] = {"sink": args.sink, "local": local, "prefill_local": local}
     if setup.config.attention.dense_layers:
         attention["dense_layers"] = list(setup.config.attention.dense_layers)
     return {
@@ -266,7 +349,7 @@ def _settings(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         "checkpoint": setup.checkpoint.digest,
         "architecture": architecture(setup.checkpoint.config),
         "sink_size": args.sink,
-        "recent_size": args.local,
+        "recent_size": local,
         "attention": attention,
         "quota": args.quota,
         "seed": args.seed,
@@ -281,21 +364,21 @@ def _scoring(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> _M
         model = setup.config.model
         drawn = np.random.default_rng(args.seed).random((model.num_layers, model.num_kv_heads))
         random = _Found(to_gates(drawn, args.quota), None)
-        return _Method({"method": RANDOM, "measured": RANKINGS[RANDOM]}, 0, lambda params, done, report: random)
+        return _Method({"method": RANDOM, "measured": RANKINGS[RANDOM]}, lambda params, done, on_progress: random)
     prompts = make_prompts(tokenizer, count=args.prompts, length=args.length, seed=args.seed)
 
-    def find(params: Params, done: Done, report: Callable[[int], None]) -> _Found:
+    def find(params: Params, done: Done, on_progress: OnProgress) -> _Found:
         scores = score_heads(
             *(params, setup.config, prompts),
             names=(*MEASURES, *({args.score} & SLOPES.keys())),
             chunk=setup.sizes.prefill_chunk,
             done=done,
-            on_progress=lambda stage, done, total: report(done),
+            on_progress=on_progress,
         )
         return _Found(to_gates(combine(scores, args.score), args.quota), scores)
 
     settings = {"method": args.score, "measured": RANKINGS[args.score], "num_prompts": args.prompts}
-    return _Method(settings, len(prompts), find)
+    return _Method(settings, find)
 
 
 def _training(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> _Method:
@@ -317,16 +400,16 @@ def _training(args: argparse.Namespace, setup: Setup, tokenizer: Tokenizer) -> _
         "num_passkeys": passkeys.num_passkeys,
     }
 
-    def find(params: Params, done: Done, report: Callable[[int], None]) -> _Found:
+    def find(params: Params, done: Done, on_progress: OnProgress) -> _Found:
         def on_step(step: int, loss: float, gate: float) -> None:
-            report(step)
+            on_progress("training", step, training.steps)
             if not args.quiet and step % max(training.steps // 20, 1) == 0:
                 tqdm.write(f"step {step}: loss {loss:.3g}, mean gate {gate:.3f}", file=sys.stderr)
 
         gates = train(params, setup.config, passkeys.make, training, done=done, on_step=on_step)
         return _Found(gates if args.quota == "model" else to_gates(gates, args.quota), None)
 
-    return _Method(settings, training.steps, find)
+    return _Method(settings, find)
 
 
 _METHODS = {"score": _scoring, "train": _training}

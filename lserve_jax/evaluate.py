@@ -31,7 +31,7 @@ from lserve_jax.engine.setup import Setup, prepare
 from lserve_jax.evaluation import ablations, plots
 from lserve_jax.evaluation.opening import LONGBENCH, NAMES, PromptSettings, measurement_names, open_measurements
 from lserve_jax.evaluation.origin import Origin, origin_of
-from lserve_jax.evaluation.runner import Plan, make_items, make_loads, missing, run
+from lserve_jax.evaluation.runner import Plan, make_items, make_loads, missing, run, without_distributions
 from lserve_jax.evaluation.store import Store, write_whole
 from lserve_jax.evaluation.summary import summarise
 from lserve_jax.evaluation.table import format_tables
@@ -193,6 +193,11 @@ def _measure(
     loads = make_loads(plan, todo, items, open_setup, progress.report)
     use_compilation_cache()
     reference = plan.variants[0].label
+    if count := without_distributions(todo, items, store, reference):
+        logger.warning(
+            f"no kl and same_token for {count} of {len(todo)} prompts: {args.out} lacks the reference's distributions, "
+            "which earlier versions did not keep; to have them, name a new --out"
+        )
     try:
         store.start(item.line for item in items.values())
         run(

@@ -283,11 +283,19 @@ class LLM:
         with self._alone() as engine:
             return engine.prompt_logprobs(self._encode(token_ids))
 
-    def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt]) -> list[ScoreOutput]:
+    def score(
+        self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *, has_logits: bool = False
+    ) -> list[ScoreOutput]:
         """Returns the model's scores of given continuations of prompts, in order; one or several, as for `generate`.
 
         A prompt goes through prefill and its continuation through decode steps, as if the model had generated it, so
         page selection is active as in generation.
+
+        Args:
+          prompts: texts, or lists or arrays of token ids.
+          continuations: the same, one per prompt.
+          has_logits: whether the outputs have the logits too, which take 4 bytes for each token of a continuation and
+            each token of the vocabulary. Their program is compiled when they are first asked for.
 
         Raises:
           InputError: if either is empty, they are too long together, or their numbers differ; nothing has run.
@@ -295,10 +303,11 @@ class LLM:
         each, following = each_prompt(prompts), each_prompt(continuations)
         if len(each) != len(following):
             raise InputError(f"{len(each)} prompts need as many continuations, got {len(following)}")
-        generations = [self._forced(*pair) for pair in zip(each, following, strict=True)]
+        generations = [self._forced(*pair, has_logits=has_logits) for pair in zip(each, following, strict=True)]
         for _ in self._run(generations):
             pass
-        return [one.score(self._costs) for one in generations]
+        # One after the other, so that no more than one prompt's logits are there twice.
+        return [generations.pop(0).score(self._costs) for _ in each]
 
     def save_context(self, prompt: Prompt, path: str | Path) -> tuple[int, ...]:
         """Returns the tokens of a prompt, after it has read the prompt and saved it for `load_context`.
@@ -370,7 +379,7 @@ class LLM:
         """Returns the format of saved contexts, which belong to a model and its settings."""
         return context_format(self.setup, self.tokenizer)
 
-    def _forced(self, prompt: Prompt, continuation: Prompt) -> Generation:
+    def _forced(self, prompt: Prompt, continuation: Prompt, *, has_logits: bool) -> Generation:
         ids, forced = self._encode(prompt), self._encode(continuation, is_start=False)
         limit = self.setup.sizes.max_model_len
         if len(ids) + len(forced) > limit:
@@ -379,7 +388,14 @@ class LLM:
                 "shorten them or raise max_model_len"
             )
         params = SamplingParams(max_tokens=len(forced), ignore_eos=True, logprobs=True)
-        request = Request(id=next(self._ids), prompt=ids, sampling=params, forced=forced, arrival=time.perf_counter())
+        request = Request(
+            id=next(self._ids),
+            prompt=ids,
+            sampling=params,
+            forced=forced,
+            arrival=time.perf_counter(),
+            has_logits=has_logits,
+        )
         return Generation(request, None, self.compile_seconds)
 
     @contextmanager

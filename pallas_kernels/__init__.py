@@ -18,7 +18,7 @@ from pallas_kernels.core.quantization import (
 from pallas_kernels.core.quantized_matrix import QuantizedMatrix
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.kv_write import kv_write
-from pallas_kernels.page_select import page_select, selection_width
+from pallas_kernels.page_select import Selection, choose_pages, page_select, selection_width
 from pallas_kernels.prefill_attention import BlockList, BlockRanges, Walk, prefill_attention, visible_walk
 from pallas_kernels.quantized_matmul import quantized_matmul
 
@@ -34,8 +34,10 @@ __all__ = [
     "QuantizedArray",
     "QuantizedKeys",
     "QuantizedMatrix",
+    "Selection",
     "Tail",
     "Walk",
+    "choose_pages",
     "decode_attention",
     "dequantize",
     "dequantize_keys",

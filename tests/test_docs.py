@@ -414,12 +414,11 @@ def test_every_attention_setting_is_explained():
 
 def test_the_page_sizes_that_follow_from_the_budget_are_as_the_table_says():
     table = ATTENTION.split("### `page_size`")[1].split("\n### ")[0]
-    rows = re.findall(r"^\| (below )?(\d+)[^|]* \| (\d+) \| (\d+) \| (yes|no) \|$", table, re.M)
+    rows = re.findall(r"^\| (below )?(\d+)[^|]* \| (\d+) \| (\d+) \|$", table, re.M)
     assert len(rows) == 4
-    for below, budget, page, sub_page, lookahead in rows:
+    for below, budget, page, sub_page in rows:
         config = from_preset("lserve", token_budget=int(budget) - bool(below))
-        found = (config.page_size, config.sub_page_size, config.has_lookahead)
-        assert found == (int(page), int(sub_page), lookahead == "yes"), budget
+        assert (config.page_size, config.sub_page_size) == (int(page), int(sub_page)), budget
 
 
 def test_the_map_names_the_packages_and_all_that_is_in_them():

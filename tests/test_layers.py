@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pallas_kernels.core.*",),
     (
         "pallas_kernels.decode_attention.program",
+        "pallas_kernels.page_select.selection",
         "pallas_kernels.prefill_attention.blocks",
         "pallas_kernels.prefill_attention.codes",
         "pallas_kernels.prefill_attention.own",

@@ -35,6 +35,7 @@ PUBLIC = {
     "prefill_step",
     "prepare",
     "read_hf",
+    "register_selector",
 }
 PUBLIC_OPS = {
     "NO_PAGE",
@@ -43,6 +44,8 @@ PUBLIC_OPS = {
     "PagedKV",
     "QuantizedArray",
     "QuantizedMatrix",
+    "Selection",
+    "choose_pages",
     "decode_attention",
     "dequantize",
     "kv_write",
@@ -106,4 +109,4 @@ def test_the_old_name_of_a_batchs_size_warns_and_works():
     with pytest.warns(FutureWarning, match=r"init_cache\(slots=\) is deprecated: say max_num_seqs="):
         old = init_cache(config, slots=2, retrieval_pages=300, streaming_pages=60)
     assert old[0].selected is not None and new[0].selected is not None
-    assert old[0].selected.shape == new[0].selected.shape
+    assert old[0].selected.pages.shape == new[0].selected.pages.shape

@@ -24,18 +24,12 @@ def cache_bytes_read(config: InferenceConfig, lengths: range) -> float:
     template = jax.eval_shape(lambda: init_cache(config, max_num_seqs=1, retrieval_pages=1, streaming_pages=1))
     held = float(np.mean([-(-length // attention.page_size) for length in lengths]))
 
-    def bytes_of(pools: list[PagedKV | None], heads: list[tuple[int, int, int | None]]) -> float:
-        """Returns the bytes of a class; ``heads`` has each layer's retrieval and streaming heads and selected pages."""
+    def bytes_of(pools: list[PagedKV | None], heads: list[tuple[int, int, bool]]) -> float:
+        """Returns the bytes of a class; ``heads`` has the numbers of each layer, and whether it selects."""
         pool = next((pool for pool in pools if pool is not None), None)
         if pool is None:
             return 0.0
-        reads = PageReads(
-            page_size=attention.page_size,
-            sink=attention.sink,
-            local=attention.local,
-            selector_interval=attention.selector_interval,
-            heads=tuple(heads),
-        )
+        reads = PageReads(attention=attention, heads=tuple(heads))
         ratio = reads.ratio(lengths.start - 1, len(lengths))
         assert ratio is not None
         is_quantized = isinstance(pool.k, QuantizedKeys)  # codes of keys need the bounds, which others are selected by
@@ -45,10 +39,13 @@ def cache_bytes_read(config: InferenceConfig, lengths: range) -> float:
     subs = attention.page_size // attention.sub_page_size
     head_statistics = 2 * subs * config.model.head_dim * jnp.dtype(config.dtype).itemsize
     chosen = [kind.decode.num_selected for kind in config.kinds]
-    kept = list(zip(config.num_retrieval, chosen, strict=True))
-    retrieval = bytes_of([layer.kv.retrieval for layer in template], [(n, 0, pages) for n, pages in kept])
-    streaming = bytes_of([layer.kv.streaming for layer in template], [(0, kv_heads - n, pages) for n, pages in kept])
-    selecting = sum(n for n, pages in kept if pages is not None and pages < held)
+    kept = [(n, pages is not None) for n, pages in zip(config.num_retrieval, chosen, strict=True)]
+    retrieval = bytes_of([layer.kv.retrieval for layer in template], [(n, 0, selects) for n, selects in kept])
+    streaming = bytes_of(
+        [layer.kv.streaming for layer in template], [(0, kv_heads - n, selects) for n, selects in kept]
+    )
+    budget = held if attention.num_selected is None else attention.budgets(np.asarray(held))
+    selecting = sum(n for n, selects in kept if selects and budget < held)
     return retrieval + streaming + selecting * held * head_statistics / attention.selector_interval
 
 

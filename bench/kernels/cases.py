@@ -11,10 +11,10 @@ import numpy as np
 
 import pallas_kernels
 from bench.kernels.arrays import layer, normal, selection, weights
-from bench.kernels.compare import compare_lists, compare_rows, compare_written
+from bench.kernels.compare import compare_rows, compare_selections, compare_written
 from bench.kernels.sizes import dense, first_of_window
 from bench.measure import is_gpu
-from pallas_kernels import NO_PAGE, LayerKV, PagedKV, dequantize, selection_width
+from pallas_kernels import LayerKV, PagedKV, Selection, dequantize, selection_width
 from pallas_kernels.core.paging import is_visible, pools
 from pallas_kernels.core.sealing import keys_of
 from pallas_kernels.core.workloads import Product, Workload
@@ -133,25 +133,26 @@ def select_case(w: Workload, calls: int, sets: int) -> Case:
     w = replace(w, streaming=0)
     kv, tables = layer(w, sets, 0, has_tokens=False, has_statistics=True)
     width = selection_width(w.num_selected, w.interval, w.page_size)
-    previous = jnp.full((w.batch, w.retrieval, width), NO_PAGE, jnp.int32)
+    previous = Selection.empty(w.batch, w.retrieval, width)
     lengths, is_refresh = jnp.full(w.batch, w.context, jnp.int32), jnp.ones(w.batch, bool)
     own = [
         (normal(w, 10 + i, w.batch, w.num_heads, w.head_dim), tables[i % sets].retrieval, previous)
         for i in range(calls)
     ]
 
-    def call(pages: PagedKV, own: Any, *, implementation: str) -> jax.Array:
+    def call(pages: PagedKV, own: Any, *, implementation: str) -> Selection:
         q, table, previous = own
         return pallas_kernels.page_select(
             *(q, pages, table, lengths, previous, is_refresh),
             num_selected=w.num_selected,
             interval=w.interval,
             sink_pages=1,
+            memory=0.6,
             implementation=implementation,
         )
 
     references = _references(call, is_affordable=w.batch * w.retrieval * w.max_pages <= 4096, is_looped=True)
-    return Case(call, kv.retrieval, own, references, is_writing=False, compare=compare_lists)
+    return Case(call, kv.retrieval, own, references, is_writing=False, compare=compare_selections)
 
 
 def write_case(w: Workload, calls: int, sets: int, *, is_decode: bool) -> Case:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray, QuantizedKeys, dequantize
+from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray, QuantizedKeys, Selection, dequantize
 from pallas_kernels.core.paging import pools, slots_of
 from pallas_kernels.core.sealing import keys_of
 
@@ -22,15 +22,17 @@ def compare_rows(actual: Any, expected: Any) -> None:
     assert float(error.max()) <= TOLERANCE, f"a row's relative error is {float(error.max()):.4f}, over {TOLERANCE}"
 
 
-def compare_lists(actual: Any, expected: Any) -> None:
-    """Raises AssertionError if page lists differ in more pages than scores that are equal up to rounding explain."""
-    actual, expected = np.asarray(actual), np.asarray(expected)
+def compare_selections(actual: Selection, expected: Selection) -> None:
+    """Raises AssertionError if lists or what is remembered differ more than scores that are equal up to rounding."""
+    ours, right = np.asarray(actual.pages), np.asarray(expected.pages)
     different = sum(
         len(set(mine) ^ set(theirs)) // 2
-        for mine, theirs in zip(*(x.reshape(-1, x.shape[-1]) for x in (actual, expected)), strict=True)
+        for mine, theirs in zip(*(x.reshape(-1, x.shape[-1]) for x in (ours, right)), strict=True)
     )
-    assert (np.diff(np.where(actual < 0, 2**30, actual), axis=-1) >= 0).all(), "a page list is not in order"
-    assert different <= max(1, expected.size // 1000), f"{different} of {expected.size} pages differ"
+    assert (np.diff(np.where(ours < 0, 2**30, ours), axis=-1) >= 0).all(), "a page list is not in order"
+    assert different <= max(1, right.size // 1000), f"{different} of {right.size} pages differ"
+    mine, theirs = (np.asarray(x.scores)[ours == right] for x in (actual, expected))
+    assert np.isclose(mine, theirs, rtol=0, atol=TOLERANCE).all(), "what is remembered of a page is wrong"
 
 
 def compare_written(actual: LayerKV, expected: LayerKV, tables: PageTables, span: range) -> None:

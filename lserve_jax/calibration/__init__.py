@@ -1,1 +1,1 @@
-"""Which KV heads of a model may stream: scores without training, DuoAttention's training, the pattern's folder."""
+"""Which KV heads of a model may stream, by scores or by DuoAttention's training, and which settings suit them."""

@@ -86,16 +86,15 @@ class LayerHeads(NamedTuple):
         return jax.lax.map(one, jnp.arange(self.k.shape[1], dtype=jnp.int32))
 
 
-def visible_keys(chunk: Chunk, config: InferenceConfig) -> tuple[jax.Array, jax.Array]:
+def visible_keys(chunk: Chunk, sink: int, local: int | jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the keys of pages and chunk that each query sees, [T, S + T] bool: with dense and streaming attention."""
-    size, attention = chunk.sources.size, config.attention
+    size = chunk.sources.size
     at = chunk.start + jnp.arange(chunk.tokens.size, dtype=jnp.int32)
     before = jnp.arange(size, dtype=jnp.int32)
     positions = jnp.concatenate([before, at])
     exists = jnp.concatenate([before < chunk.start, jnp.ones(at.size, bool)])
-    windows = ((None, None), (attention.sink, attention.local))
-    dense, streaming = (exists & is_visible(at[:, None], positions, *window) for window in windows)
-    return dense, streaming
+    dense = exists & is_visible(at[:, None], positions, None, None)
+    return dense, exists & is_visible(at[:, None], positions, sink, local)
 
 
 type Attend[T] = Callable[[int, jax.Array, LayerHeads, jax.Array], tuple[jax.Array, T]]

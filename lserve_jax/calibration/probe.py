@@ -109,7 +109,7 @@ def slopes(
 
 def _comparison(chunk: Chunk, config: InferenceConfig) -> Callable[[LayerHeads], Heads]:
     """Returns the function that computes dense and streaming attention of a layer's heads."""
-    is_dense, is_streaming = visible_keys(chunk, config)
+    is_dense, is_streaming = visible_keys(chunk, config.attention.sink, config.attention.local)
     passages = jnp.pad(chunk.sources, (0, chunk.tokens.size))
     is_source = (passages == chunk.asks[:, None]) & (chunk.asks[:, None] > 0)
 

@@ -60,14 +60,18 @@ class Reader:
 
     def read(self, prompt: Prompt) -> Chunk:
         """Returns the tokens that predict the answer, after a dense prefill of all earlier tokens."""
-        last = len(prompt.tokens) - prompt.num_answer - 1  # the question's last token predicts the answer's first one
+        last = _last(prompt)
         tables = PageTables(self._table[None], self._table[None])
         for start in range(0, last, self._chunk):
             piece = prompt.tokens[start : min(start + self._chunk, last)]
             starts, counts = (jnp.full(1, value, jnp.int32) for value in (start, len(piece)))
             tokens = _padded(piece, self._chunk, 0)[None]
             _, self.cache = prefill_step(self.params, self.cache, tokens, starts, counts, tables, config=self.config)
-        return self._piece(prompt, last, self._width)
+        return self.answer(prompt)
+
+    def answer(self, prompt: Prompt) -> Chunk:
+        """Returns the tokens that predict the answer, padded to the longest answer of all prompts; reads nothing."""
+        return self._piece(prompt, _last(prompt), self._width)
 
     def read_through[T](self, prompt: Prompt, step: Step[T], combine: Callable[[Any, Any], Any] = operator.add) -> T:
         """Returns the sum of ``step`` over all chunks of a prompt, answer included; ``combine`` replaces the sum."""
@@ -93,6 +97,11 @@ class Reader:
             table=self._table,
             sources=_padded(prompt.sources, self._table.size * self.config.attention.page_size, 0),
         )
+
+
+def _last(prompt: Prompt) -> int:
+    """Returns the position of the question's last token, which predicts the answer's first one."""
+    return len(prompt.tokens) - prompt.num_answer - 1
 
 
 def _padded(values: Sequence[int], size: int, fill: int) -> jax.Array:

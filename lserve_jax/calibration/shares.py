@@ -2,57 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from lserve_jax.calibration.attention import average, scores, weights
-from lserve_jax.calibration.pages import Chunk, LayerHeads, forward, visible_keys
+from lserve_jax.calibration.masked import answer_loss, answer_states, retrieval_heads
 from lserve_jax.calibration.progress import Done
 from lserve_jax.calibration.prompts import Prompt
 from lserve_jax.calibration.reader import Reader
 from lserve_jax.calibration.scores import OnProgress
-from lserve_jax.config.heads import classify
 from lserve_jax.config.inference import InferenceConfig
-from lserve_jax.models import layerwise
 from lserve_jax.models.llama import Params
-from lserve_jax.runtime.cache import KVCache
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def masked_step(
-    params: Params, cache: KVCache, chunk: Chunk, is_retrieval: jax.Array, *, config: InferenceConfig
-) -> tuple[jax.Array, KVCache]:
-    """Returns the summed negative log-likelihood of a chunk's targets, and the cache with the chunk.
-
-    The pattern of heads is data, so that one program serves all patterns.
-
-    Args:
-      params: the model's parameters in the checkpoint's order of heads.
-      cache: the cache of a dense model with the tokens before the chunk; donated.
-      chunk: the tokens.
-      is_retrieval: [L, K] bool, which heads keep the whole context; the others stream.
-      config: a dense model; its ``attention`` has the ``sink`` and ``local`` of streaming.
-    """
-    is_dense, is_streaming = visible_keys(chunk, config)
-
-    def attend(layer: int, x: jax.Array, heads: LayerHeads, gate: jax.Array) -> tuple[jax.Array, None]:
-        def head(index: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return average(weights(scores(q, k), jnp.where(gate[index], is_dense, is_streaming)), v)
-
-        return heads.map(chunk, head), None
-
-    hidden, _, cache = forward(params, cache, chunk, is_retrieval, attend, config)
-
-    def nll() -> jax.Array:
-        return jnp.sum(chunk.nll(layerwise.log_probabilities(params, config, hidden)[0]))
-
-    return jax.lax.cond(jnp.any(chunk.targets >= 0), nll, lambda: jnp.float32(0)), cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +37,7 @@ def expected_losses(
     prompts: Sequence[Prompt],
     gates: NDArray[np.floating],
     *,
+    local: int,
     chunk: int,
     shares: Sequence[float] = SHARES,
     done: Done | None = None,
@@ -82,8 +45,8 @@ def expected_losses(
 ) -> list[ShareLoss]:
     """Returns the losses of dense attention and of each share of streaming heads, which have the lowest gates [L, K].
 
-    Heads stream from the first token of a prompt on. ``done`` has losses by prompt and heads; other arguments are those
-    of `score_heads`.
+    Heads stream from the first token of a prompt on, with a window of ``local`` tokens. ``done`` has losses by prompt,
+    heads and window; other arguments are those of `score_heads`.
     """
     reader, rows = Reader(params, config, prompts, chunk=chunk), []
     done = {} if done is None else done
@@ -91,13 +54,13 @@ def expected_losses(
         is_retrieval = retrieval_heads(gates, share)
         losses: dict[str, list[float]] = {}
         for number, prompt in enumerate(prompts, start=1):
-            key = f"loss {prompt.digest} {np.packbits(is_retrieval).tobytes().hex()}"
+            key = f"loss {prompt.digest} {np.packbits(is_retrieval).tobytes().hex()} {local}"
             if key not in done:
-                loss = float(reader.read_through(prompt, partial(masked_step, is_retrieval=jnp.asarray(is_retrieval))))
-                done[key] = np.asarray(loss / prompt.num_answer)
+                hidden = answer_states(reader, prompt, is_retrieval, local)
+                done[key] = np.asarray(answer_loss(params, hidden, reader.answer(prompt), config=config))
             losses.setdefault(prompt.kind, []).append(float(done[key]))
             if on_progress is not None:
-                on_progress("expected loss", len(rows) * len(prompts) + number, num_readings(prompts, shares))
+                on_progress("losses", len(rows) * len(prompts) + number, num_readings(prompts, shares))
         nll = {kind: float(np.mean(values)) for kind, values in losses.items()}
         rows.append(ShareLoss(share=share, streaming=int(np.sum(~is_retrieval)), nll=nll))
     return rows
@@ -106,14 +69,6 @@ def expected_losses(
 def num_readings(prompts: Sequence[Prompt], shares: Sequence[float] = SHARES) -> int:
     """Returns how many prompts `expected_losses` reads."""
     return (1 + len(shares)) * len(prompts)
-
-
-def retrieval_heads(gates: NDArray[np.floating], share: float) -> NDArray[np.bool_]:
-    """Returns which heads [L, K] keep the whole context at a static sparsity, as the loader chooses them."""
-    classes = classify(gates, share)
-    heads = np.arange(classes.num_kv_heads)
-    kept = zip(classes.order, classes.num_retrieval, strict=True)
-    return np.stack([np.isin(heads, order[:count]) for order, count in kept])
 
 
 def describe(rows: Sequence[ShareLoss]) -> str:

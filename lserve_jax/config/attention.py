@@ -1,12 +1,16 @@
 """The sparsity policy: which tokens streaming heads see, how many pages a decoded token reads, how pages are stored."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from lserve_jax.config.checks import require_whole
 from lserve_jax.config.errors import InputError, shown
+from lserve_jax.config.selectors import BOUND, require_selector
 from lserve_jax.config.settings import settings
 
 KV_DTYPES = ("bfloat16", "float32", "int8", "int4")
@@ -34,6 +38,21 @@ class AttentionConfig:
             "metavar": "N|all",
         },
     )
+    budget_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the context that a retrieval head reads per decoded token where that is more than "
+            "token_budget, 0 to 1"
+        },
+    )
+    budget_cap: int | None = field(
+        default=None,
+        metadata={
+            "help": "most tokens that budget_share may come to; it is the length of the page lists",
+            "default": "that share of the longest context",
+            "metavar": "N",
+        },
+    )
     page_size: int = field(
         default=64,
         metadata={
@@ -50,8 +69,15 @@ class AttentionConfig:
             "default": _OF_BUDGET,
         },
     )
+    selector: str = field(
+        default=BOUND,
+        metadata={
+            "help": "how pages are scored: bound (LServe, Quest); to compare with: mean_key, oracle, random",
+            "metavar": "NAME",
+        },
+    )
     selector_interval: int = field(
-        default=4, metadata={"help": "decode steps from one page selection of a sequence to the next", "least": 1}
+        default=1, metadata={"help": "decode steps from one page selection of a sequence to the next", "least": 1}
     )
     sink: int = field(default=128, metadata={"help": "first tokens that streaming heads see", "least": 0})
     local: int = field(
@@ -86,12 +112,11 @@ class AttentionConfig:
             "1 is the upper bound of Quest and LServe"
         },
     )
-    has_lookahead: bool = field(
-        default=False,
+    selector_memory: float = field(
+        default=0.6,
         metadata={
-            "help": "score a page at least as high as the last sub-page of the page before it: for copying, where "
-            "sub-pages are about as long as the interval",
-            "default": _OF_BUDGET,
+            "help": "what is left, after each decode step, of the share of attention that a selected page had, 0 to 1; "
+            "0 ranks pages by the newest query alone"
         },
     )
     group_reduction: str = field(
@@ -105,14 +130,14 @@ class AttentionConfig:
                 object.__setattr__(self, name, require_whole(name, getattr(self, name), setting.metadata["least"]))
         if self.page_size % self.sub_page_size:
             raise InputError(f"page_size={self.page_size} must be a multiple of sub_page_size={self.sub_page_size}")
-        for name in ("static_sparsity", "selector_spread"):
+        for name in ("static_sparsity", "selector_spread", "selector_memory", "budget_share"):
             share = getattr(self, name)
             if not (isinstance(share, Real) and 0 <= float(share) <= 1):
                 raise InputError(f"{name}={shown(share)} must be a number from 0 to 1")
             object.__setattr__(self, name, float(share))
-        for name in ("is_sink_forced", "has_lookahead"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name}={shown(getattr(self, name))} must be true or false")
+        require_selector(self.selector)
+        if not isinstance(self.is_sink_forced, bool):
+            raise InputError(f"is_sink_forced={shown(self.is_sink_forced)} must be true or false")
         if self.kv_dtype not in ("auto", *KV_DTYPES):
             raise InputError(f"kv_dtype={shown(self.kv_dtype)} must be auto or one of {', '.join(KV_DTYPES)}")
         if self.group_reduction not in REDUCTIONS:
@@ -132,6 +157,8 @@ class AttentionConfig:
                 f"token_budget={self.token_budget} must be at least {needed}: the {self.forced_pages} pages of "
                 f"{self.page_size} tokens with the first and the newest tokens are always read"
             )
+        if self.budget_cap is not None:
+            object.__setattr__(self, "budget_cap", require_whole("budget_cap", self.budget_cap, self.token_budget))
 
     def options(self) -> dict[str, Any]:
         """Returns the fields as arguments of `from_preset`: ``from_preset(c.preset, **c.options()) == c``."""
@@ -159,8 +186,36 @@ class AttentionConfig:
 
     @property
     def num_selected(self) -> int | None:
-        """Returns the pages per selection; None for all."""
+        """Returns the most pages per selection; None for all.
+
+        Raises:
+          InputError: if a share of the context has no limit.
+        """
+        if self.token_budget is None:
+            return None
+        if self.budget_share and self.budget_cap is None:
+            raise InputError("budget_share needs a budget_cap where the longest context is not known")
+        return (self.budget_cap or self.token_budget) // self.page_size
+
+    @property
+    def least_selected(self) -> int | None:
+        """Returns the pages that every selection may have; None for all."""
         return None if self.token_budget is None else self.token_budget // self.page_size
+
+    def capped(self, longest: int) -> "AttentionConfig":
+        """Returns the policy with the limit that a share of a context of at most ``longest`` tokens needs."""
+        if not self.budget_share or self.token_budget is None or self.budget_cap is not None:
+            return self
+        needed = math.ceil(self.budget_share * -(-longest // self.page_size)) * self.page_size
+        return replace(self, budget_cap=max(needed, self.token_budget))
+
+    def budgets(self, pages: Any) -> Any:
+        """Returns the pages that sequences of so many pages select, an int32 array like ``pages``."""
+        assert self.least_selected is not None and self.num_selected is not None
+        share = pages.astype(np.float32) * np.float32(self.budget_share)
+        whole = share.astype(np.int32)
+        is_more = (share > whole.astype(np.float32)).astype(np.int32)
+        return (whole + is_more).clip(self.least_selected, self.num_selected)
 
 
 _NO_SELECTOR: dict[str, Any] = {"token_budget": None}
@@ -174,17 +229,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_NO_STREAMING,
         "page_size": 16,
         "sub_page_size": 16,
-        "selector_interval": 1,
         "dense_layers": (0, 1),
         "selector_spread": 1.0,
+        "selector_memory": 0.0,
     },
     "qserve": {**_NO_SELECTOR, **_NO_STREAMING, "kv_dtype": "int4"},
 }
 """The fields of each system that differ from the defaults: LServe, vLLM-like, DuoAttention, Quest, QServe."""
 
 _SMALL_PAGES: tuple[tuple[int, dict[str, Any]], ...] = (
-    (512, {"page_size": 16, "sub_page_size": 2, "has_lookahead": True}),
-    (2048, {"page_size": 16, "sub_page_size": 4, "has_lookahead": True}),
+    (512, {"page_size": 16, "sub_page_size": 2}),
+    (2048, {"page_size": 16, "sub_page_size": 4}),
     (4096, {"page_size": 32, "sub_page_size": 8}),
 )
 """Token budgets, and the fields that replace the defaults below each: a selection needs many pages."""
@@ -194,7 +249,7 @@ def from_preset(preset: str, /, *, of_model: Mapping[str, Any] | None = None, **
     """Returns a preset with some fields replaced.
 
     If neither preset nor overrides name a page size, it follows from the budget: 64 tokens per page; 32 at budgets
-    below 4096; 16 with lookahead at budgets below 2048, with sub-pages of 2 below 512 (docs/accuracy.md).
+    below 4096; 16 at budgets below 2048, with sub-pages of 2 below 512 (docs/accuracy.md).
 
     Args:
       preset: a key of `PRESETS`.
@@ -227,7 +282,4 @@ def default_pages(preset: str, token_budget: int, chosen: Mapping[str, Any]) -> 
     chosen = {**PRESETS[preset], **chosen}
     if chosen.keys() & {"page_size", "sub_page_size"}:
         return {}
-    found = next((dict(pages) for below, pages in _SMALL_PAGES if token_budget < below), {})
-    if chosen.get("group_reduction") == "mean":
-        found.pop("has_lookahead", None)  # only defined for the maximum, see `pallas_kernels.page_select`
-    return found
+    return next((dict(pages) for below, pages in _SMALL_PAGES if token_budget < below), {})

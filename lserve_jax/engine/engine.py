@@ -25,7 +25,7 @@ from lserve_jax.runtime.cache import KVCache, empty_cache
 from lserve_jax.runtime.freed_memory import give_back_freed_memory
 from lserve_jax.runtime.programs import Call, Programs
 from lserve_jax.runtime.recall import recall_step
-from lserve_jax.runtime.steps import decode_loop, prefill_step, sample_first, score_step
+from lserve_jax.runtime.steps import Generated, decode_loop, prefill_step, sample_first, score_step
 
 TAIL_CHUNKS = (64, 256)
 """Chunk sizes of further programs for the last chunk of a prompt. The smallest that holds it runs, so that what a
@@ -102,6 +102,9 @@ class Engine:
 
     def warm_up(self, *, moves_pages: bool = False, on_done: Callable[[int, int], None] | None = None) -> None:
         """Compiles every program that a request may need; runs none.
+
+        What returns whole logits (`prompt_logits`, requests with ``has_logits``) is for no request of a server, and is
+        compiled when it is first called.
 
         Args:
           moves_pages: whether `read_pages` and `write_pages` will be called too.
@@ -231,8 +234,11 @@ class Engine:
         logits, scores, seconds = self._run_chunks(plan.chunks)
         arrays: list[np.ndarray] = []
         if plan.chunks[0].is_last:
-            generated, more = self._timed(self._sample_call(logits, [chunk.sequence for chunk in plan.chunks]))
-            arrays, seconds = [np.asarray(x)[None] for x in generated], seconds + more
+            sequences = [chunk.sequence for chunk in plan.chunks]
+            generated, more = self._timed(self._sample_call(logits, sequences))
+            if _has_logits(sequences):
+                generated = generated._replace(logits=logits)
+            arrays, seconds = [x[None] for x in _on_host(generated)], seconds + more
         results = []
         for row, chunk in enumerate(plan.chunks):
             taken = self._take_first(chunk, arrays, row, accept)
@@ -253,7 +259,7 @@ class Engine:
         if not chunk.is_last:
             self.scheduler.record_prefill(chunk)
             return Taken.joined([])
-        taken = Taken.of(arrays, row, _num_top(chunk.sequence))
+        taken = _taken(arrays, row, chunk.sequence)
         _, reason = accept(chunk.sequence, taken)
         self.scheduler.record_prefill(chunk, taken.tokens[0], reason)
         return taken
@@ -301,7 +307,7 @@ class Engine:
         logits = jax.ShapeDtypeStruct((rows, self.config.model.vocab_size), np.float32)
         found = [*calls.values(), self._sample_call(logits, [sequence])]
         is_decoding = sequence.max_length > sequence.prompt_length + 1
-        return [*found, self._decode_call(Decode((), ()))] if is_decoding else found
+        return [*found, self._decode_call(Decode((), ()), has_logits=_has_logits([sequence]))] if is_decoding else found
 
     def _run_prefill(self, chunks: Sequence[Chunk], *, has_all_logits: bool = False) -> tuple[jax.Array, float]:
         """Returns the logits and seconds of prompt chunks, and writes the chunks to the cache."""
@@ -359,12 +365,13 @@ class Engine:
 
     def _decode(self, plan: Decode, accept: Accept) -> list[Progress]:
         recall = self._recall(plan) if self._has_recall else None
-        (generated, _, self.cache), seconds = self._timed(self._decode_call(plan))
-        arrays, results = [np.asarray(x) for x in generated], []
+        call = self._decode_call(plan, has_logits=_has_logits(plan.sequences))
+        (generated, _, self.cache), seconds = self._timed(call)
+        arrays, results = _on_host(generated), []
         for sequence in plan.sequences:
             slot = sequence.slot
             assert slot is not None
-            taken = Taken.of(arrays, slot, _num_top(sequence))
+            taken = _taken(arrays, slot, sequence)
             kept, reason = accept(sequence, taken)
             held, taken = _pages_held(sequence), taken.first(kept)
             self.scheduler.record_decode(sequence, taken.tokens, reason)
@@ -391,16 +398,16 @@ class Engine:
         args = (self.params, self.cache, state.tokens, lengths, state.decode_steps, tables)
         return Call("recall", recall_step, args, {"config": self.config})
 
-    def _decode_call(self, plan: Decode) -> Call:
+    def _decode_call(self, plan: Decode, *, has_logits: bool = False) -> Call:
         arrays, max_steps = self._arrays, self.sizes.steps_per_call
         rows = arrays.by_slot(plan.sequences)
         steps = np.int32(plan.num_steps), arrays.forced(rows, max_steps), self._adjustments(rows)
         state, tables = arrays.decode_state(plan), arrays.tables(plan.sequences)
         return Call(
-            "decode",
+            "decode_logits" if has_logits else "decode",
             decode_loop,
             (self.params, self.cache, state, tables, arrays.sampling(rows), *steps),
-            {"config": self.config, "max_steps": max_steps},
+            {"config": self.config, "max_steps": max_steps, "has_logits": has_logits},
         )
 
     def _timed(self, call: Call) -> tuple[Any, float]:
@@ -417,7 +424,18 @@ def _pages_held(sequence: EngineSequence) -> tuple[int, int]:
     return retrieval, streaming
 
 
-def _num_top(sequence: EngineSequence) -> int:
-    """Returns how many of the likeliest tokens a request wants at each place of its text."""
+def _has_logits(sequences: Sequence[EngineSequence]) -> bool:
+    """Returns whether one of the requests wants logits."""
+    return any(sequence.request.has_logits for sequence in sequences)
+
+
+def _on_host(generated: Generated) -> list[np.ndarray]:
+    """Returns the arrays of a call's result that there are; the logits, if any, come last."""
+    return [np.asarray(x) for x in generated if x is not None]
+
+
+def _taken(arrays: Sequence[np.ndarray], row: int, sequence: EngineSequence) -> Taken:
+    """Returns the tokens of a row of a call's result, with what the request wants to know of them."""
     params = params_of(sequence)
-    return params.top_logprobs if params.logprobs else 0
+    num_top = params.top_logprobs if params.logprobs else 0
+    return Taken.of(arrays, row, num_top, has_logits=sequence.request.has_logits)

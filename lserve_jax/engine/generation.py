@@ -295,6 +295,7 @@ class Generation:
             logprobs=tuple(taken.logprobs),
             greedy_token_ids=tuple(taken.choices),
             metrics=self._metrics(costs),
+            logits=np.stack(taken.logits) if taken.logits else None,
         )
 
     def _metrics(self, costs: "Costs") -> RequestMetrics:
@@ -331,14 +332,11 @@ class Costs:
     @cached_property
     def page_reads(self) -> PageReads:
         """Returns the page reads per decoded token."""
-        attention = self.config.attention
         return PageReads(
-            page_size=attention.page_size,
-            sink=attention.sink,
-            local=attention.local,
-            selector_interval=attention.selector_interval,
+            attention=self.config.attention,
             heads=tuple(
-                (kind.num_retrieval, kind.num_streaming, kind.decode.num_selected) for kind in self.config.kinds
+                (kind.num_retrieval, kind.num_streaming, kind.decode.num_selected is not None)
+                for kind in self.config.kinds
             ),
         )
 

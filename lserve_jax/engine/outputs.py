@@ -1,7 +1,9 @@
 """The results of a generation: text, tokens and statistics."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
+
+import numpy as np
 
 type TopLogprobs = tuple[tuple[int, float], ...]
 """The likeliest tokens at one place, with their log-probabilities, best first."""
@@ -81,12 +83,14 @@ class ScoreOutput:
       logprobs: the log-probability (natural logarithm) of each of its tokens, given all tokens before it.
       greedy_token_ids: the likeliest token at each of these positions.
       metrics: statistics; ``decoded_tokens`` are those after the first, which the prefill scores.
+      logits: [T, V] float32 the model's logits at each of these positions, if asked for.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     greedy_token_ids: tuple[int, ...]
     metrics: RequestMetrics
+    logits: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def is_greedy(self) -> bool:

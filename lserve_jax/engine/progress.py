@@ -29,12 +29,14 @@ class Taken:
       logprobs: their log-probabilities under the model's unmodified distribution.
       choices: the sampled tokens, which differ from ``tokens`` only where those were forced.
       top_logprobs: the likeliest tokens at each place, if the request asks for them; else empty.
+      logits: [V] float32 at each place, if the request asks for them; else empty.
     """
 
     tokens: list[int]
     logprobs: list[float]
     choices: list[int]
     top_logprobs: list[TopLogprobs]
+    logits: list[np.ndarray]
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
@@ -43,12 +45,18 @@ class Taken:
         return cls(**{name: [value for part in parts for value in getattr(part, name)] for name in names})
 
     @classmethod
-    def of(cls, generated: Sequence[np.ndarray], slot: int, num_top: int) -> Self:
+    def of(cls, generated: Sequence[np.ndarray], slot: int, num_top: int, *, has_logits: bool = False) -> Self:
         """Returns the tokens of a slot; ``generated`` are the arrays [steps, B, ...] of `Generated`."""
         count = int((generated[0][:, slot] >= 0).sum())
-        tokens, logprobs, choices, top_tokens, top_logprobs = (x[:count, slot] for x in generated)
-        top = top_rows(top_tokens, top_logprobs, num_top)
-        return cls(tokens=tokens.tolist(), logprobs=logprobs.tolist(), choices=choices.tolist(), top_logprobs=top)
+        tokens, logprobs, choices, top_tokens, top_logprobs, *logits = (x[:count, slot] for x in generated)
+        return cls(
+            tokens=tokens.tolist(),
+            logprobs=logprobs.tolist(),
+            choices=choices.tolist(),
+            top_logprobs=top_rows(top_tokens, top_logprobs, num_top),
+            # Copies, since a part of an array keeps the whole of it: the logits of all slots.
+            logits=[row.copy() for row in logits[0]] if has_logits else [],
+        )
 
     def first(self, count: int) -> Self:
         """Returns the first ``count`` of the tokens."""

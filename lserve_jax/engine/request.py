@@ -54,6 +54,7 @@ class Request:
       salt: only requests with the same salt share cached prefixes.
       is_cacheable: whether its prompt may be taken from the prefix cache and entered there, and read in one call with
         others; not if the caller wants more of the prompt than its last logits.
+      has_logits: whether the caller wants the logits from which each token is chosen.
     """
 
     id: int
@@ -64,6 +65,7 @@ class Request:
     priority: int = 0
     salt: bytes = b""
     is_cacheable: bool = True
+    has_logits: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.forced) in (0, self.sampling.max_tokens)

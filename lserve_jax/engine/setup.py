@@ -194,7 +194,8 @@ def prepare(
     device = device or this_device()
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     pattern = find_pattern(checkpoint, head_pattern)
-    policy = from_preset(attention, of_model=pattern.settings if pattern else None, **options)
+    length = max_model_len or checkpoint.config.max_context
+    policy = from_preset(attention, of_model=pattern.settings if pattern else None, **options).capped(length)
     pattern = pattern if policy.static_sparsity > 0 else None
     config = InferenceConfig(
         model=checkpoint.config,
@@ -204,7 +205,6 @@ def prepare(
         implementation=None if implementation == "auto" else implementation,
     )
     forms = _forms(checkpoint, config, device, weight_dtype, head_pattern)
-    length = max_model_len or checkpoint.config.max_context
     chunk = min(prefill_chunk or _PREFILL_CHUNK.get(device.platform, _GPU_PREFILL_CHUNK), length)
     calls = {"prefill_chunk": chunk, "steps_per_call": min(recall_interval or steps_per_call, length)}
     sizes = Sizes(max_model_len=length, max_num_seqs=max_num_seqs, **calls)

@@ -8,7 +8,7 @@ from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.summary import Cell
 from lserve_jax.evaluation.variants import Variant, change
 
-BASE = "lserve:page_size=16+sub_page_size=4+has_lookahead=true+token_budget=25%+kv_dtype=int8"
+BASE = "lserve:page_size=16+sub_page_size=4+token_budget=25%+kv_dtype=int8"
 
 AXES: Mapping[str, tuple[str, ...]] = {
     "page": (
@@ -22,6 +22,10 @@ AXES: Mapping[str, tuple[str, ...]] = {
         "page_size=64+sub_page_size=16",
     ),
     "budget": tuple(f"token_budget={share}%" for share in (12.5, 25, 50, 100)),
+    "selector": (
+        *("selector=bound", "selector=bound+selector_spread=1"),
+        *(f"selector={name}" for name in ("mean_key", "oracle", "random")),
+    ),
     "interval": tuple(f"selector_interval={steps}" for steps in (1, 2, 4, 8, 16)),
     "sparsity": tuple(f"static_sparsity={share}" for share in (0, 0.25, 0.5, 0.75)),
     "sink": tuple(f"sink={tokens}" for tokens in (0, 16, 64, 128, 256)),
@@ -31,7 +35,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "weight_dtype": tuple(f"weight_dtype={name}" for name in ("auto", "bfloat16", "int8", "int4")),
     "reduction": tuple(f"group_reduction={name}" for name in ("max", "mean")),
     "spread": tuple(f"selector_spread={share}" for share in (0, 0.25, 0.5, 0.75, 1)),
-    "lookahead": ("has_lookahead=false", "has_lookahead=true"),
+    "memory": tuple(f"selector_memory={share}" for share in (0, 0.3, 0.6, 0.8)),
     "forced_sink": ("is_sink_forced=true", "is_sink_forced=false"),
 }
 """For each axis, the fields that its settings replace in the base variant."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.evaluation.matching import matching_start
-from lserve_jax.evaluation.measurement import Item, Row, decoding, mean, prompt_length
+from lserve_jax.evaluation.measurement import Item, Reference, decoding, mean, prompt_length
 from lserve_jax.evaluation.rendering import word_render
 from lserve_jax.evaluation.sample import Render, Request, Sample, Task
 from lserve_jax.llm import LLM
@@ -89,19 +89,18 @@ class Answers:
         # The prompt's end and the target's beginning would share a token, but the prompt's tokens are fixed.
         return tuple(self.tokenizer.encode(sample.target, add_special_tokens=False))
 
-    def measure(self, llm: LLM, items: Sequence[Item], reference: Callable[[Item], Row | None]) -> list[dict[str, Any]]:
+    def measure(self, llm: LLM, items: Sequence[Item], reference: Reference) -> list[dict[str, Any]]:
         """Returns score, answer, and the model's likelihood of the target."""
-        del reference
         rows: list[dict[str, Any]] = [dict.fromkeys(_VALUES) for _ in items]
         pairs = list(zip(items, rows, strict=True))
-        self._score(llm, [(item, row) for item, row in pairs if item.continuation])
+        self._score(llm, [(item, row) for item, row in pairs if item.continuation], reference)
         _answer(llm, [(item, row) for item, row in pairs if row["answer"] is None])
         for item, row in pairs:
             sample = _sample(item)
             row.update(score=float(self.task.metric(row["answer"], sample.references)), info=sample.info)
         return rows
 
-    def _score(self, llm: LLM, pairs: Sequence[tuple[Item, dict[str, Any]]]) -> None:
+    def _score(self, llm: LLM, pairs: Sequence[tuple[Item, dict[str, Any]]], reference: Reference) -> None:
         """Adds the model's likelihood of targets, and the answer if that determines it.
 
         Scoring feeds the target's tokens through the decode steps, greedy decoding feeds the tokens that it chooses.
@@ -109,10 +108,12 @@ class Answers:
         ends at the first wrong word, the generation is skipped, since a prompt costs far more than its answer. Text
         after the target is ignored. A right word that begins with another token than the target's counts as wrong.
         """
-        outputs = llm.score([item.prompt.tolist() for item, _ in pairs], [item.continuation for item, _ in pairs])
+        prompts, targets = [item.prompt.tolist() for item, _ in pairs], [item.continuation for item, _ in pairs]
+        outputs = llm.score(prompts, targets, has_logits=True)
         for (item, row), output in zip(pairs, outputs, strict=True):
             hits = np.equal(output.token_ids, output.greedy_token_ids)
             row.update(nll=mean(np.negative(output.logprobs)), token_accuracy=mean(hits), **decoding(output.metrics))
+            row.update(reference.compare(item, output))
             sample = _sample(item)
             if output.is_greedy and len(item.continuation) <= sample.max_tokens:
                 row["answer"] = sample.target

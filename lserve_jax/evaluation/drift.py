@@ -1,6 +1,6 @@
 """Drift: how far a variant departs from the reference over a long generation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from lserve_jax.config.sampling import SamplingParams
 from lserve_jax.evaluation.corpus import Windows
-from lserve_jax.evaluation.measurement import Item, Row, by_position, decoding, mean, prompt_length
+from lserve_jax.evaluation.measurement import Item, Reference, by_position, decoding, mean, prompt_length
 from lserve_jax.llm import LLM
 
 NAME = "drift"
@@ -49,10 +49,10 @@ class Drift:
             record={"prompt_tokens": len(prompt), "text": self.windows.tokenizer.decode(prompt.tolist())},
         )
 
-    def measure(self, llm: LLM, items: Sequence[Item], reference: Callable[[Item], Row | None]) -> list[dict[str, Any]]:
+    def measure(self, llm: LLM, items: Sequence[Item], reference: Reference) -> list[dict[str, Any]]:
         """Returns agreement with the reference's greedy tokens, and the negative log-likelihood of its text."""
         prompts = [item.prompt.tolist() for item in items]
-        led_by = [reference(item) for item in items]
+        led_by = [reference.row(item) for item in items]
         if any(row is None for row in led_by):
             params = SamplingParams(max_tokens=self.tokens, ignore_eos=True, logprobs=True)
             return [

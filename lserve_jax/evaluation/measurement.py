@@ -1,6 +1,6 @@
 """What a run measures: prompts that are a function of (length, index), and a model's results on them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lserve_jax.config.errors import InputError
-from lserve_jax.engine.outputs import RequestMetrics
+from lserve_jax.engine.outputs import RequestMetrics, ScoreOutput
 from lserve_jax.evaluation.sample import Sample
 from lserve_jax.llm import LLM
 
@@ -55,6 +55,18 @@ class Item:
         return {"task": self.task, "length": self.length, "index": self.index, **self.record}
 
 
+class Reference(Protocol):
+    """What a measurement compares with: the results of the reference variant."""
+
+    def row(self, item: Item) -> Row | None:
+        """Returns the reference's row for a prompt; None while the reference itself is measured."""
+        ...
+
+    def compare(self, item: Item, score: ScoreOutput) -> Mapping[str, float]:
+        """Returns the fields to store about the distributions of a scored continuation, whose logits it needs."""
+        ...
+
+
 class Measurement(Protocol):
     """A row of the table of results: a task, perplexity or drift."""
 
@@ -71,11 +83,8 @@ class Measurement(Protocol):
         """Returns a prompt; raises InputError, in one line, if the length or the context has no room for it."""
         ...
 
-    def measure(self, llm: LLM, items: Sequence[Item], reference: Callable[[Item], Row | None]) -> list[dict[str, Any]]:
-        """Returns the fields to store for each item.
-
-        ``reference`` returns the row of the reference variant, or None while that variant itself is measured.
-        """
+    def measure(self, llm: LLM, items: Sequence[Item], reference: Reference) -> list[dict[str, Any]]:
+        """Returns the fields to store for each item."""
         ...
 
 
@@ -100,9 +109,9 @@ def by_position(values: Sequence[float] | NDArray[np.floating]) -> list[float]:
     return [round(float(part.mean()), 6) for part in parts]
 
 
-def mean(values: Sequence[float] | NDArray[np.floating]) -> float:
+def mean(values: Sequence[float] | NDArray[Any], *, digits: int = 6) -> float:
     """Returns the mean as rows store it."""
-    return round(float(np.mean(np.asarray(values, np.float64))), 6)
+    return round(float(np.mean(np.asarray(values, np.float64))), digits)
 
 
 def decoding(metrics: RequestMetrics) -> dict[str, float | None]:

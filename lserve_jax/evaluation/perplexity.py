@@ -1,6 +1,6 @@
 """Perplexity on natural text: by position, and of the last tokens when they are decoded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.corpus import Windows
-from lserve_jax.evaluation.measurement import Item, Row, by_position, decoding, mean, prompt_length
+from lserve_jax.evaluation.measurement import Item, Reference, by_position, decoding, mean, prompt_length
 from lserve_jax.llm import LLM
 
 NAME = "perplexity"
@@ -52,10 +52,10 @@ class Perplexity:
             record={"prompt_tokens": length, "text": self.windows.tokenizer.decode(window.tolist())},
         )
 
-    def measure(self, llm: LLM, items: Sequence[Item], reference: Callable[[Item], Row | None]) -> list[dict[str, Any]]:
+    def measure(self, llm: LLM, items: Sequence[Item], reference: Reference) -> list[dict[str, Any]]:
         """Returns negative log-likelihoods per token, in nats."""
-        del reference
-        tails = llm.score([item.prompt.tolist() for item in items], [item.continuation for item in items])
+        prompts, continuations = [item.prompt.tolist() for item in items], [item.continuation for item in items]
+        tails = llm.score(prompts, continuations, has_logits=True)
         rows = []
         for item, tail in zip(items, tails, strict=True):
             nll = np.negative(llm.prompt_logprobs([*item.prompt.tolist(), *item.continuation]))
@@ -65,6 +65,7 @@ class Perplexity:
                     "nll_by_position": by_position(nll),
                     "tail_nll": mean(np.negative(tail.logprobs)),
                     **decoding(tail.metrics),
+                    **reference.compare(item, tail),
                 }
             )
         return rows

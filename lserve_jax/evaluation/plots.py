@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from lserve_jax.config.errors import InputError
 from lserve_jax.evaluation.summary import Cell, Row, select
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
@@ -22,8 +24,10 @@ _DRAWN = {"copy": "token_accuracy", "drift": "agreement"}
 """The field that is drawn instead of a task's score: one wrong word in a long copy leaves no score."""
 
 
-def new_figure(columns: int, rows: int = 1, *, width: float = _WIDTH, height: float = _HEIGHT) -> tuple["Figure", Any]:
-    """Returns an empty figure and its panels [rows, columns]; the size of a panel is in inches.
+def new_figure(
+    columns: int, rows: int = 1, *, width: float = _WIDTH, height: float | Sequence[float] = _HEIGHT
+) -> tuple["Figure", Any]:
+    """Returns an empty figure and its panels [rows, columns]; the size of a panel, or of each row, is in inches.
 
     Raises:
       InputError: if matplotlib is not installed.
@@ -33,9 +37,10 @@ def new_figure(columns: int, rows: int = 1, *, width: float = _WIDTH, height: fl
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("plots need matplotlib: pip install 'lserve_jax[eval]'") from None
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    heights = np.broadcast_to(height, rows).tolist()
+    figure = Figure(figsize=(width * columns, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
 
 
 def save(figure: "Figure", path: Path) -> Path:
@@ -56,7 +61,8 @@ def draw(cells: Sequence[Cell], rows: Sequence[Row], folder: Path) -> list[Path]
 
 
 def _kinds(cells: Sequence[Cell]) -> Iterator[tuple[str, Callable[[list[Cell]], "Figure"], list[Cell]]]:
-    yield "scores.png", score_figure, [cell for cell in cells if "score" in cell]
+    scored = [cell for cell in cells if "score" in cell or "tail_nll" in cell]
+    yield "scores.png", score_figure, scored if _compared(scored) else []
     yield "perplexity.png", _perplexity, [cell for cell in cells if "tail_nll" in cell]
     yield "drift.png", _drift, [cell for cell in cells if "agreement" in cell]
 
@@ -71,8 +77,13 @@ def _drawn(task: str) -> str:
     return _DRAWN.get(task, "score")
 
 
+def _likelihood(task: str) -> str:
+    """Returns the field of a task's likelihood that is drawn: that of decoded tokens."""
+    return "tail_nll" if task == "perplexity" else "nll"
+
+
 def _title(task: str) -> str:
-    return f"{task} (tokens)" if _drawn(task) == "token_accuracy" else task
+    return task + {"copy": " (tokens)", "perplexity": " (decoded)"}.get(task, "")
 
 
 # --- needles ---------------------------------------------------------------------------------------------------------
@@ -123,27 +134,86 @@ def depth_grid(rows: Sequence[Row], lengths: Sequence[int]) -> np.ndarray:
 # --- scores, perplexity, drift ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison with the reference: what the axis says, the scale of its values, and a cell's estimate, if any."""
+
+    label: str
+    scale: float
+    of: Callable[[Cell], Mapping[str, Any] | None]
+
+
+COMPARISONS = (
+    Comparison("score over the reference's, points", 100, lambda cell: _difference(cell, _drawn(cell["task"]))),
+    Comparison("nll over the reference's, nats", 1, lambda cell: _difference(cell, _likelihood(cell["task"]))),
+    Comparison("KL divergence to the reference, nats", 1, lambda cell: cell.get("kl")),
+)
+
+
+def _difference(cell: Cell, field: str) -> Mapping[str, Any] | None:
+    return cell[field]["difference"] if field in cell else None
+
+
+def _compared(cells: Sequence[Cell]) -> list[Cell]:
+    """Returns the cells that have a comparison with the reference."""
+    return [cell for cell in cells if any(comparison.of(cell) is not None for comparison in COMPARISONS)]
+
+
+def _comparisons(cells: Sequence[Cell]) -> list[Comparison]:
+    """Returns the comparisons that cells have."""
+    return [comparison for comparison in COMPARISONS if any(comparison.of(cell) is not None for cell in cells)]
+
+
 def score_figure(cells: Sequence[Cell]) -> "Figure":
-    """Returns the scores of all variants by task with their intervals, one panel per length."""
-    tasks, variants, lengths = names(cells, "task"), names(cells, "variant"), sorted(names(cells, "length"))
-    figure, panels = new_figure(1, len(lengths), width=max(5.0, 0.9 * len(tasks) + 3.5), height=2.8)
-    for axes, length in zip(panels[:, 0], lengths, strict=True):
-        for place, variant in enumerate(variants):
-            found = [
-                (tasks.index(c["task"]), c[_drawn(c["task"])]) for c in select(cells, length=length, variant=variant)
-            ]
-            places = [task + _shift(place, len(variants)) for task, _ in found]
-            style = {"color": f"C{place}", "label": variant, "marker": "o", "linestyle": "none"}
-            _error_bars(axes, places, [score for _, score in found], 100, style)
-        axes.set_xticks(range(len(tasks)), [_title(task) for task in tasks], rotation=20, ha="right", fontsize=8)
-        axes.set_xlim(-0.5, len(tasks) - 0.5)
-        axes.set_ylim(-3, 103)
-        axes.set_ylabel("score, %")
-        axes.set_title(f"{length:,} tokens", fontsize=9)
-        axes.grid(axis="y", alpha=0.3)
+    """Returns each variant's comparisons with the reference by task, one row of panels per length.
+
+    Each panel has a scale of its own: the intervals of many prompts would be points beside those of a few.
+    """
+    reference = next((cell["variant"] for cell in cells if cell["is_reference"]), "the reference")
+    cells = _compared(cells)
+    comparisons, variants, lengths = _comparisons(cells), names(cells, "variant"), sorted(names(cells, "length"))
+    groups = [select(cells, length=length) for length in lengths]
+    heights = [0.8 + 0.16 * (_places(members)[-1] + 2) for members in groups]
+    figure, panels = new_figure(len(comparisons), len(lengths), height=heights)
+    for row, members, length in zip(panels, groups, lengths, strict=True):
+        for axes, comparison in zip(row, comparisons, strict=True):
+            _rows_of_points(axes, comparison, members, variants)
+        row[0].set_title(f"{length:,} tokens", fontsize=9, loc="left")
+        for axes in row[1:]:
+            axes.tick_params(labelleft=False)
+    for axes, comparison in zip(panels[-1], comparisons, strict=True):
+        axes.set_xlabel(comparison.label, fontsize=9)
     _legend_below(figure)
-    figure.suptitle("Scores with 95% intervals", fontsize=11)
+    title = _wrapped(f"Paired comparison with {reference}, 95% intervals", 45 * len(comparisons))
+    _make_room(figure, figure.suptitle(title, fontsize=10))
     return figure
+
+
+def _places(cells: Sequence[Cell]) -> list[int]:
+    """Returns the height of each cell's line, from the top; a line is free between two tasks."""
+    tasks = names(cells, "task")
+    return [place + tasks.index(cell["task"]) for place, cell in enumerate(cells)]
+
+
+def _rows_of_points(axes: "Axes", comparison: Comparison, cells: Sequence[Cell], variants: Sequence[str]) -> None:
+    """Draws the estimates of cells of a length, a line for each, as a block of lines per task."""
+    places = _places(cells)
+    for number, variant in enumerate(variants):
+        mine = [(place, cell) for place, cell in zip(places, cells, strict=True) if cell["variant"] == variant]
+        style = {"color": f"C{number % 10}", "label": variant, "marker": "os^Dv"[number // 10 % 5], "linestyle": "none"}
+        estimates = [comparison.of(cell) for _, cell in mine]
+        _error_bars(axes, [place for place, _ in mine], estimates, comparison.scale, style, is_horizontal=True)
+    axes.axvline(0, color="black", linewidth=0.8, zorder=0)
+    middles = []
+    for task in names(cells, "task"):
+        lines = [place for place, cell in zip(places, cells, strict=True) if cell["task"] == task]
+        middles.append((lines[0] + lines[-1]) / 2)
+        if len(middles) % 2:
+            axes.axhspan(lines[0] - 1, lines[-1] + 1, color="black", alpha=0.05, linewidth=0)
+    axes.set_yticks(middles, [_title(task) for task in names(cells, "task")], fontsize=8)
+    axes.set_ylim(places[-1] + 1, -1)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", alpha=0.3)
 
 
 def _perplexity(cells: Sequence[Cell]) -> "Figure":
@@ -201,23 +271,19 @@ def _centres(count: int) -> np.ndarray:
 
 
 def draw_axis(axis: str, cells: Sequence[Cell], folder: Path) -> Path:
-    """Draws an axis' scores, and likelihoods relative to the reference's, by setting; returns the picture's path."""
-    figure, ((scores, likelihoods),) = new_figure(2, width=5.4, height=4.2)
-    settings = names(cells, "variant")
-    groups = list(dict.fromkeys((cell["task"], cell["length"]) for cell in cells))
-    for number, (task, length) in enumerate(groups):
-        style = {"color": f"C{number % 10}", "label": f"{_title(task)} {length:,}", "marker": "os^Dv"[number % 5]}
-        members = select(cells, task=task, length=length)
-        places = [settings.index(cell["variant"]) + _shift(number, len(groups)) for cell in members]
-        nll = "tail_nll" if task == "perplexity" else "nll"
-        _error_bars(scores, places, [cell.get(_drawn(task)) for cell in members], 100, style)
-        _error_bars(
-            likelihoods, places, [cell[nll]["difference"] if nll in cell else None for cell in members], 1, style
-        )
-    scores.set_ylabel("score, %")
-    likelihoods.set_ylabel("nll over the reference's, nats")
-    likelihoods.axhline(0, color="black", linewidth=0.8)
-    for axes in (scores, likelihoods):
+    """Draws an axis' comparisons with the reference, by setting; returns the picture's path."""
+    compared = _compared(cells)
+    comparisons, settings = _comparisons(compared), names(compared, "variant")
+    figure, (panels,) = new_figure(len(comparisons), width=5.4, height=4.2)
+    groups = list(dict.fromkeys((cell["task"], cell["length"]) for cell in compared))
+    for axes, comparison in zip(panels, comparisons, strict=True):
+        for number, (task, length) in enumerate(groups):
+            style = {"color": f"C{number % 10}", "label": f"{_title(task)} {length:,}", "marker": "os^Dv"[number % 5]}
+            members = select(compared, task=task, length=length)
+            places = [settings.index(cell["variant"]) + _shift(number, len(groups)) for cell in members]
+            _error_bars(axes, places, [comparison.of(cell) for cell in members], comparison.scale, style)
+        axes.set_ylabel(comparison.label)
+        axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xticks(
             range(len(settings)), [_wrapped(name, 18) for name in settings], rotation=30, ha="right", fontsize=7
         )
@@ -239,17 +305,21 @@ def _error_bars(
     estimates: Sequence[Mapping[str, Any] | None],
     scale: float,
     style: Mapping[str, Any],
+    *,
+    is_horizontal: bool = False,
 ) -> None:
-    """Draws estimates at their places, with the intervals that exist."""
-    known = [(x, one) for x, one in zip(places, estimates, strict=True) if one is not None]
+    """Draws estimates at their places, with the intervals that exist, upwards or to the right."""
+    known = [(place, one) for place, one in zip(places, estimates, strict=True) if one is not None]
     if not known:
         return
-    y = scale * np.array([one["mean"] for _, one in known])
+    values = scale * np.array([one["mean"] for _, one in known])
     low, high = (
         scale * np.array([one["mean"] if one[end] is None else one[end] for _, one in known]) for end in ("low", "high")
     )
-    error = np.maximum([y - low, high - y], 0)
-    axes.errorbar([x for x, _ in known], y, error, capsize=2, markersize=4, linewidth=1, **style)
+    error = np.maximum([values - low, high - values], 0)
+    at = [place for place, _ in known]
+    points = {"x": values, "y": at, "xerr": error} if is_horizontal else {"x": at, "y": values, "yerr": error}
+    axes.errorbar(**points, capsize=2, markersize=4, linewidth=1, **style)
 
 
 def _wrapped(label: str, width: int = 40) -> str:
@@ -258,8 +328,12 @@ def _wrapped(label: str, width: int = 40) -> str:
 
 def _legend_below(figure: "Figure") -> None:
     """Draws the legend of all panels below them, without taking from their height."""
-    height = _legend(figure, "outside lower center").get_window_extent().height
-    figure.set_figheight(figure.get_figheight() + height / figure.dpi)
+    _make_room(figure, _legend(figure, "outside lower center"))
+
+
+def _make_room(figure: "Figure", artist: "Artist") -> None:
+    """Adds the height of something outside of the panels to that of the figure."""
+    figure.set_figheight(figure.get_figheight() + artist.get_window_extent().height / figure.dpi)
 
 
 def _legend(figure: "Figure", place: Any) -> "Legend":

@@ -16,13 +16,17 @@ import jax
 from lserve_jax.config.attention import AttentionConfig
 from lserve_jax.config.errors import InputError
 from lserve_jax.engine.setup import Setup
-from lserve_jax.evaluation.measurement import Item, Measurement, Row
+from lserve_jax.evaluation.measurement import Item, Measurement
+from lserve_jax.evaluation.reference import StoredReference, has_distributions
 from lserve_jax.evaluation.store import Key, PromptKey, Store
 from lserve_jax.evaluation.variants import Variant
 from lserve_jax.llm import LLM
 
 _STEP = 256
 """Contexts are multiples of this many tokens, so that slightly different runs compile the same programs."""
+
+LOGITS_BYTES = 256 * 2**20
+"""The most bytes of logits that the prompts of a batch may have together; one prompt alone may have more."""
 
 type OnProgress = Callable[[str, int, int], None]
 """Stage, done, total."""
@@ -164,6 +168,14 @@ def make_loads(
     return loads
 
 
+def without_distributions(todo: Todo, items: Mapping[PromptKey, Item], store: Store, reference: str) -> int:
+    """Returns for how many prompts the reference was measured, but not what ``kl`` needs, as in earlier versions."""
+    return sum(
+        bool(items[key].continuation) and (*key, reference) in store.rows and not has_distributions(store.folder, key)
+        for key in todo
+    )
+
+
 def run(
     loads: Sequence[Load],
     store: Store,
@@ -190,12 +202,10 @@ def run(
         stage = f"{load.variant.label} ({number}/{len(loads)})"
         llm = open_llm(load.setup)
 
-        def led_by(item: Item, label: str = load.variant.label) -> Row | None:
-            return None if label == reference else store.rows[*item.key, reference]
-
+        led_by = StoredReference(store=store, label=reference, is_measured=load.variant.label == reference)
         done = 0
         report(stage, done, len(load.items))
-        for measurement, items in _batches(load.items, max_num_seqs):
+        for measurement, items in _batches(load.items, max_num_seqs, load.setup.config.model.vocab_size):
             begin, compiled = time.perf_counter(), llm.compile_seconds
             try:
                 found = measurement.measure(llm, items, led_by)
@@ -225,10 +235,15 @@ def _release() -> None:
         trim(0)
 
 
-def _batches(items: Sequence[tuple[Measurement, Item]], size: int) -> Iterator[tuple[Measurement, list[Item]]]:
-    """Yields up to ``size`` consecutive items of the same measurement and length."""
-    for _, group in groupby(items, key=lambda pair: (pair[0].name, pair[1].length)):
-        for pairs in batched(group, size):
+def _batches(
+    items: Sequence[tuple[Measurement, Item]], size: int, vocabulary: int
+) -> Iterator[tuple[Measurement, list[Item]]]:
+    """Yields up to ``size`` consecutive items of the same measurement and length, less if their logits are large."""
+    for _, members in groupby(items, key=lambda pair: (pair[0].name, pair[1].length)):
+        group = list(members)
+        logits = 4 * vocabulary * max(len(item.continuation) for _, item in group)
+        most = max(1, LOGITS_BYTES // logits) if logits else size
+        for pairs in batched(group, min(size, most)):
             yield pairs[0][0], [item for _, item in pairs]
 
 

@@ -31,6 +31,18 @@ def proportion(values: Sequence[float]) -> Estimate:
     return Estimate(mean=p, low=middle - half, high=middle + half)
 
 
+def average(values: Sequence[float]) -> Estimate:
+    """Returns the mean of values with Student's interval."""
+    return _student(np.asarray(values, np.float64))
+
+
+def agreement(values: Sequence[float]) -> Estimate:
+    """Returns the mean of shares between 0 and 1 with the interval of their `difference` from 1, which ends at 1."""
+    d = difference(values, np.ones(len(values)).tolist(), is_score=True)
+    assert d.low is not None and d.high is not None, "scores of which few differ have Tango's interval"
+    return Estimate(mean=1 + d.mean, low=1 + d.low, high=min(1 + d.high, 1.0))
+
+
 def difference(values: Sequence[float], reference: Sequence[float], *, is_score: bool) -> Estimate:
     """Returns the mean of ``values - reference``, pair by pair.
 

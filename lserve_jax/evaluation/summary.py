@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lserve_jax.evaluation.statistics import difference, proportion
+from lserve_jax.evaluation.statistics import agreement, average, difference, proportion
 
 type Row = Mapping[str, Any]
 type Cell = dict[str, Any]
@@ -15,6 +15,8 @@ SCORES = ("score", "token_accuracy", "agreement")
 """Quantities between 0 and 1."""
 LIKELIHOODS = ("nll", "tail_nll")
 """Negative log-likelihoods per token, in nats."""
+CLOSENESS = {"kl": average, "same_token": agreement}
+"""How near a variant's distributions are to the reference's, whose own rows have none, and their intervals."""
 _MEANS = ("streaming_share", "pages_read_ratio", "attention_recall", "prompt_tokens", "seconds")
 _CURVES = ("nll_by_position", "agreement_by_position")
 
@@ -24,6 +26,7 @@ def summarise(rows: Iterable[Row], reference: str) -> list[Cell]:
 
     A quantity of a cell is ``{"mean", "low", "high", "difference": {"mean", "low", "high", "n"}}``, with 95% intervals.
     The difference is to the reference on the ``n`` prompts that both have results for; None if there is none.
+    ``kl`` and ``same_token``, themselves comparisons, have the mean and interval of the ``n`` prompts that have one.
     """
     cells: dict[tuple[str, int, str], dict[int, Row]] = {}
     orders: tuple[dict[Any, None], ...] = ({}, {})
@@ -49,6 +52,9 @@ def _cell(
         own, other = _values(rows, name), _values(others, name)
         if own:
             cell[name] = _quantity(own, other, is_score=name in SCORES)
+    for name, estimate in CLOSENESS.items():
+        if values := list(_values(rows, name).values()):
+            cell[name] = asdict(estimate(values)) | {"n": len(values)}
     for name in _CURVES:
         curves = [row[name] for row in rows.values() if row.get(name) is not None]
         if curves:

@@ -43,6 +43,10 @@ def _difference(head: str, name: str, show: Callable[[float], str]) -> Column:
     return Column(head, lambda cell: _interval(show, cell[name]["difference"]) if name in cell else _NONE)
 
 
+def _estimate(head: str, name: str, show: Callable[[float], str]) -> Column:
+    return Column(head, lambda cell: _interval(show, cell.get(name)))
+
+
 def _share(head: str, name: str) -> Column:
     return Column(head, lambda cell: _NONE if cell[name] is None else _percent(cell[name]))
 
@@ -66,6 +70,10 @@ _KEY = (
     Column("variant", lambda cell: cell["variant"], is_left=True),
     Column("n", lambda cell: str(cell["n"])),
 )
+_CLOSENESS = (
+    _estimate("KL [95%]", "kl", lambda nats: f"{nats:.5f}".replace("-", "−")),
+    _estimate("same % [95%]", "same_token", _percent),
+)
 _SPARSITY = (
     _share("streams %", "streaming_share"),
     _share("pages %", "pages_read_ratio"),
@@ -79,6 +87,7 @@ _TASKS = (
     _difference("difference [95%]", "nll", _nats),
     _mean("tokens %", "token_accuracy", _percent),
     _difference("difference [95%]", "token_accuracy", _points),
+    *_CLOSENESS,
     *_SPARSITY,
 )
 _PERPLEXITY = (
@@ -87,6 +96,7 @@ _PERPLEXITY = (
     _difference("% more [95%]", "nll", _ratio),
     _mean("decoded", "tail_nll", lambda nats: f"{math.exp(nats):.3f}"),
     _difference("% more [95%]", "tail_nll", _ratio),
+    *_CLOSENESS,
     *_SPARSITY,
 )
 _DRIFT = (

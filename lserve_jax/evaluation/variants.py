@@ -19,7 +19,7 @@ _NEXT_FIELD = re.compile(r"\+(?=\w+=)")
 _OF_MODEL = ("head_pattern", "weight_dtype")
 """Fields of a variant that are none of `AttentionConfig`: they say which model it is."""
 _NO_LIMIT = LARGEST_INT
-_OF_BUDGET = ("page_size", "sub_page_size", "has_lookahead")
+_OF_BUDGET = ("page_size", "sub_page_size")
 """Fields that `default_pages` may set."""
 
 

@@ -4,9 +4,23 @@ import jax
 import jax.numpy as jnp
 
 from lserve_jax.config.inference import InferenceConfig, LayerKind, Reading
+from lserve_jax.config.selectors import BOUND, page_scores
 from lserve_jax.models.llama import Attend
+from lserve_jax.runtime import selectors as _selectors  # noqa: F401 - registers them
 from lserve_jax.runtime.cache import LayerCache
-from pallas_kernels import PageTables, decode_attention, kv_write, page_select, prefill_attention, rotate
+from pallas_kernels import (
+    NO_PAGE,
+    LayerKV,
+    PageTables,
+    Selection,
+    choose_pages,
+    decode_attention,
+    kv_write,
+    page_select,
+    prefill_attention,
+    rotate,
+)
+from pallas_kernels.core.paging import div_up
 
 
 def _window(reading: Reading, tables: PageTables, page_size: int) -> tuple[int, int]:
@@ -22,6 +36,13 @@ def as_stored(config: InferenceConfig, x: jax.Array) -> jax.Array:
     constant within a sub-page.
     """
     return rotate(x) if config.is_rotated else x
+
+
+def _or_all(pages: jax.Array, reads_all: jax.Array, held: int) -> jax.Array:
+    """Returns the page lists ``pages`` [B, K, n], but all ``held`` pages for the sequences ``reads_all`` [B]."""
+    size = max(held, pages.shape[-1])
+    padded = jnp.pad(pages, ((0, 0), (0, 0), (0, size - pages.shape[-1])), constant_values=NO_PAGE)
+    return jnp.where(reads_all[:, None, None], jnp.arange(size, dtype=pages.dtype), padded)
 
 
 def prefill_attend(
@@ -51,7 +72,14 @@ def prefill_attend(
     return attend
 
 
-def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Array, decode_steps: jax.Array) -> Attend:
+def decode_attend(
+    config: InferenceConfig,
+    tables: PageTables,
+    lengths: jax.Array,
+    decode_steps: jax.Array,
+    *,
+    reads_all: jax.Array | None = None,
+) -> Attend:
     """Returns the attention of one new token per sequence.
 
     Args:
@@ -60,8 +88,34 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
       lengths: [B] tokens of each sequence, the new one included; 0 for an empty slot.
       decode_steps: [B] decode steps of each sequence since its prefill: every ``selector_interval``-th step, from step
         0 on, selects pages.
+      reads_all: [B] bool sequences that read all pages, even in a layer that selects; None for none.
     """
     attention = config.attention
+
+    def select(q: jax.Array, kv: LayerKV, previous: Selection) -> Selection:
+        """Returns the selection for queries [B, K · G, H] of the retrieval heads."""
+        previous = previous.without_memory(decode_steps == 0)
+        is_due = decode_steps % attention.selector_interval == 0
+        assert attention.num_selected is not None
+        budgets = attention.budgets(div_up(lengths, kv.page_size)) if attention.budget_share else None
+        rule = {
+            "num_selected": attention.num_selected,
+            "interval": attention.selector_interval,
+            "sink_pages": attention.sink_pages,
+            "memory": attention.selector_memory,
+        }
+        if attention.selector == BOUND:
+            assert kv.retrieval is not None
+            return page_select(
+                *(q, kv.retrieval, jnp.asarray(tables.retrieval), lengths, previous, is_due, budgets),
+                reduction=attention.group_reduction,
+                spread=attention.selector_spread,
+                implementation=config.implementation,
+                **rule,
+            )
+        scores = page_scores(attention.selector)(q, kv, tables, lengths)
+        sizes = {"page_size": kv.page_size, "head_dim": q.shape[-1]}
+        return choose_pages(scores, lengths, previous, is_due, budgets, **rule, **sizes)
 
     def attend(
         kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
@@ -71,27 +125,14 @@ def decode_attend(config: InferenceConfig, tables: PageTables, lengths: jax.Arra
             *(k, as_stored(config, v), state.kv, tables, lengths - is_used, is_used),
             implementation=config.implementation,
         )
-        selected, num_selected = None, kind.decode.num_selected
-        # If a selection has room for every page of a sequence, or of the pool, all pages are read.
-        held = tables.retrieval.shape[1]
-        if state.selected is not None and num_selected is not None and held > num_selected:
-            assert kv.retrieval is not None
-            group = q.shape[2] // k.shape[2]
-            state = state._replace(
-                selected=page_select(
-                    *(q[:, 0, : kv.num_retrieval * group], kv.retrieval, jnp.asarray(tables.retrieval)),
-                    *(lengths, state.selected),
-                    decode_steps % attention.selector_interval == 0,
-                    num_selected=num_selected,
-                    interval=attention.selector_interval,
-                    sink_pages=attention.sink_pages,
-                    reduction=attention.group_reduction,
-                    spread=attention.selector_spread,
-                    has_lookahead=attention.has_lookahead,
-                    implementation=config.implementation,
-                )
-            )
-            selected = state.selected
+        selected, least, held = None, attention.least_selected, tables.retrieval.shape[1]
+        # If the smallest selection has room for every page of a sequence, or of the pool, all pages are read.
+        if state.selected is not None and least is not None and held > least:
+            queries = q[:, 0, : kind.num_retrieval * (q.shape[2] // k.shape[2])]
+            selection = select(queries, kv, state.selected)
+            state, selected = state._replace(selected=selection), selection.pages
+            if reads_all is not None:
+                selected = _or_all(selected, reads_all, held)
         sink, local = _window(kind.decode, tables, attention.page_size)
         out = decode_attention(
             *(q[:, 0], kv, tables, lengths, selected),

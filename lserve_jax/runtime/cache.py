@@ -5,13 +5,12 @@ import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from lserve_jax.config.checks import require_whole
 from lserve_jax.config.inference import InferenceConfig, LayerKind, Storage
 from lserve_jax.config.sizes import PoolSizes, Sizes, check_sizes
-from pallas_kernels import NO_PAGE, LayerKV, PagedKV, QuantizedArray, QuantizedKeys, Tail, selection_width
+from pallas_kernels import LayerKV, PagedKV, QuantizedArray, QuantizedKeys, Selection, Tail, selection_width
 
 _BITS = {"int8": 8, "int4": 4}
 
@@ -19,12 +18,12 @@ _BITS = {"int8": 8, "int4": 4}
 class LayerCache(NamedTuple):
     """One layer: its pools, and the last page selection of each slot's retrieval heads.
 
-    ``selected`` is [max_num_seqs, K_retrieval, width] int32 (see `pallas_kernels.page_select`), or None if the layer
-    reads every page or a selection has room for the whole pool.
+    ``selected`` has arrays [max_num_seqs, K_retrieval, width] (see `pallas_kernels.page_select`), or is None if the
+    layer reads every page or a selection has room for the whole pool.
     """
 
     kv: LayerKV
-    selected: jax.Array | None
+    selected: Selection | None
 
 
 type KVCache = tuple[LayerCache, ...]
@@ -97,12 +96,12 @@ def _layer(config: InferenceConfig, kind: LayerKind, max_num_seqs: int, pools: P
         streaming=_pool(config, kind.streaming, pools.streaming),
         tail=Tail(*(jnp.zeros(shape, config.dtype) for _ in range(2))),
     )
-    num_selected = kind.decode.num_selected
-    if num_selected is None or num_selected >= pools.retrieval:  # a list as long as the pool selects nothing
+    attention, num_selected = config.attention, kind.decode.num_selected
+    least = attention.least_selected
+    if num_selected is None or least is None or least >= pools.retrieval:  # a list of the whole pool selects nothing
         return LayerCache(kv, None)
-    attention = config.attention
     width = selection_width(num_selected, attention.selector_interval, attention.page_size)
-    return LayerCache(kv, jnp.full((max_num_seqs, kind.num_retrieval, width), NO_PAGE, jnp.int32))
+    return LayerCache(kv, Selection.empty(max_num_seqs, kind.num_retrieval, width))
 
 
 def _pool(config: InferenceConfig, storage: Storage | None, pages: int) -> PagedKV | None:

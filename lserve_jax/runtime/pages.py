@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lserve_jax.runtime.cache import KVCache, LayerCache
-from pallas_kernels import NO_PAGE, PagedKV, Tail
+from pallas_kernels import NO_PAGE, PagedKV, Selection, Tail
 from pallas_kernels.core.dtypes import narrowed
 
 BLOCK = 32
@@ -27,11 +27,11 @@ type Pages = tuple[PagedKV | None, ...]
 class SlotRow(NamedTuple):
     """What a layer holds of one slot beside pages: its open page, and its last page selection if the layer selects.
 
-    ``tail`` has arrays [K, page_size, H]; ``selected`` is [K_retrieval, width] int32 or None.
+    ``tail`` has arrays [K, page_size, H]; ``selected`` has arrays [K_retrieval, width], or is None.
     """
 
     tail: Tail
-    selected: jax.Array | None
+    selected: Selection | None
 
 
 type SlotRows = tuple[SlotRow, ...]

@@ -15,7 +15,7 @@ from lserve_jax.runtime.attend import decode_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
 from pallas_kernels import LayerKV, PageTables
 from pallas_kernels.core.dtypes import narrowed
-from pallas_kernels.core.paging import newest_page, slots_of
+from pallas_kernels.core.paging import div_up, newest_page, slots_of
 from pallas_kernels.core.sealing import keys_of
 
 
@@ -36,7 +36,7 @@ def attention_recall(
       kv: the layer's pools and tail.
       tables: its page tables and slots.
       lengths: [B] int32 tokens of each sequence, the current one included; 0 for an empty slot.
-      selected: [B, K, n] int32 logical pages, padded with -1 (what `pallas_kernels.page_select` returns).
+      selected: [B, K, n] int32 logical pages, padded with -1 (of what `pallas_kernels.page_select` returns).
     """
     q, kv, tables, lengths, selected = narrowed((q, kv, tables, lengths, selected))
     batch, heads = selected.shape[:2]
@@ -79,7 +79,8 @@ def recall_step(
 
     NaN where nothing is selected: in layers without a selection, while all pages fit into it, and in empty slots. The
     arguments are those of `decode_step`. It may be called next with the returned cache and the same arguments, and
-    gives the same result as without this call, because it writes the same values again.
+    gives the same result as without this call: it writes the same values again, and the selections are still those of
+    the step before, so that nothing is forgotten twice.
     """
     arguments = (params, cache, tokens, lengths, decode_steps, tables)
     params, cache, tokens, lengths, decode_steps, tables = narrowed(arguments)
@@ -88,14 +89,17 @@ def recall_step(
     def attend(
         kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
     ) -> tuple[jax.Array, tuple[LayerCache, jax.Array]]:
-        out, state = inner(kind, q, k, v, state)
+        out, after = inner(kind, q, k, v, state)
+        # The step itself selects again, from what was remembered before.
+        state = state._replace(kv=after.kv)
         nothing = jnp.full(lengths.shape, jnp.nan, jnp.float32)
         num_selected = kind.decode.num_selected
-        if num_selected is None or state.selected is None or state.kv.retrieval is None:
+        if num_selected is None or after.selected is None or after.kv.retrieval is None:
             return out, (state, nothing)
         heads = kind.num_retrieval * (q.shape[2] // k.shape[2])
-        mass = attention_recall(q[:, 0, :heads], state.kv, tables, lengths, state.selected)
-        is_selecting = lengths > num_selected * config.attention.page_size
+        mass = attention_recall(q[:, 0, :heads], after.kv, tables, lengths, after.selected.pages)
+        held = div_up(lengths, config.attention.page_size)
+        is_selecting = held > config.attention.budgets(held)
         return out, (state, jnp.where(is_selecting, jnp.mean(mass, axis=1), nothing))
 
     positions = jnp.maximum(lengths - 1, 0)[:, None]

@@ -20,7 +20,7 @@ from lserve_jax.runtime.adjustments import Adjustments, adjust
 from lserve_jax.runtime.attend import decode_attend, prefill_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
 from lserve_jax.runtime.sampling import SamplingState, likeliest, sample, token_logprobs
-from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray, QuantizedKeys, Tail
+from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray, QuantizedKeys, Selection, Tail
 from pallas_kernels.core.dtypes import narrowed
 
 
@@ -51,6 +51,7 @@ class Generated(NamedTuple):
       choices: int32 the tokens that sampling chose: the same, unless others were forced.
       top_tokens: [..., N] int32 the likeliest tokens, best first (see `likeliest`); 0 if no sequence asked for them.
       top_logprobs: [..., N] float32 their log-probabilities.
+      logits: [..., V] float32 the model's, before any change; None if they were not asked for.
     """
 
     tokens: jax.Array
@@ -58,6 +59,7 @@ class Generated(NamedTuple):
     choices: jax.Array
     top_tokens: jax.Array
     top_logprobs: jax.Array
+    logits: jax.Array | None = None
 
 
 class Scores(NamedTuple):
@@ -235,7 +237,7 @@ def _take(
     return Generated(tokens, token_logprobs(logits, tokens), choices, *likeliest(logits, jnp.any(sampling.num_top > 0)))
 
 
-@partial(jax.jit, static_argnames=("config", "max_steps"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("config", "max_steps", "has_logits"), donate_argnames="cache")
 def decode_loop(
     params: Params,
     cache: KVCache,
@@ -248,6 +250,7 @@ def decode_loop(
     *,
     config: InferenceConfig,
     max_steps: int,
+    has_logits: bool = False,
 ) -> tuple[Generated, DecodeState, KVCache]:
     """Returns the result of up to ``num_steps`` decode steps, the state after them, and the cache.
 
@@ -265,10 +268,11 @@ def decode_loop(
       adjustments: changes of the logits of each slot; None changes nothing.
       config: static settings.
       max_steps: rows of the result.
+      has_logits: whether the result has the logits of every step.
     """
     arguments = (params, cache, state, tables, sampling, num_steps, forced, adjustments)
     params, cache, state, tables, sampling, num_steps, forced, adjustments = narrowed(arguments)
-    empty = _no_tokens(state.tokens.shape[0], config.model.vocab_size)
+    empty = _no_tokens(state.tokens.shape[0], config.model.vocab_size, has_logits=has_logits)
     nothing = jax.tree.map(lambda row: jnp.broadcast_to(row, (max_steps, *row.shape)), empty)
 
     def is_running(carry: tuple[jax.Array, Generated, DecodeState, KVCache]) -> jax.Array:
@@ -283,6 +287,7 @@ def decode_loop(
         logits, cache = _decode(params, cache, state.tokens, lengths, state.decode_steps, tables, config)
         due = None if forced is None else forced[index]
         taken = _take(logits, state.lengths, sampling, due, adjustments, out.tokens)
+        taken = taken._replace(logits=logits if has_logits else None)
         new = jax.tree.map(lambda x, none: jnp.where(_like(is_active, x), x, none), taken, empty)
         state = _advanced(state, new.tokens, is_active)
         out = jax.tree.map(lambda rows, row: rows.at[index].set(row), out, new)
@@ -292,7 +297,7 @@ def decode_loop(
     return out, state, cache
 
 
-def _no_tokens(slots: int, vocabulary: int) -> Generated:
+def _no_tokens(slots: int, vocabulary: int, *, has_logits: bool) -> Generated:
     """Returns the result of a step in which no slot takes a token."""
     num_top = min(MOST_TOP_LOGPROBS, vocabulary)
     return Generated(
@@ -301,6 +306,7 @@ def _no_tokens(slots: int, vocabulary: int) -> Generated:
         choices=jnp.full(slots, -1, jnp.int32),
         top_tokens=jnp.zeros((slots, num_top), jnp.int32),
         top_logprobs=jnp.zeros((slots, num_top), jnp.float32),
+        logits=jnp.zeros((slots, vocabulary), jnp.float32) if has_logits else None,
     )
 
 
@@ -341,6 +347,7 @@ for _kind in (
     LayerKV,
     PagedKV,
     Tail,
+    Selection,
     PageTables,
     SamplingState,
     Adjustments,

@@ -130,7 +130,7 @@ def _stored(pool: PagedKV) -> tuple[int, ...]:
     return bits_of(pool.k), bits_of(pool.v), sub_page_size
 
 
-def is_visible(queries: jax.Array, keys: jax.Array, sink: int | None, local: int | None) -> jax.Array:
+def is_visible(queries: jax.Array, keys: jax.Array, sink: int | None, local: int | jax.Array | None) -> jax.Array:
     """Returns whether the query at one position sees the key at another (LServe section 3.2, token-exact).
 
     Causal; with ``local``, also ``key > query − local or key < sink``. Positions broadcast against each other.

@@ -27,6 +27,7 @@ from pallas_kernels.core.hopper import Device, refuse_unless, require_hopper
 from pallas_kernels.core.launch import configure
 from pallas_kernels.core.mosaic import product, tile
 from pallas_kernels.core.paging import NO_PAGE, PagedKV
+from pallas_kernels.page_select.selection import Rule, Selection
 
 _ROWS = 64
 """Rows per tile: those of one wgmma."""
@@ -68,7 +69,12 @@ class _Shape(NamedTuple):
     sink_pages: int
     reduction: str
     spread: float
-    has_lookahead: bool
+    memory: float
+
+    @property
+    def rule(self) -> Rule:
+        """How scores become lists."""
+        return Rule(self.num_selected, self.interval, self.sink_pages, self.memory, self.page_size, self.head_dim)
 
     @property
     def heads(self) -> int:
@@ -100,11 +106,6 @@ class _Shape(NamedTuple):
         """Blocks of scores per head."""
         return -(-self.max_pages // _BLOCK)
 
-    def end_of_ranked(self, held: jax.Array) -> jax.Array:
-        """Returns the first page after the ranked ones: the first recent page, or 0 if all pages are selected."""
-        recent = jax.lax.div(jnp.maximum(held - self.interval, 0), jnp.int32(self.page_size))
-        return jnp.where(held > self.num_selected * self.page_size, recent, 0)
-
 
 def _rounded(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
@@ -134,22 +135,23 @@ def heuristic(batch: int, shape: _Shape, device: Device) -> Config:
     return Config(splits=splits, stages=2 * 128 // shape.head_dim)
 
 
-@partial(jax.jit, static_argnames=("num_selected", "interval", "sink_pages", "reduction", "spread", "has_lookahead"))
+@partial(jax.jit, static_argnames=("num_selected", "interval", "sink_pages", "reduction", "spread", "memory"))
 def page_select(
     q: jax.Array,
     pages: PagedKV,
     table: jax.Array,
     lengths: jax.Array,
-    previous: jax.Array,
+    previous: Selection,
     is_refresh: jax.Array,
+    budgets: jax.Array,
     *,
     num_selected: int,
     interval: int,
     sink_pages: int,
     reduction: str,
     spread: float,
-    has_lookahead: bool,
-) -> jax.Array:
+    memory: float,
+) -> Selection:
     """Returns what `pallas_kernels.page_select` defines; the queries' factors are rounded to bfloat16.
 
     It is jitted for the cache: layers of one shape share the kernels, which take a second or two to build.
@@ -161,27 +163,31 @@ def page_select(
     k_min, k_max = pages.k_min, pages.k_max
     assert k_min is not None and k_max is not None
     shape = _shape_of(
-        *(q, pages, table, previous),
+        *(q, pages, table, previous.pages),
         num_selected=num_selected,
         interval=interval,
         sink_pages=sink_pages,
         reduction=reduction,
         spread=spread,
-        has_lookahead=has_lookahead,
+        memory=memory,
     )
     # Tokens of sequences that select, 0 for others; the same for all layers of a step.
     held = jnp.where(is_refresh, lengths, 0)
-    keys = None
-    if shape.max_pages > num_selected:
-        batch = q.shape[0]
-        size = f"B{batch}_K{shape.num_heads}_G{shape.group}_H{shape.head_dim}_subs{shape.subs}_pages{shape.max_pages}"
-        config = configure("page_select", device.kind, size, heuristic(batch, shape, device))
-        keys, *ends = _score(q, k_min, k_max, table, held, shape, config)
-        if ends:
-            keys = jnp.maximum(keys, jnp.pad(ends[0][..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=_LEAST))
-    selected = jax.new_ref(previous)
-    _choose(selected, held, keys, shape)
-    return jax.freeze(selected)
+    end = jax.vmap(shape.rule.end_of_ranked)(held, budgets)
+    batch = q.shape[0]
+    size = f"B{batch}_K{shape.num_heads}_G{shape.group}_H{shape.head_dim}_subs{shape.subs}_pages{shape.max_pages}"
+    config = configure("page_select", device.kind, size, heuristic(batch, shape, device))
+    keys = _score(q, k_min, k_max, table, end, shape, config)
+    kept = jnp.full_like(previous.scores, -jnp.inf)
+    if memory:
+        ranks = jax.vmap(shape.rule.ranks)(_score_of(keys), end, previous)
+        keys = _order_key(ranks)
+    selected = jax.new_ref(previous.pages)
+    _choose(selected, held, end, budgets, keys, shape)
+    lists = jax.freeze(selected)
+    if memory:
+        kept = jax.vmap(shape.rule.remembered)(ranks, lists, end)
+    return Selection(lists, jnp.where(held[:, None, None] > 0, kept, previous.scores))
 
 
 def _shape_of(q: jax.Array, pages: PagedKV, table: jax.Array, previous: jax.Array, **options: Any) -> _Shape:
@@ -204,12 +210,11 @@ def _shape_of(q: jax.Array, pages: PagedKV, table: jax.Array, previous: jax.Arra
         width=previous.shape[2],
         **options,
     )
-    num_selected, reduction = shape.num_selected, shape.reduction
+    num_selected = shape.num_selected
     refuse_unless(head_dim in (64, 128), f"{head_dim=} must be 64 or 128")
     refuse_unless(_window(subs) <= _ROWS, f"{subs} sub-pages of a page: at most {_ROWS}")
     refuse_unless(shape.group <= 128, f"{shape.group} query heads of a KV head: at most 128")
     refuse_unless(num_selected < 2**15, f"{num_selected=} must be less than {2**15}")
-    refuse_unless(reduction == "max" or not shape.has_lookahead, f"lookahead with {reduction=}: it must be max")
     rows = num_pages * num_heads * subs
     refuse_unless(
         rows % 8 == 0 and rows < 2**31, f"pools must be of 8n sub-pages and heads, less than {2**31}, not {rows}"
@@ -222,13 +227,13 @@ def _score(
     k_min: jax.Array,
     k_max: jax.Array,
     table: jax.Array,
-    held: jax.Array,
+    end: jax.Array,
     shape: _Shape,
     config: Config,
-) -> list[jax.Array]:
-    """Returns the scores of ranked pages as order keys [B, K, blocks · block] int32; others are not written.
+) -> jax.Array:
+    """Returns the scores of the pages before ``end`` [B] as order keys [B, K, blocks · block] int32.
 
-    With lookahead, it also returns those of their last sub-pages.
+    Others are not written.
     """
     batch, _, head_dim = q.shape
     groups = shape.num_heads // shape.heads
@@ -236,10 +241,10 @@ def _score(
     q = jnp.pad(q, ((0, 0), (0, shape.columns - q.shape[1]), (0, 0)))
 
     def score(
-        held_gmem: Any, table_gmem: Any, q_gmem: Any, low_gmem: Any, high_gmem: Any, *keys_gmem: Any, **scratch: Any
+        end_gmem: Any, table_gmem: Any, q_gmem: Any, low_gmem: Any, high_gmem: Any, keys_gmem: Any, **scratch: Any
     ) -> None:
         b, heads, split = (jax.lax.axis_index(name) for name in ("sequence", "heads", "split"))
-        end = shape.end_of_ranked(held_gmem[b])
+        end = end_gmem[b]
         count = pl.cdiv(pl.cdiv(end, shape.pages) - split, config.splits)
         tiles = _Tiles(
             shape, config, table_gmem, low_gmem, high_gmem, b, heads * shape.heads, split, end, count, scratch
@@ -254,13 +259,13 @@ def _score(
     keys = jax.ShapeDtypeStruct((batch, shape.num_heads, shape.blocks * _BLOCK), jnp.int32)
     return plgpu.kernel(
         score,
-        out_type=[keys] * (1 + shape.has_lookahead),
+        out_type=keys,
         scratch_types=_score_scratch(shape, config, q.dtype, k_min.dtype),
         grid=(config.splits, groups, batch),
         grid_names=("split", "heads", "sequence"),
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),  # a third program fits
         kernel_name="page_select_score",
-    )(held, table, *rows)
+    )(end, table, *rows)
 
 
 def _score_scratch(shape: _Shape, config: Config, q_dtype: Any, statistics_dtype: Any) -> dict[str, Any]:
@@ -324,7 +329,7 @@ class _Tiles(NamedTuple):
                 source = statistics_gmem.at[pl.ds(start, shape.rows)]
                 plgpu.copy_gmem_to_smem(source, self.scratch[name].at[slot, target], self.scratch["ready"].at[slot])
 
-    def score_all(self, queries_gmem: Any, keys_gmem: tuple[Any, ...]) -> None:
+    def score_all(self, queries_gmem: Any, keys_gmem: Any) -> None:
         """Scores all tiles for queries [columns, H], with as many tiles in flight as the ring holds."""
         scratch, stages = self.scratch, self.config.stages
         plgpu.copy_gmem_to_smem(queries_gmem, scratch["on_high"], scratch["q_ready"])
@@ -345,19 +350,13 @@ class _Tiles(NamedTuple):
             pl.when(i + stages < self.count)(lambda: self.fetch(i + stages))
             self.store(i, scores, first_rows, keys_gmem)
 
-    def store(self, i: jax.Array, scores: jax.Array, first_rows: list[Any], keys_gmem: tuple[Any, ...]) -> None:
-        """Writes the scores [rows] of the i-th tile as order keys, and with lookahead those of last sub-pages."""
+    def store(self, i: jax.Array, scores: jax.Array, first_rows: list[Any], keys_gmem: Any) -> None:
+        """Writes the scores [rows] of the i-th tile as order keys."""
         first, shape = self.first_page(i), self.shape
-        wanted = [(scores, 0)]
-        if shape.has_lookahead:  # scores of single rows, which `_max_over_subs` has left there
-            ends = plgpu.load(self.scratch["bounds"].at[pl.ds(0, _ROWS)], layout=_BY_ROW)
-            wanted.append((ends, shape.subs - 1))
-        for target_gmem, (values, sub) in zip(keys_gmem, wanted, strict=True):
-            self.scratch["keys"][...] = _order_key(values)
-            for n, row in enumerate(first_rows):
-                for head in range(shape.heads):
-                    key = self.scratch["keys"][row + head * shape.subs + sub]
-                    target_gmem[self.b, self.first_head + head, first + n] = key
+        self.scratch["keys"][...] = _order_key(scores)
+        for n, row in enumerate(first_rows):
+            for head in range(shape.heads):
+                keys_gmem[self.b, self.first_head + head, first + n] = self.scratch["keys"][row + head * shape.subs]
 
 
 def _split(q_smem: Any, on_low_smem: Any, spread: float) -> None:
@@ -410,15 +409,25 @@ def _order_key(scores: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
-def _choose(selected_gmem: Any, held: jax.Array, keys: jax.Array | None, shape: _Shape) -> None:
-    """Writes the page lists [B, K, width] of the sequences that select."""
+def _score_of(keys: jax.Array) -> jax.Array:
+    """Returns the scores of order keys."""
+    bits = jnp.where(keys < 0, keys ^ jnp.int32(0x7FFFFFFF), keys)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _choose(
+    selected_gmem: Any, held: jax.Array, end: jax.Array, budgets: jax.Array, keys: jax.Array, shape: _Shape
+) -> None:
+    """Writes the page lists [B, K, width] of the sequences that select; tokens, ends and budgets are [B]."""
     batch = held.shape[0]
+    chunks = keys.reshape(batch, shape.num_heads, shape.blocks, _CHUNKS, _CHUNK)
     slots = _rounded(shape.width, 128)
 
-    def choose(held_gmem: Any, *keys_gmem: Any, **scratch: Any) -> None:
+    def choose(
+        held_gmem: Any, end_gmem: Any, budgets_gmem: Any, keys_gmem: Any, chunks_gmem: Any, **scratch: Any
+    ) -> None:
         b, head = (jax.lax.axis_index(name) for name in ("sequence", "head"))
-        tokens = held_gmem[b]
-        end = shape.end_of_ranked(tokens)
+        tokens, end = held_gmem[b], end_gmem[b]
         slot = plgpu.broadcasted_iota(jnp.int32, (slots,), 0, layout=plgpu.Layout.WG_STRIDED((slots,), vec_size=1))
 
         def write(pages: jax.Array) -> None:
@@ -434,18 +443,15 @@ def _choose(selected_gmem: Any, held: jax.Array, keys: jax.Array | None, shape: 
         def _every_page() -> None:
             write(slot)
 
-        if keys_gmem:
+        @pl.when(end > 0)
+        def _best_pages() -> None:
+            free = budgets_gmem[b] - shape.sink_pages - (pl.cdiv(tokens, shape.page_size) - end)
+            keys, chunks = (view_gmem.at[b, head] for view_gmem in (keys_gmem, chunks_gmem))
+            ranked = _Ranked(keys, chunks, jnp.int32(shape.sink_pages), end)
+            entry = slot - shape.sink_pages
+            best = _best(ranked, free, entry, scratch["counts"], scratch["chunks"])
+            write(jnp.where(entry < 0, slot, jnp.where(entry < free, best, end + entry - free)))
 
-            @pl.when(end > 0)
-            def _best_pages() -> None:
-                free = shape.num_selected - shape.sink_pages - (pl.cdiv(tokens, shape.page_size) - end)
-                keys, chunks = (view_gmem.at[b, head] for view_gmem in keys_gmem)
-                ranked = _Ranked(keys, chunks, jnp.int32(shape.sink_pages), end)
-                entry = slot - shape.sink_pages
-                best = _best(ranked, free, entry, scratch["counts"], scratch["chunks"])
-                write(jnp.where(entry < 0, slot, jnp.where(entry < free, best, end + entry - free)))
-
-    operands = () if keys is None else (keys, keys.reshape(batch, shape.num_heads, shape.blocks, _CHUNKS, _CHUNK))
     plgpu.kernel(
         choose,
         out_type=(),
@@ -457,7 +463,7 @@ def _choose(selected_gmem: Any, held: jax.Array, keys: jax.Array | None, shape: 
         grid=(shape.num_heads, batch),
         grid_names=("head", "sequence"),
         kernel_name="page_select_choose",
-    )(held, *operands)
+    )(held, end, budgets, keys, chunks)
 
 
 class _Ranked(NamedTuple):

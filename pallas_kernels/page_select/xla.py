@@ -9,12 +9,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.core.paging import NO_PAGE, PagedKV, div_down, div_up, take
+from pallas_kernels.core.paging import NO_PAGE, PagedKV, div_up, take
+from pallas_kernels.page_select.selection import Rule, Selection
 
 _SUBS_PER_BLOCK = 1024
 
 
-_OPTIONS = ("num_selected", "interval", "sink_pages", "reduction", "spread", "has_lookahead")
+_OPTIONS = ("num_selected", "interval", "sink_pages", "reduction", "spread", "memory")
 
 
 @partial(jax.jit, static_argnames=_OPTIONS)  # traced once for all layers alike
@@ -23,60 +24,41 @@ def page_select(
     pages: PagedKV,
     table: jax.Array,
     lengths: jax.Array,
-    previous: jax.Array,
+    previous: Selection,
     is_refresh: jax.Array,
+    budgets: jax.Array,
     *,
     num_selected: int,
     interval: int,
     sink_pages: int,
     reduction: str,
     spread: float,
-    has_lookahead: bool,
-) -> jax.Array:
+    memory: float,
+) -> Selection:
     """Returns what `pallas_kernels.page_select` defines."""
-    page_size, max_pages = pages.page_size, table.shape[1]
-    logical = jnp.arange(max_pages, dtype=jnp.int32)
+    rule = Rule(num_selected, interval, sink_pages, memory, pages.page_size, q.shape[-1])
 
-    def select(b: jax.Array) -> jax.Array:
-        """Scores and selects the pages of sequence b."""
-        length = take(lengths, b)
-        first_recent, count = div_down(jnp.maximum(length - interval, 0), page_size), div_up(length, page_size)
-        is_forced = (logical < sink_pages) | (logical >= first_recent)
-        scores, ends = _page_scores(take(q, b), pages, take(table, b), length, reduction, spread)
-        if has_lookahead:
-            scores = jnp.maximum(scores, jnp.pad(ends[:, :-1], ((0, 0), (1, 0)), constant_values=-jnp.inf))
-        scores = jnp.where(is_forced, jnp.inf, scores)
-        scores = jnp.where(logical < count, scores, -jnp.inf)
-        best, chosen = jax.lax.top_k(scores, min(num_selected, max_pages))
-        return jnp.where(best > -jnp.inf, chosen.astype(jnp.int32), max_pages)
+    def scores(b: jax.Array) -> jax.Array:
+        """Returns the scores of the pages of sequence b, none where all pages are selected."""
+        nothing = jnp.full((pages.num_kv_heads, table.shape[1]), -jnp.inf, jnp.float32)
+        return jax.lax.cond(
+            take(lengths, b) > take(budgets, b) * pages.page_size,
+            lambda: _page_scores(take(q, b), pages, take(table, b), take(lengths, b), reduction, spread),
+            lambda: nothing,
+        )
 
-    def every_page(b: jax.Array) -> jax.Array:
-        """Selects all pages, without scores: there are at most as many as may be selected."""
-        index = jnp.arange(min(num_selected, max_pages), dtype=jnp.int32)
-        index = jnp.where(index * page_size < take(lengths, b), index, max_pages)
-        return jnp.broadcast_to(index, (pages.num_kv_heads, index.size))
-
-    def refreshed(b: jax.Array) -> jax.Array:
-        length = take(lengths, b)
-        chosen = jax.lax.cond(length > num_selected * page_size, select, every_page, b)
-        reserve = div_up(length, page_size) + jnp.arange(previous.shape[2] - num_selected, dtype=jnp.int32)
-        reserve = jnp.where(reserve * page_size < length + interval - 1, reserve, max_pages)
-        reserve = jnp.broadcast_to(reserve, (pages.num_kv_heads, reserve.size))
-        ordered = jnp.sort(jnp.concatenate([chosen, reserve], axis=1), axis=1)
-        ordered = jnp.pad(ordered, ((0, 0), (0, previous.shape[2] - ordered.shape[1])), constant_values=max_pages)
-        return jnp.where(ordered < max_pages, ordered, NO_PAGE)
-
-    def sequence(b: jax.Array) -> jax.Array:
-        is_due = take(is_refresh, b) & (take(lengths, b) > 0)
-        return jax.lax.cond(is_due, refreshed, lambda b: take(previous, b), b)
+    def sequence(b: jax.Array) -> Selection:
+        length, budget, old = jax.tree.map(lambda x: take(x, b), (lengths, budgets, previous))
+        is_due = take(is_refresh, b) & (length > 0)
+        return jax.lax.cond(is_due, lambda: rule.select(scores(b), length, budget, old), lambda: old)
 
     return jax.lax.map(sequence, jnp.arange(q.shape[0], dtype=jnp.int32))
 
 
 def _page_scores(
     q: jax.Array, pages: PagedKV, table: jax.Array, length: jax.Array, reduction: str, spread: float
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the scores [K, max_pages] float32 of sealed pages and of their last sub-pages; of others, anything."""
+) -> jax.Array:
+    """Returns the scores [K, max_pages] float32 of a sequence's sealed pages; of others, anything."""
     k_min, k_max = pages.k_min, pages.k_max
     assert k_min is not None and k_max is not None
     heads, subs, head_dim = k_min.shape[1:]
@@ -86,21 +68,16 @@ def _page_scores(
     queries = q.astype(jnp.float32).reshape(heads, -1, head_dim)
     on_high, on_low = ((queries + sign * spread * jnp.abs(queries)) / 2 for sign in (1, -1))
 
-    def score_block(index: jax.Array, scores: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def score_block(index: jax.Array, scores: jax.Array) -> jax.Array:
         physical = jnp.maximum(jax.lax.dynamic_slice_in_dim(table, index * block, block), 0)
         high, low = (take(x, physical, jnp.arange(heads, dtype=jnp.int32)[:, None]) for x in (k_max, k_min))
-        bounds = _product(on_high, high) + _product(on_low, low)
-        over_group = jnp.max if reduction == "max" else jnp.mean
-        found = (over_group(x, axis=1) for x in (jnp.max(bounds, axis=-1), bounds[..., -1]))
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, new, index * block, axis=1)
-            for old, new in zip(scores, found, strict=True)
-        )
+        bounds = jnp.max(_product(on_high, high) + _product(on_low, low), axis=-1)
+        found = jnp.max(bounds, axis=1) if reduction == "max" else jnp.mean(bounds, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(scores, found, index * block, axis=1)
 
     blocks = div_up(length, pages.page_size * block)
     nothing = jnp.full((heads, table.size), -jnp.inf, jnp.float32)
-    scores, ends = jax.lax.fori_loop(0, blocks, score_block, (nothing, nothing))
-    return scores[:, :max_pages], ends[:, :max_pages]
+    return jax.lax.fori_loop(0, blocks, score_block, nothing)[:, :max_pages]
 
 
 def _product(queries: jax.Array, keys: jax.Array) -> jax.Array:

@@ -537,7 +537,7 @@ def test_a_model_of_which_only_shapes_are_known_is_refused(run: Callable[..., Re
         (("--prompt", PROMPT, "--token-budget", "0"), ("token_budget=0", "from 1")),
         (("--prompt", PROMPT, "--token-budget", "-64"), ("token_budget=-64",)),
         (("--prompt", PROMPT, "--token-budget", "most"), ("--token-budget 'most'", "a whole number or all")),
-        (("--prompt", PROMPT, "--token-budget", "47"), ("token_budget=47 must be at least 48", "3 pages of 16")),
+        (("--prompt", PROMPT, "--token-budget", "31"), ("token_budget=31 must be at least 32", "2 pages of 16")),
         (("--prompt", PROMPT, "--page-size", "40"), ("page_size=40", "multiple of sub_page_size=16")),
         (("--prompt", PROMPT, "--page-size", "0"), ("page_size=0",)),
         (("--prompt", PROMPT, "--selector-interval", "0"), ("selector_interval=0",)),

@@ -187,9 +187,9 @@ def test_what_a_kernel_is_not_made_for_is_refused_before_anything_is_loaded():
 
 
 def test_what_the_page_selector_is_not_made_for_is_refused_where_pages_would_be_selected():
-    settings: dict[str, Any] = {"group_reduction": "mean", "has_lookahead": True, "implementation": "mosaic_gpu"}
+    settings: dict[str, Any] = {"page_size": 128, "sub_page_size": 1, "implementation": "mosaic_gpu"}
     with hopper.on_h200():
-        with pytest.raises(InputError, match="lookahead with reduction='mean'"):
+        with pytest.raises(InputError, match="128 sub-pages of a page: at most 64"):
             prepare("llama-3.1-8b", max_model_len=4097, **settings)
         assert prepare("llama-3.1-8b", max_model_len=4096, **settings).plan.sizes.max_num_seqs
 

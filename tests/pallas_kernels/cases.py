@@ -23,6 +23,7 @@ from pallas_kernels import (
     QuantizedArray,
     QuantizedKeys,
     QuantizedMatrix,
+    Selection,
     Tail,
     dequantize,
 )
@@ -45,7 +46,7 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
 OPTIONS = {
     "kv_write": (),
     "prefill_attention": ("sink", "local", "has_history"),
-    "page_select": ("num_selected", "interval", "sink_pages", "reduction", "spread", "has_lookahead"),
+    "page_select": ("num_selected", "interval", "sink_pages", "reduction", "spread", "memory"),
     "decode_attention": ("sink", "local"),
     "quantized_matmul": ("out_dtype",),
 }
@@ -291,6 +292,11 @@ def with_nan_behind(x: NDArray[Any], tokens: int) -> NDArray[Any]:
     """The rows of a chunk of ``tokens`` tokens: ``x`` [B, n, …], and NaN after it."""
     padding = [(0, 0), (0, tokens - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
     return np.pad(x, padding, constant_values=np.asarray(np.nan, x.dtype))
+
+
+def numpy_selection(pages: Any, scores: Any) -> Selection:
+    """A selection of numpy arrays [B, K, width] of the dtypes that it has."""
+    return Selection(np.asarray(pages, np.int32), np.asarray(scores, np.float32))  # type: ignore[arg-type]
 
 
 def random_matrix(

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
 
-from pallas_kernels import NO_PAGE, LayerKV, PagedKV, PageTables, Tail, decode_attention, kv_write, selection_width
+from pallas_kernels import (
+    NO_PAGE,
+    LayerKV,
+    PagedKV,
+    PageTables,
+    Selection,
+    Tail,
+    decode_attention,
+    kv_write,
+    selection_width,
+)
 from pallas_kernels.core.workloads import SERVING, TINY, Workload
 from pallas_kernels.decode_attention import xla
 from tests.pallas_kernels.cases import (
@@ -268,14 +278,14 @@ def test_a_budget_that_covers_the_length_is_dense_for_every_length(implementatio
     for select in implementations("page_select"):
         selected = jitted("page_select", select)(
             *(sweep.q[:, :1], cache.kv.retrieval, cache.tables.retrieval, cache.lengths),
-            np.full((SWEEP.batch, 1, width), NO_PAGE, np.int32),
+            Selection.empty(SWEEP.batch, 1, width),
             np.full(SWEEP.batch, True),
             num_selected=SWEEP.num_selected,
             interval=SWEEP.interval,
             sink_pages=2,
             reduction="max",
         )
-        assert_same_bits(attend(implementation, sweep.q, cache, np.asarray(selected), SWEEP), out)
+        assert_same_bits(attend(implementation, sweep.q, cache, np.asarray(selected.pages), SWEEP), out)
 
 
 @pytest.mark.parametrize("pages_per_block", [1, 2, 4, 8, 16])
@@ -307,23 +317,23 @@ def test_the_current_token_is_read_at_every_length_through_every_reuse(
     k[np.arange(workload.context) >= prompts[:, None] - 8] = 0  # never among the best: only the rule lists their pages
     cache = filled_cache(workload, rng, prompts, k=k)
     width = selection_width(workload.num_selected, interval, workload.page_size)
-    selected = np.full((30, 2, width), NO_PAGE, np.int32)
+    selected = Selection.empty(30, 2, width)
     decode_steps = -(np.arange(30) % interval)
     for _ in range(2 * interval + 2):
         lengths = np.where(decode_steps >= 0, prompts + decode_steps + 1, 0).astype(np.int32)
         q = rng.normal(size=(30, 4, 8)).astype(np.float32)
         cache, selected = _decode_step(workload, cache, q, lengths, decode_steps, selected)
-        out = attend(implementation, q, cache, selected, workload)
+        out = attend(implementation, q, cache, np.asarray(selected.pages), workload)
         current = np.broadcast_to((lengths[:, None, None] - 1) // 64, (30, 2, 1))
-        with_current = np.concatenate([selected, current], axis=-1)
+        with_current = np.concatenate([selected.pages, current], axis=-1)
         is_running = lengths > 0
         assert_close(out[is_running], dense(workload, q, cache, with_current)[is_running], "float32")
         decode_steps += 1
 
 
 def _decode_step(
-    workload: Workload, cache: Cache, q: Any, lengths: NDArray[np.int32], decode_steps: Any, selected: Any
-) -> tuple[Cache, NDArray[np.int32]]:
+    workload: Workload, cache: Cache, q: Any, lengths: NDArray[np.int32], decode_steps: Any, selected: Selection
+) -> tuple[Cache, Selection]:
     """The cache with one token more, and the selection of that step: what `lserve_jax.runtime.attend` does."""
     is_running = (lengths > 0).astype(np.int32)
     at = np.arange(30), np.maximum(lengths - 1, 0)
@@ -331,13 +341,15 @@ def _decode_step(
         cache.k[at][:, None], cache.v[at][:, None], cache.kv, cache.tables, lengths - is_running, is_running
     )
     selected = jitted("page_select")(
-        *(q, kv.retrieval, cache.tables.retrieval, lengths, selected, decode_steps % workload.interval == 0),
+        *(q, kv.retrieval, cache.tables.retrieval, lengths),
+        selected.without_memory(decode_steps == 0),
+        decode_steps % workload.interval == 0,
         num_selected=workload.num_selected,
         interval=workload.interval,
         sink_pages=1,
-        reduction="max",
+        memory=0.6,
     )
-    return cache._replace(kv=kv, lengths=lengths), np.asarray(selected)
+    return cache._replace(kv=kv, lengths=lengths), selected
 
 
 @each_implementation

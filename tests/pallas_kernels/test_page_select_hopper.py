@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
 
-from pallas_kernels import NO_PAGE, PagedKV, page_select, selection_width
+from pallas_kernels import NO_PAGE, PagedKV, Selection, page_select, selection_width
 from pallas_kernels.core.hopper import Device
 from pallas_kernels.core.workloads import SERVING, Workload
 from pallas_kernels.page_select import mosaic_gpu, reference
-from tests.pallas_kernels.cases import Cache, abstract, abstract_pools, filled_cache
+from tests.pallas_kernels.cases import Cache, abstract, abstract_pools, filled_cache, numpy_selection
 from tests.pallas_kernels.hopper import assert_fits, compiled, evaluate, interpreted
 
 SMALL = Workload(
@@ -59,7 +59,7 @@ def _queries(workload: Workload, rng: np.random.Generator, batch: int, limit: in
 
 
 def _options(
-    workload: Workload, sink_pages: int = 1, reduction: str = "max", spread: float = 1.0, has_lookahead: bool = False
+    workload: Workload, sink_pages: int = 1, reduction: str = "max", spread: float = 1.0, memory: float = 0.6
 ) -> dict[str, Any]:
     return {
         "num_selected": workload.num_selected,
@@ -67,8 +67,16 @@ def _options(
         "sink_pages": sink_pages,
         "reduction": reduction,
         "spread": spread,
-        "has_lookahead": has_lookahead,
+        "memory": memory,
     }
+
+
+def _previous(workload: Workload, rng: np.random.Generator, batch: int) -> Selection:
+    """Lists of any pages, with shares of any size, or none."""
+    width = selection_width(workload.num_selected, workload.interval, workload.page_size)
+    shape = (batch, workload.retrieval, width)
+    scores = np.where(rng.random(shape) < 0.3, -np.inf, -rng.exponential(size=shape))
+    return numpy_selection(rng.integers(-1, workload.max_pages, shape), scores)
 
 
 def _assert_selects(
@@ -78,33 +86,40 @@ def _assert_selects(
     rng: np.random.Generator,
     *,
     is_refresh: ArrayLike | None = None,
+    budgets: ArrayLike | None = None,
     detect_races: bool = False,
     **options: Any,
 ) -> NDArray[np.int32]:
-    """The lists are those of the reference, in which what is not chosen anew stays as it was."""
+    """Lists and what is remembered are the reference's, in which what is not chosen anew stays as it was."""
     batch = len(cache.lengths)
-    width = selection_width(workload.num_selected, workload.interval, workload.page_size)
-    previous = rng.integers(-1, workload.max_pages, (batch, workload.retrieval, width)).astype(np.int32)
+    previous = _previous(workload, rng, batch)
     is_refresh = np.full(batch, True) if is_refresh is None else np.asarray(is_refresh)
-    arguments: Any = (q, cache.kv.retrieval, cache.tables.retrieval, cache.lengths, previous, is_refresh)
+    budgets = np.full(batch, workload.num_selected) if budgets is None else np.asarray(budgets)
+    arguments: Any = (q, cache.kv.retrieval, cache.tables.retrieval, cache.lengths, previous, is_refresh, budgets)
     options = _options(workload, **options)
     selected = evaluate(partial(mosaic_gpu.page_select, **options), *arguments, detect_races=detect_races)
-    np.testing.assert_array_equal(selected, reference.page_select(*arguments, **options))
-    return np.asarray(selected)
+    _assert_equal(selected, reference.page_select(*arguments, **options))
+    return np.asarray(selected.pages)
+
+
+def _assert_equal(actual: Selection, expected: Selection) -> None:
+    assert (actual.pages.dtype, actual.scores.dtype) == (np.int32, np.float32)
+    np.testing.assert_array_equal(actual.pages, expected.pages)
+    np.testing.assert_array_equal(actual.scores, expected.scores)
 
 
 @pytest.mark.usefixtures("ring")
 @pytest.mark.parametrize(
-    ("reduction", "sink_pages", "spread", "has_lookahead", "limit"),
-    [("max", 0, 1.0, False, 1), ("mean", 3, 1.0, False, 100), ("max", 1, 0.5, True, 2), ("max", 0, 1.0, True, 1)],
+    ("reduction", "sink_pages", "spread", "memory", "limit"),
+    [("max", 0, 1.0, 0.0, 1), ("mean", 3, 1.0, 0.6, 100), ("max", 1, 0.5, 0.9, 2), ("max", 0, 1.0, 1.0, 1)],
 )
 def test_equals_the_reference_ties_included(
-    reduction: str, sink_pages: int, spread: float, has_lookahead: bool, limit: int, rng: np.random.Generator
+    reduction: str, sink_pages: int, spread: float, memory: float, limit: int, rng: np.random.Generator
 ):
     """Sums of small whole numbers are exact in any order; with a limit of 1 most are equal, and earlier pages win."""
     q = _queries(SMALL, rng, len(LENGTHS), limit)
     cache = _cache(SMALL, rng, LENGTHS, limit)
-    options = {"reduction": reduction, "sink_pages": sink_pages, "spread": spread, "has_lookahead": has_lookahead}
+    options = {"reduction": reduction, "sink_pages": sink_pages, "spread": spread, "memory": memory}
     _assert_selects(SMALL, q, cache, rng, **options)
 
 
@@ -125,6 +140,16 @@ def test_shapes_that_fill_no_tile(shape: dict[str, Any], rng: np.random.Generato
 
 
 @pytest.mark.usefixtures("ring")
+def test_each_sequence_has_a_budget_of_its_own(rng: np.random.Generator):
+    """From the pages that are always selected to as many as the list holds."""
+    workload = replace(SMALL, num_selected=12)
+    lengths = [48 * 16 + 5, 1119, 1000, 150, 97, 0]
+    cache, q = _cache(workload, rng, lengths), _queries(workload, rng, len(lengths))
+    pages = _assert_selects(workload, q, cache, rng, budgets=[12, 3, 7, 9, 6, 5], memory=0.5)
+    assert (pages >= 0).sum(axis=-1)[:, 0].tolist()[:5] == [12, 3, 7, 9, 6]
+
+
+@pytest.mark.usefixtures("ring")
 def test_races(rng: np.random.Generator):
     """The same tile memory three times over; one sequence of two selects."""
     workload = replace(SMALL, head_dim=128, context=48 * 16)
@@ -141,17 +166,15 @@ def test_only_sequences_that_select_are_touched(rng: np.random.Generator):
     _assert_selects(SMALL, _queries(SMALL, rng, len(LENGTHS)), cache, rng, is_refresh=is_refresh)
 
 
-@pytest.mark.parametrize(("reduction", "has_lookahead"), [("max", True), ("mean", False)])
-def test_bounds_of_pages_that_are_not_sealed_do_not_matter(
-    reduction: str, has_lookahead: bool, rng: np.random.Generator
-):
+@pytest.mark.parametrize(("reduction", "memory"), [("max", 0.5), ("mean", 0.0)])
+def test_bounds_of_pages_that_are_not_sealed_do_not_matter(reduction: str, memory: float, rng: np.random.Generator):
     """With one token, or half a page, after the last sealed page, and with none."""
     workload = replace(SMALL, interval=1, context=30 * 16)
     cache, q = _cache(workload, rng, [417, 424, 432]), _queries(workload, rng, 3)
     pages = cache.kv.retrieval
     assert pages is not None and pages.k_min is not None and pages.k_max is not None
-    previous = np.zeros((3, 2, 6), np.int32)
-    options = _options(workload, reduction=reduction, has_lookahead=has_lookahead)
+    previous = _previous(workload, rng, 3)
+    options = _options(workload, reduction=reduction, memory=memory)
     run = jax.jit(partial(mosaic_gpu.page_select, **options))
     is_sealed = np.zeros(pages.k.shape[0], bool)
     for table, length in zip(np.asarray(cache.tables.retrieval), cache.lengths, strict=True):
@@ -162,23 +185,29 @@ def test_bounds_of_pages_that_are_not_sealed_do_not_matter(
             for x, value in ((pages.k_min, least), (pages.k_max, greatest))
         )
         held = pages._replace(k_min=k_min, k_max=k_max)
-        arguments: Any = (q, held, cache.tables.retrieval, cache.lengths, previous, np.full(3, True))
-        selected = np.asarray(evaluate(run, *arguments))
-        np.testing.assert_array_equal(selected, reference.page_select(*arguments, **options))
-        np.testing.assert_array_equal(selected[:, :, -1], [[26] * 2, [26] * 2, [26] * 2])
+        arguments: Any = (
+            *(q, held, cache.tables.retrieval, cache.lengths, previous, np.full(3, True)),
+            np.full(3, workload.num_selected),
+        )
+        selected = evaluate(run, *arguments)
+        _assert_equal(selected, reference.page_select(*arguments, **options))
+        np.testing.assert_array_equal(selected.pages[:, :, -1], [[26] * 2, [26] * 2, [26] * 2])
 
 
 def test_rounded_scores_rank_alike(rng: np.random.Generator):
     """Pages in the list that are not the reference's have scores within rounding of the last one that it chose."""
     workload = replace(SMALL, head_dim=128)
     cache, q = _cache(workload, rng, [1117], limit=None), _queries(workload, rng, 1, limit=None)
-    previous = np.full((1, 2, 7), NO_PAGE, np.int32)
+    previous = Selection.empty(1, 2, 7)
     assert cache.kv.retrieval is not None
-    arguments: Any = (q, cache.kv.retrieval, cache.tables.retrieval, cache.lengths, previous, np.array([True]))
-    selected = np.asarray(evaluate(partial(mosaic_gpu.page_select, **_options(workload)), *arguments))
+    arguments: Any = (
+        *(q, cache.kv.retrieval, cache.tables.retrieval, cache.lengths, previous, np.array([True])),
+        np.array([workload.num_selected]),
+    )
+    selected = evaluate(partial(mosaic_gpu.page_select, **_options(workload)), *arguments)
     for head in range(2):
-        scores = reference.page_scores(*arguments[:3], b=0, head=head, count=69, reduction="max", spread=1.0)[0]
-        chosen = [page for page in selected[0, head] if 1 <= page < 69]
+        scores = reference.page_scores(*arguments[:3], b=0, head=head, count=69, reduction="max", spread=1.0)
+        chosen = [page for page in selected.pages[0, head].tolist() if 1 <= page < 69]
         left_out = sorted(set(range(1, 69)) - set(chosen))
         assert len(chosen) == 4 and chosen == sorted(chosen)
         assert scores[chosen].min() >= scores[left_out].max() * (1 - 1e-6)
@@ -192,7 +221,7 @@ def _shape(**fields: Any) -> Any:
         "sink_pages": 1,
         "reduction": "max",
         "spread": 1.0,
-        "has_lookahead": False,
+        "memory": 0.6,
         "width": 65,
     }
     arrays = {"num_heads": 4, "group": 4, "head_dim": 128, "page_size": 64, "subs": 4, "max_pages": 2048}
@@ -215,12 +244,14 @@ def test_choice_among_many_blocks_of_pages(values: str, rng: np.random.Generator
     keys = np.full((1, 2, 3 * 2048), 2**31 - 1, np.int32)
     keys[..., sink:end] = np.asarray(mosaic_gpu._order_key(jnp.asarray(scores)))[..., sink:end]
 
-    def choose(keys: jax.Array, held: jax.Array) -> jax.Array:
+    def choose(keys: jax.Array, *by_sequence: Any) -> jax.Array:
         selected = jax.new_ref(jnp.zeros((1, 2, width), jnp.int32))
-        mosaic_gpu._choose(selected, held, keys, shape)
+        held, end, budgets = by_sequence
+        mosaic_gpu._choose(selected, held, end, budgets, keys, shape)
         return jax.freeze(selected)
 
-    selected = np.asarray(evaluate(choose, keys, np.array([length], np.int32)))
+    by_sequence = (np.array([number], np.int32) for number in (length, end, width - 1))
+    selected = np.asarray(evaluate(choose, keys, *by_sequence))
     recent = -(-length // 16) - end
     free = width - 1 - sink - recent
     for head in range(2):
@@ -243,57 +274,41 @@ def _arguments(workload: Workload) -> Any:
     b, k = workload.batch, workload.retrieval
     pools = abstract_pools(workload, -(-b * workload.max_pages // 8) * 8)
     q = abstract(b, k * workload.group, workload.head_dim, dtype=workload.dtype)
-    tables = abstract(b, workload.max_pages), abstract(b), abstract(b, k, width), abstract(b, dtype=np.bool_)
-    return q, pools.retrieval, *tables
+    previous = Selection(abstract(b, k, width), abstract(b, k, width, dtype=np.float32))
+    return q, pools.retrieval, abstract(b, workload.max_pages), abstract(b), previous, abstract(b, dtype=np.bool_)
 
 
 LLAMA = SERVING["llama3_8b_128k"]
 
 
 @pytest.mark.parametrize(
-    ("workload", "reduction"),
+    ("workload", "reduction", "memory"),
     [
-        pytest.param(LLAMA, "max", id="llama3_8b_128k"),
-        pytest.param(LLAMA, "mean", id="llama3_8b_128k-mean"),
-        pytest.param(replace(LLAMA, batch=8, num_selected=128), "max", id="llama3_8b_128k-batch8"),
-        pytest.param(replace(LLAMA, retrieval=3, context=2**20), "max", id="llama3_8b_1m-3_heads"),
-        pytest.param(replace(LLAMA, retrieval=8, group=16), "max", id="group16"),
-        pytest.param(SERVING["llama2_7b_64k"], "max", id="llama2_7b_64k"),
-        pytest.param(SERVING["smollm2_135m_8k"], "mean", id="smollm2_135m_8k"),
+        pytest.param(LLAMA, "max", 0.6, id="llama3_8b_128k"),
+        pytest.param(LLAMA, "mean", 0.0, id="llama3_8b_128k-mean"),
+        pytest.param(replace(LLAMA, batch=8, num_selected=128), "max", 0.6, id="llama3_8b_128k-batch8"),
+        pytest.param(replace(LLAMA, retrieval=3, context=2**20), "max", 0.6, id="llama3_8b_1m-3_heads"),
+        pytest.param(replace(LLAMA, retrieval=8, group=16), "max", 0.0, id="group16"),
+        pytest.param(SERVING["llama2_7b_64k"], "max", 0.6, id="llama2_7b_64k"),
+        pytest.param(SERVING["smollm2_135m_8k"], "mean", 0.6, id="smollm2_135m_8k"),
         pytest.param(
-            replace(LLAMA, retrieval=8, page_size=16, context=2**20, num_selected=256, interval=1), "max", id="quest_1m"
+            replace(LLAMA, retrieval=8, page_size=16, context=2**20, num_selected=256, interval=1),
+            *("max", 0.0),
+            id="quest_1m",
         ),
-        pytest.param(replace(LLAMA, retrieval=1, page_size=128, head_dim=64), "max", id="page128"),
-        pytest.param(replace(LLAMA, retrieval=5, page_size=32), "max", id="page32"),
+        pytest.param(replace(LLAMA, retrieval=1, page_size=128, head_dim=64), "max", 0.6, id="page128"),
+        pytest.param(replace(LLAMA, retrieval=5, page_size=32, context=2**20), "max", 1.0, id="page32_1m"),
     ],
 )
-def test_machine_code(workload: Workload, reduction: str):
-    """Two kernels, in which nothing spills; no copy of the statistics, and scratch memory for the scores alone."""
-    run = partial(page_select, implementation="mosaic_gpu", **_options(workload, reduction=reduction))
+def test_machine_code(workload: Workload, reduction: str, memory: float):
+    """Two kernels, in which nothing spills; no copy of the statistics; scratch memory for scores and ranks alone."""
+    run = partial(page_select, implementation="mosaic_gpu", **_options(workload, reduction=reduction, memory=memory))
     program, kernels = compiled(run, *_arguments(workload), donate=(4,))
     assert_fits(kernels, count=2)
     text = program.as_text()
     assert not re.search(r"= \S+ (copy|copy-start|sort|custom-call-start)\(", text)
     scores = workload.batch * workload.retrieval * max(workload.max_pages, 2048) * 4
-    assert program.memory_analysis().temp_size_in_bytes <= scores + 2**20
-
-
-@pytest.mark.parametrize("sub_page_size", [4, 16])
-def test_machine_code_with_lookahead(sub_page_size: int):
-    """Scores of the ends of pages are stored beside those of pages, and put together between the kernels."""
-    workload = replace(LLAMA, sub_page_size=sub_page_size)
-    run = partial(page_select, implementation="mosaic_gpu", **_options(workload, spread=0.5, has_lookahead=True))
-    program, kernels = compiled(run, *_arguments(workload), donate=(4,))
-    assert_fits(kernels, count=2)
-    scores = workload.batch * workload.retrieval * max(workload.max_pages, 2048) * 4
-    assert program.memory_analysis().temp_size_in_bytes <= 3 * scores + 2**20
-
-
-def test_lookahead_with_a_mean_is_refused(rng: np.random.Generator):
-    cache = _cache(SMALL, rng, LENGTHS)
-    q = _queries(SMALL, rng, len(LENGTHS))
-    with pytest.raises(NotImplementedError, match="lookahead with reduction='mean': it must be max"):
-        _assert_selects(SMALL, q, cache, rng, reduction="mean", has_lookahead=True)
+    assert program.memory_analysis().temp_size_in_bytes <= (2 if memory else 1) * scores + 2**18
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8, 64, 256])

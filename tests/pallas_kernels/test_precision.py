@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import Selection
 from pallas_kernels.core.workloads import TINY
 from tests.pallas_kernels.cases import MATRICES, filled_cache, random_matrix, random_tokens
 
@@ -27,7 +28,7 @@ def test_products_of_float32_ask_for_float32(op: str, implementation: str, rng: 
     workload = TINY["mixed"]
     cache = filled_cache(workload, rng, [96, 17, 0, 64])
     q, k = (random_tokens(workload, rng, 1, heads) for heads in (workload.num_heads, workload.num_kv_heads))
-    previous = np.full((workload.batch, workload.retrieval, 5), -1, np.int32)
+    previous = Selection.empty(workload.batch, workload.retrieval, 5)
     calls: dict[str, tuple[tuple[Any, ...], dict[str, int]]] = {
         "prefill_attention": ((q, k, k, cache.kv, cache.tables, cache.lengths, cache.lengths), {"sink": 5, "local": 9}),
         "decode_attention": ((q[:, 0], cache.kv, cache.tables, cache.lengths, None), {"sink": 5, "local": 9}),

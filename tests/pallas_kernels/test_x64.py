@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import BlockList, PageTables, Walk, visible_walk
+from pallas_kernels import BlockList, PageTables, Selection, Walk, visible_walk
 from pallas_kernels.core.dtypes import narrowed
 from pallas_kernels.core.workloads import TINY, Workload
 from tests import x64
@@ -39,11 +39,11 @@ def _call(op: str, workload: Workload) -> tuple[tuple[Any, ...], dict[str, Any]]
     )
     starts, counts = cache.lengths // 2, cache.lengths // 4
     window = {"sink": workload.sink, "local": workload.local}
-    previous = np.full((workload.batch, workload.retrieval, 5), -1, np.int32)
+    previous = Selection.empty(workload.batch, workload.retrieval, 5)
     queries = q[:, 0, : workload.retrieval * workload.group]
     pages, table = cache.kv.retrieval, cache.tables.retrieval
     matrix = {8: "int8-inputs", 4: "int4-groups", None: "int8-offsets"}[workload.bits[0]]
-    selection = {"num_selected": 4, "interval": 4, "sink_pages": 1}
+    selection = {"num_selected": 4, "interval": 4, "sink_pages": 1, "memory": 0.5}
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "kv_write": ((k, k, cache.kv, cache.tables, starts, counts), {}),
         "prefill_attention": ((q, k, k, cache.kv, cache.tables, starts, counts), window),
@@ -71,7 +71,7 @@ def test_no_equation_of_an_op_has_64_bits(op: str, implementation: str, storage:
 
 
 def test_no_equation_of_other_forms_of_the_ops_has_64_bits():
-    """Steps of one token, slots that are the rows, walks, means, lookahead: what the cases above leave out."""
+    """Steps of one token, slots that are the rows, walks, means, no memory: what the cases above leave out."""
     (k, v, kv, tables, starts, counts), _ = _call("kv_write", TINY["mixed"])
     write = pallas_kernels.kv_write
     assert x64.wide(x64.traced(write, k[:, :1], v[:, :1], kv, tables, starts, counts)) == set()
@@ -80,7 +80,7 @@ def test_no_equation_of_other_forms_of_the_ops_has_64_bits():
         arguments = tuple(x._replace(slots=None) if isinstance(x, PageTables) else x for x in arguments)
         assert x64.wide(x64.traced(partial(getattr(pallas_kernels, op), **options), *arguments)) == set()
     selecting, options = _call("page_select", TINY["mixed"])
-    select = partial(pallas_kernels.page_select, **options, reduction="mean", has_lookahead=True, spread=0.5)
+    select = partial(pallas_kernels.page_select, **options | {"memory": 0.0}, reduction="mean", spread=0.5)
     assert x64.wide(x64.traced(select, *selecting)) == set()
     attending, window = _call("prefill_attention", TINY["mixed"])
 

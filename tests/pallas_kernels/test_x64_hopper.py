@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import LayerKV
+from pallas_kernels import LayerKV, Selection
 from pallas_kernels.core.workloads import Workload
 from tests import x64
 from tests.pallas_kernels import hopper
@@ -45,8 +45,8 @@ def _call(name: str) -> tuple[Any, tuple[Any, ...]]:
     q, k = (random_tokens(SMALL, rng, SMALL.chunk, heads) for heads in (SMALL.num_heads, SMALL.num_kv_heads))
     starts, lengths, one = cache.lengths // 3, cache.lengths, np.ones(2, np.int32)
     window = {"sink": SMALL.sink, "local": SMALL.local}
-    previous = np.full((2, 1, SMALL.num_selected), -1, np.int32)
-    chosen = {"num_selected": SMALL.num_selected, "interval": SMALL.interval, "sink_pages": 1}
+    previous = Selection.empty(2, 1, SMALL.num_selected)
+    chosen = {"num_selected": SMALL.num_selected, "interval": SMALL.interval, "sink_pages": 1, "memory": 0.5}
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "kv_write of a step": ((k[:, :1], k[:, :1], cache.kv, cache.tables, starts, one), {}),
         "kv_write of a chunk": ((k, k, cache.kv, cache.tables, starts, starts), {}),

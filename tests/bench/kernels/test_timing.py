@@ -9,7 +9,7 @@ import pytest
 
 from bench.kernels.ops import OPS
 from bench.kernels.timing import check
-from pallas_kernels import QuantizedArray
+from pallas_kernels import QuantizedArray, Selection
 from pallas_kernels.core.workloads import TINY_PRODUCTS, Product, Workload
 from tests.bench.kernels.workloads import PRODUCT, SMALL, case
 
@@ -26,9 +26,9 @@ def test_the_xla_product_has_the_values_that_are_timed(storage: str):
 
 
 def falsified(result: Any) -> Any:
-    """An op's result with one thing wrong: a row, a page of a list, a stored number."""
-    if isinstance(result, jax.Array) and result.dtype == jnp.int32:
-        return jnp.sort(result.at[0, 0, 1:4].set(jnp.arange(1, 4)), axis=-1)
+    """An op's result with one thing wrong: a row, pages of a list, a stored number."""
+    if isinstance(result, Selection):
+        return result._replace(pages=jnp.sort(result.pages.at[0, 0, 1:4].set(jnp.arange(1, 4)), axis=-1))
     if isinstance(result, jax.Array):
         return result.at[(-1,) * (result.ndim - 1)].multiply(jnp.asarray(1.1, result.dtype))
     assert isinstance(result.retrieval.v, QuantizedArray)
@@ -52,4 +52,15 @@ def test_wrong_values_are_not_timed(op: str, workload: Workload | Product):
         return falsified(result) if implementation == "xla" else result
 
     with pytest.raises(AssertionError):
+        check(right._replace(call=wrong), "xla")
+
+
+def test_a_selection_that_remembers_something_else_is_wrong():
+    right = case("page_select", SMALL["int8"])
+
+    def wrong(*args: Any, implementation: str) -> Selection:
+        result = right.call(*args, implementation=implementation)
+        return result._replace(scores=result.scores * 1.1) if implementation == "xla" else result
+
+    with pytest.raises(AssertionError, match="what is remembered of a page is wrong"):
         check(right._replace(call=wrong), "xla")

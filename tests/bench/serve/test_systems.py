@@ -39,8 +39,8 @@ def test_our_settings_are_flags_of_our_commands(name: str, tmp_path: Path):
 
 
 def test_flags_write_lists_and_switches():
-    settings = {"dense_layers": (0, 1), "is_sink_forced": False, "has_lookahead": True, "head_pattern": None, "sink": 4}
-    assert flags(settings) == ["--dense-layers", "0,1", "--no-is-sink-forced", "--has-lookahead", "--sink", "4"]
+    settings = {"dense_layers": (0, 1), "is_sink_forced": False, "head_pattern": None, "sink": 4}
+    assert flags(settings) == ["--dense-layers", "0,1", "--no-is-sink-forced", "--sink", "4"]
 
 
 def test_each_server_is_asked_as_it_wants_it():

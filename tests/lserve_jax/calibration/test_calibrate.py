@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from lserve_jax import classify, load_gates
+from lserve_jax import calibrate, classify, load_gates
 from lserve_jax.calibrate import SMOOTHING_PROMPTS, main
-from lserve_jax.calibration import training
+from lserve_jax.calibration import training, windows
 from lserve_jax.calibration.folder import require_target, write_pattern
+from lserve_jax.calibration.masked import masked_step, retrieval_heads
 from lserve_jax.calibration.picture import head_map
 from lserve_jax.calibration.reader import Reader
+from lserve_jax.calibration.replay import Replayer
 from lserve_jax.calibration.scores import MEASURES, combine, to_gates
-from lserve_jax.calibration.shares import describe, expected_losses, masked_step, retrieval_heads
+from lserve_jax.calibration.shares import describe, expected_losses
 from lserve_jax.engine.setup import prepare
 from lserve_jax.text.tokenizer import Tokenizer
 from tests.lserve_jax.calibration import planted
@@ -26,7 +28,9 @@ pytestmark = pytest.mark.slow
 
 MODEL = str(TINY / "llama3")  # 2 layers of 2 KV heads, a byte or so a token
 # One shape for all runs, so that each program is compiled once.
-SIZES = ("--length", "1280", "--chunk", "256", "--sink", "16", "--local", "64", "--seed", "3")
+SIZES = ("--length", "1280", "--chunk", "256", "--sink", "16", "--seed", "3")
+NAMED = ("--local", "64", "--dense-layers", "")
+"""The settings that are searched for if they are not named."""
 TRAINING = (*("--method", "train", "--steps", "4", "--min-length", "700", "--max-length", "900"), "--passkeys", "1")
 QUICK = ("--held-out", "0", "--no-picture", "--quiet")
 
@@ -41,10 +45,10 @@ class Result(NamedTuple):
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Runs the command in this process."""
 
-    def call(*arguments: str | Path, model: str = MODEL) -> Result:
+    def call(*arguments: str | Path, model: str = MODEL, named: tuple[str, ...] = NAMED) -> Result:
         capfd.readouterr()
         try:
-            status = main(["--model", model, *SIZES, *map(str, arguments)])
+            status = main(["--model", model, *SIZES, *named, *map(str, arguments)])
         except SystemExit as end:  # argparse
             status = end.code
         assert isinstance(status, int)
@@ -84,7 +88,8 @@ def test_scoring_writes_a_pattern_that_the_loader_reads(run: Callable[..., Resul
     assert table[1].split() == ["streaming", "heads", "retrieval", "copying", "text", "mean", "change"]
     assert [line.split()[0] for line in table[2:7]] == ["dense", "25%", "50%", "75%", "90%"]
     assert table[7] == f"wrote {out}: use it with --head-pattern {out}"
-    assert "calibration: 100%" in result.err and " 22/22 " in result.err  # 3 + 4 prompts, and 5 times 3 for the table
+    for stage, prompts in (("scores", 3), ("smoothing", 4), ("losses", 5 * 3)):
+        assert f"{stage}: 100%" in result.err and f" {prompts}/{prompts} " in result.err
 
 
 def test_a_seed_repeats_every_file_and_another_gives_other_scores(run: Callable[..., Result], tmp_path: Path):
@@ -100,6 +105,84 @@ def test_dense_layers_are_a_setting_of_the_pattern(run: Callable[..., Result], t
     assert run("--out", pattern, "--score", "random", "--dense-layers", "1", *QUICK).status == 0
     for preset, layers in (("lserve", (1,)), ("dense", ())):
         assert prepare(MODEL, attention=preset, head_pattern=pattern).config.attention.dense_layers == layers
+
+
+SEARCH = ("--prompts", "2", "--held-out", "1", "--no-picture", "--quiet")
+
+
+@pytest.fixture
+def four_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer prompts to search with: two of facts, one of each other kind."""
+    monkeypatch.setattr(calibrate, "SEARCH_PROMPTS", 4)
+
+
+@pytest.mark.usefixtures("four_prompts")
+def test_window_and_dense_layers_are_found_and_read_back(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(windows, "_costs", lambda reader, prompt, heads, candidates: np.array([0.03, 0.012, 0.01]))
+    monkeypatch.setattr(Replayer, "divergences", lambda self, prompt, rows: np.where(rows[:, 1], 0.01, 0.1))
+    assert run("--out", tmp_path / "p", *SEARCH, "--quota", "layer", named=()).status == 0  # both layers select
+    settings = json.loads((tmp_path / "p" / "config.json").read_text())
+    assert settings["attention"] == {"sink": 16, "local": 256, "prefill_local": 256, "dense_layers": [1]}
+    kinds = ("retrieval", "copying", "text")
+    assert settings["windows"] == {
+        "static_sparsity": 0.5,
+        "costs": [
+            {"local": local, "divergence": dict.fromkeys(kinds, cost)}
+            for local, cost in ((128, 0.03), (256, 0.012), (512, 0.01))
+        ],
+    }
+    found = settings["page_selection"]
+    assert (found["token_budget"], found["page_size"]) == (320, 16)
+    rows = [(row["dense_layers"], row["divergence"]["text"], row["is_kept"]) for row in found["costs"]]
+    assert rows == [([], 0.1, True), ([1], pytest.approx(0.01), True), ([1, 0], pytest.approx(0.01), False)]
+    policy = prepare(MODEL, attention="lserve", head_pattern=tmp_path / "p").config.attention
+    assert (policy.local, policy.prefill_local, policy.dense_layers) == (256, 256, (1,))
+
+
+@pytest.mark.usefixtures("four_prompts")
+def test_settings_that_are_named_are_not_searched_for(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("searched")
+
+    monkeypatch.setattr(calibrate, "window_costs", fail)
+    monkeypatch.setattr(calibrate, "selection_costs", fail)
+    for name, layers in (("none", ""), ("one", "1")):
+        named = ("--local", "100", "--dense-layers", layers)
+        assert run("--out", tmp_path / name, "--score", "random", *QUICK, named=named).status == 0
+        settings = json.loads((tmp_path / name / "config.json").read_text())
+        dense = {"dense_layers": [1]} if layers else {}
+        assert settings["attention"] == {"sink": 16, "local": 100, "prefill_local": 100, **dense}
+        assert not settings.keys() & {"windows", "page_selection"}
+    with pytest.raises(AssertionError, match="searched"):
+        run("--out", tmp_path / "window", "--score", "random", *QUICK, named=("--dense-layers", ""))
+    with pytest.raises(AssertionError, match="searched"):
+        run("--out", tmp_path / "layers", "--score", "random", *QUICK, named=("--local", "100"))
+
+
+@pytest.mark.usefixtures("four_prompts")
+def test_an_interrupted_search_goes_on_and_ends_with_the_same_pattern(
+    run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    with counted(monkeypatch, Replayer, "divergences") as calls:
+        assert run("--out", whole, *SEARCH, named=()).status == 0
+    with interrupted(monkeypatch, Reader, "read_through", call=SMOOTHING_PROMPTS + 4 * 2 + 3):  # of the third prompt
+        assert run("--out", broken, *SEARCH, named=()).status == 130
+    prepare(MODEL, attention="lserve", head_pattern=broken)  # with the window of the ranking
+    with (
+        counted(monkeypatch, Reader, "read_through") as readings,
+        interrupted(monkeypatch, Replayer, "divergences", call=4),
+    ):
+        assert run("--out", broken, *SEARCH, named=()).status == 130
+    assert len(readings) == 4 * 2
+    with counted(monkeypatch, Replayer, "divergences") as others:
+        assert run("--out", broken, *SEARCH, named=()).status == 0
+    assert len(others) == len(calls) - 3
+    assert files(broken) == files(whole)
 
 
 def test_a_random_pattern_is_its_seeds_and_of_no_prompt(run: Callable[..., Result], tmp_path: Path):
@@ -351,7 +434,9 @@ def test_the_loss_rises_when_planted_heads_stream_and_only_then():
         gates[head] = 1.0
     prompts = [planted.prompt(seed) for seed in range(2)]
     shares, programs = (0.25, 10 / 12, 11 / 12, 1.0), len(compiled_masked_steps())
-    rows = expected_losses(planted.params(), planted.CONFIG, prompts, gates, chunk=64, shares=shares)
+    rows = expected_losses(
+        planted.params(), planted.CONFIG, prompts, gates, local=planted.LOCAL, chunk=64, shares=shares
+    )
     assert len(compiled_masked_steps()) == programs + 1  # classes are data
     assert [row.streaming for row in rows] == [0, 3, 10, 11, 12]
     losses = [row.nll["lookup"] for row in rows]
@@ -380,7 +465,7 @@ def test_losses_are_those_of_the_engine_with_such_heads(rng: np.random.Generator
     window: dict[str, Any] = {"sink": 5, "local": 30, "prefill_local": 30, "page_size": 16}
     dense = InferenceConfig(model=checkpoint.config, attention=from_preset("dense", **window), dtype="float32")
     params = checkpoint.load_params("float32")
-    (row,) = expected_losses(params, dense, [prompt], gates, chunk=48, shares=(0.5,))[1:]
+    (row,) = expected_losses(params, dense, [prompt], gates, local=30, chunk=48, shares=(0.5,))[1:]
     policy = from_preset("streaming", **window)
     config = InferenceConfig(model=checkpoint.config, attention=policy, heads=classify(gates, 0.5), dtype="float32")
     stepper = Stepper(config, max_pages=12)

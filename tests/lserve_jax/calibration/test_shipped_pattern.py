@@ -28,7 +28,7 @@ def test_half_the_heads_may_stream_and_not_any_half():
     params = checkpoint.load_params("float32")
 
     def losses(gates: Any) -> list[float]:
-        rows = expected_losses(params, config, prompts, gates, chunk=400, shares=[0.5])
+        rows = expected_losses(params, config, prompts, gates, local=256, chunk=400, shares=[0.5])
         return [row.mean for row in rows]
 
     with resources.as_file(SHIPPED) as folder:

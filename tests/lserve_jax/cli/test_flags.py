@@ -56,8 +56,10 @@ FLAGS: dict[str, Mapping[str, tuple[Any, Any, Any]]] = {
         "--sub-page-size": ("4", 4, None),
         "--selector-interval": ("4", 4, None),
         "--selector-spread": ("0.5", 0.5, None),
-        "--has-lookahead": (NO_VALUE, True, None),
-        "--no-has-lookahead": (NO_VALUE, False, None),
+        "--selector-memory": ("0.5", 0.5, None),
+        "--selector": ("oracle", "oracle", None),
+        "--budget-share": ("0.25", 0.25, None),
+        "--budget-cap": ("4", 4, None),
         "--sink": ("4", 4, None),
         "--local": ("4", 4, None),
         "--prefill-local": ("4", 4, None),
@@ -135,7 +137,7 @@ FLAGS: dict[str, Mapping[str, tuple[Any, Any, Any]]] = {
     },
 }
 COMMANDS = {"generate": generate, "evaluate": evaluate, "calibrate": calibrate, "convert": convert, "serve": serve}
-DEST = {"--batch": "max_num_seqs", "--chunk": "prefill_chunk", "--no-has-lookahead": "has_lookahead"}
+DEST = {"--batch": "max_num_seqs", "--chunk": "prefill_chunk", "--no-is-sink-forced": "is_sink_forced"}
 # A flag that is not given leaves these to the dataclass; other fields are the model's or the preset's.
 DEFAULTS = {
     "generate": {"max_tokens": SamplingParams.max_tokens, "ignore_eos": SamplingParams.ignore_eos},
@@ -209,7 +211,10 @@ FIELDS: dict[str, tuple[tuple[str, ...], str, Any]] = {
     "kv_dtype": (("--kv-dtype", "int8"), "int8", "int8"),
     "is_sink_forced": (("--no-is-sink-forced",), "false", False),
     "selector_spread": (("--selector-spread", "1"), "1", 1.0),
-    "has_lookahead": (("--has-lookahead",), "true", True),
+    "selector_memory": (("--selector-memory", "0.5"), "0.5", 0.5),
+    "selector": (("--selector", "oracle"), "oracle", "oracle"),
+    "budget_share": (("--budget-share", "0.25"), "0.25", 0.25),
+    "budget_cap": (("--budget-cap", "8192"), "8192", 8192),
     "group_reduction": (("--group-reduction", "mean"), "mean", "mean"),
 }
 
@@ -301,7 +306,7 @@ def test_a_shared_flag_has_aliases_and_changes():
         ("--group-reduction sum", "error: --group-reduction 'sum' must be one of max, mean (--help lists the flags)"),
         ("--attention sparse", "error: --attention 'sparse' must be one of lserve, dense, streaming, quest, qserve ("),
         ("--max-model-len x", "error: --max-model-len 'x' must be a whole number (--help lists the flags)"),
-        ("--has-lookahead=yes", "error: --has-lookahead takes no value, got 'yes' (--help lists the flags)"),
+        ("--is-sink-forced=yes", "error: --is-sink-forced takes no value, got 'yes' (--help lists the flags)"),
         ("--json=yes", "error: --json takes no value, got 'yes' (--help lists the flags)"),
     ],
 )

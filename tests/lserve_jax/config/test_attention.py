@@ -18,7 +18,7 @@ def test_presets_differ_from_the_defaults_in_what_makes_each_system():
     default = AttentionConfig()
     assert from_preset("lserve") == default
     assert (default.token_budget, default.page_size, default.sub_page_size) == (4096, 64, 16)
-    assert (default.selector_interval, default.sink, default.local) == (4, 128, 256)
+    assert (default.selector_interval, default.sink, default.local) == (1, 128, 256)
     assert (default.static_sparsity, default.dense_layers, default.kv_dtype) == (0.5, (), "auto")
     expected: dict[str, dict[str, Any]] = {
         "dense": {"token_budget": None, "static_sparsity": 0.0},
@@ -28,6 +28,7 @@ def test_presets_differ_from_the_defaults_in_what_makes_each_system():
             "page_size": 16,
             "selector_interval": 1,
             "selector_spread": 1.0,
+            "selector_memory": 0.0,
             "dense_layers": (0, 1),
         },
         "qserve": {"token_budget": None, "static_sparsity": 0.0, "kv_dtype": "int4"},
@@ -73,32 +74,26 @@ def test_zero_is_an_override_and_not_a_missing_value():
 @pytest.mark.parametrize(
     ("budget", "pages"),
     [
-        (48, (16, 2, True)),
-        (511, (16, 2, True)),
-        (512, (16, 4, True)),
-        (2047, (16, 4, True)),
-        (2048, (32, 8, False)),
-        (4095, (32, 8, False)),
-        (4096, (64, 16, False)),
-        (100_000, (64, 16, False)),
-        (None, (64, 16, False)),
+        (48, (16, 2)),
+        (511, (16, 2)),
+        (512, (16, 4)),
+        (2047, (16, 4)),
+        (2048, (32, 8)),
+        (4095, (32, 8)),
+        (4096, (64, 16)),
+        (100_000, (64, 16)),
+        (None, (64, 16)),
     ],
 )
-def test_small_budgets_have_small_pages_unless_a_page_size_is_named(budget: int | None, pages: tuple[int, int, bool]):
+def test_small_budgets_have_small_pages_unless_a_page_size_is_named(budget: int | None, pages: tuple[int, int]):
     config = from_preset("lserve", token_budget=budget)
-    assert (config.page_size, config.sub_page_size, config.has_lookahead) == (pages if budget else (64, 16, False))
+    assert (config.page_size, config.sub_page_size) == (pages if budget else (64, 16))
     for name, size in (("page_size", 64), ("sub_page_size", 16)):
         named: dict[str, Any] = {name: size}
         config = from_preset("lserve", token_budget=budget and max(budget, 192), **named)
-        assert (config.page_size, config.sub_page_size, config.has_lookahead) == (64, 16, False)
+        assert (config.page_size, config.sub_page_size) == (64, 16)
     quest = from_preset("quest", token_budget=budget)
-    assert (quest.page_size, quest.sub_page_size, quest.has_lookahead) == (16, 16, False)
-
-
-def test_lookahead_is_not_chosen_for_a_mean_nor_against_what_is_named():
-    assert from_preset("lserve", token_budget=np.int64(512)).has_lookahead
-    assert not from_preset("lserve", token_budget=512, group_reduction="mean").has_lookahead
-    assert not from_preset("lserve", token_budget=512, has_lookahead=False).has_lookahead
+    assert (quest.page_size, quest.sub_page_size) == (16, 16)
 
 
 def test_what_suits_a_model_lies_between_the_preset_and_what_is_named():
@@ -158,8 +153,8 @@ def test_forced_pages_are_the_first_and_those_of_the_newest_tokens(
 
 
 def test_a_sink_that_is_not_forced_needs_no_budget():
-    config = AttentionConfig(is_sink_forced=False, token_budget=128)
-    assert (config.sink_pages, config.forced_pages, config.num_selected) == (0, 2, 2)
+    config = AttentionConfig(is_sink_forced=False, token_budget=64)
+    assert (config.sink_pages, config.forced_pages, config.num_selected) == (0, 1, 1)
 
 
 def test_a_budget_is_counted_in_whole_pages():
@@ -184,14 +179,16 @@ def test_a_budget_is_counted_in_whole_pages():
         ({"token_budget": -64}, "token_budget=-64 must be a whole number from 1"),
         ({"token_budget": 4096.5}, "token_budget=4096.5 must be a whole number from 1"),
         (
-            {"token_budget": 191, "page_size": 64},
-            "token_budget=191 must be at least 192: the 3 pages of 64 tokens with the first and the newest tokens are",
+            {"token_budget": 127, "page_size": 64},
+            "token_budget=127 must be at least 128: the 2 pages of 64 tokens with the first and the newest tokens are",
         ),
-        ({"token_budget": 47}, "token_budget=47 must be at least 48: the 3 pages of 16 tokens"),
+        ({"token_budget": 31}, "token_budget=31 must be at least 32: the 2 pages of 16 tokens"),
         ({"selector_interval": 4096}, "token_budget=4096 must be at least 4224: the 66 pages of 64 tokens"),
         ({"static_sparsity": -0.1}, "static_sparsity=-0.1 must be a number from 0 to 1"),
         ({"static_sparsity": 1.01}, "static_sparsity=1.01 must be a number from 0 to 1"),
         ({"static_sparsity": math.nan}, "static_sparsity=nan must be a number from 0 to 1"),
+        ({"selector_memory": 1.5}, "selector_memory=1.5 must be a number from 0 to 1"),
+        ({"selector": "best"}, "selector='best' must be one of bound, mean_key, oracle, random"),
         ({"static_sparsity": "half"}, "static_sparsity='half' must be a number from 0 to 1"),
         ({"dense_layers": (0, -1)}, "dense_layers=-1 must be a whole number from 0"),
         ({"dense_layers": ("0",)}, "dense_layers='0' must be a whole number from 0"),
@@ -212,7 +209,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 
 
 def test_unknown_options_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"^unknown attention option budget, window; known are dense_layers, .*sink"):
+    with pytest.raises(ValueError, match=r"^unknown attention option budget, window; known are budget_cap, .*sink"):
         from_preset("lserve", window=3, budget=None)
     with pytest.raises(ValueError, match="unknown attention option preset"):
         from_preset("lserve", preset="dense")
@@ -227,7 +224,8 @@ def test_the_pages_that_are_always_read_are_those_of_the_op(page_size: int, inte
         token_budget=None, page_size=page_size, sub_page_size=page_size, selector_interval=interval, sink=sink
     )
     page, bounds = np.zeros((1, 1, page_size, 4), np.float32), np.zeros((1, 1, 1, 4), np.float32)
-    arrays: Any = (None, PagedKV(page, page, bounds, bounds), None, None, None, None)  # type: ignore[arg-type]
+    lengths = np.zeros(1, np.int32)
+    arrays: Any = (None, PagedKV(page, page, bounds, bounds), None, lengths, None, None)  # type: ignore[arg-type]
     select = partial(page_select, *arrays, interval=interval, sink_pages=config.sink_pages, implementation="nobody")
     with pytest.raises(ValueError, match="must be at least"):
         select(num_selected=config.forced_pages - 1)

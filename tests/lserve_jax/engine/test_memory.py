@@ -198,9 +198,9 @@ def test_planned_bytes_are_those_of_the_cache_that_is_made(pattern: str, kv_dtyp
     assert plan.retrieval_bytes == sum(tree_bytes(layer.kv.retrieval) for layer in cache)
     assert plan.streaming_bytes == sum(tree_bytes(layer.kv.streaming) for layer in cache)
     assert plan.tail_bytes == sum(tree_bytes(layer.kv.tail) for layer in cache)
-    # What the selector remembers is left to the headroom: 4 bytes for each of its pages.
+    # What the selector remembers is left to the headroom: 8 bytes for each of its pages.
     rest = tree_bytes(cache) - plan.cache_bytes
-    assert rest == 4 * 3 * sum(config.num_retrieval) * (8 + 1)
+    assert rest == 8 * 3 * sum(config.num_retrieval) * 8
 
 
 def test_an_engine_takes_what_its_plan_says():

@@ -49,7 +49,7 @@ def test_a_pattern_from_elsewhere_names_none(pattern: Path):
 @pytest.mark.usefixtures("embedded_gguf")
 def test_the_embedded_model_has_windows_of_its_own():
     policy = prepare("smollm2-135m-instruct").config.attention
-    assert (policy.sink, policy.local, policy.prefill_local, policy.dense_layers) == (64, 256, 256, (7,))
+    assert (policy.sink, policy.local, policy.prefill_local, policy.dense_layers) == (64, 512, 512, (7,))
 
 
 @pytest.mark.usefixtures("embedded_gguf")

@@ -162,10 +162,10 @@ def logits_of(llm: LLM, tokens: Sequence[int], params: SamplingParams) -> tuple[
             if int(call.args[3][0] + call.args[4][0]) == len(tokens):
                 found.append(np.asarray(result[0]))
         elif call.name == "sample":
-            found.extend(np.asarray(x) for x in result)
+            found.extend(np.asarray(x) for x in result if x is not None)
         elif call.name == "decode":
             (slot,) = np.flatnonzero(call.args[2].remaining)
-            found.extend(np.asarray(x)[:, slot] for x in result[0])
+            found.extend(np.asarray(x)[:, slot] for x in result[0] if x is not None)
 
     with programs_run(keep):
         output = generate(llm, list(tokens), params)

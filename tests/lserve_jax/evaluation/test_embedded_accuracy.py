@@ -33,5 +33,5 @@ def test_a_quarter_of_the_context_half_the_heads_streaming_and_8_bits_answer_as_
     assert cells["copy", SPARSE]["token_accuracy"]["difference"]["mean"] > -0.03
     assert cells["copy", SPARSE]["nll"]["difference"]["mean"] < 0.1
     for task in tasks.split(","):
-        assert cells[task, SPARSE]["pages_read_ratio"] < 0.33  # the windows alone are 320 of 1024 tokens
+        assert cells[task, SPARSE]["pages_read_ratio"] < 0.44  # the windows alone are 576 of 1024 tokens
         assert cells[task, SPARSE]["streaming_share"] == 0.5

@@ -112,9 +112,65 @@ def test_a_run_leaves_settings_rows_prompts_summary_and_pictures(whole: Path):
     assert {(row["weight_dtype"], row["weights"]) for row in rows} == {("auto", "float32")}
     summary = json.loads((whole / "summary.json").read_text())
     assert len(summary["cells"]) == 3 * 2
-    names = {"results.jsonl", "prompts.jsonl", "summary.json", "niah_single_1.png", "scores.png"}
+    names = {"results.jsonl", "prompts.jsonl", "summary.json", "reference", "niah_single_1.png", "scores.png"}
     pytest.importorskip("matplotlib")
     assert {path.name for path in whole.iterdir()} == names | {"perplexity.png", "drift.png"}
+
+
+def test_rows_of_decoded_targets_have_their_divergence_from_the_reference(whole: Path):
+    _, *rows = [json.loads(line) for line in (whole / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        is_compared = row["variant"] == SPARSE and row["task"] != "drift"
+        assert {name for name in ("kl", "same_token") if name in row} == (
+            {"kl", "same_token"} if is_compared else set()
+        )
+        assert not is_compared or (0 < row["kl"] < 10 and 0 <= row["same_token"] <= 1)
+    kept = {path.name for path in (whole / "reference").iterdir()}
+    assert kept == {f"{task}-700-{index}.npz" for task in ("niah_single_1", "perplexity") for index in range(3)}
+    cells = json.loads((whole / "summary.json").read_text())["cells"]
+    assert [cell["kl"]["n"] for cell in cells if "kl" in cell] == [3, 3]
+
+
+def test_a_folder_of_an_earlier_version_goes_on_without_divergences_and_says_so(
+    run: Callable[..., Result], whole: Path, tmp_path: Path
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("results.jsonl", "prompts.jsonl"):
+        lines = (whole / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (out / name).write_text("".join(line for line in lines if f'"variant": "{SPARSE}"' not in line))
+    command = ("--tasks", "niah_single_1,drift", *TASKS[2:], *SIZES, *VARIANTS)
+    result = run(*command)
+    assert result.status == 0
+    (warning,) = (line for line in result.err.splitlines() if "kl" in line)
+    assert f"no kl and same_token for 3 of 6 prompts: {out} lacks the reference's distributions" in warning
+    assert warning.endswith("name a new --out")
+    _, *rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    sparse = [row for row in rows if row["variant"] == SPARSE]
+    assert len(sparse) == 6
+    assert not [row for row in rows if "kl" in row or "same_token" in row]
+    again = run(*command)
+    assert (again.status, "kl" in again.err) == (0, False), "nothing is left to do"
+
+
+def test_a_reference_file_that_was_cut_is_one_line(run: Callable[..., Result], whole: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    path = out / "reference" / "niah_single_1-700-1.npz"
+    path.write_bytes(path.read_bytes()[:-40])
+    label = "quest:dense_layers=0+token_budget=96"
+    command = ("--tasks", "niah_single_1", *TASKS[2:], *SIZES, "--variants", f"dense,{label}", "--quiet")
+    result = run(*command)
+    assert (result.status, result.out) == (2, "")
+    (line,) = result.err.splitlines()
+    assert f"variant {label!r} on niah_single_1 at length 700: {path}: damaged" in line
+    assert line.endswith("delete it to go on without this prompt's kl, or name another --out")
+    path.unlink()
+    result = run(*command[:-1])
+    assert result.status == 0
+    assert "no kl and same_token for 1 of 3 prompts" in result.err
+    _, *rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert ["kl" in row for row in rows if row["variant"] == label] == [True, False, True]
 
 
 def test_what_is_done_is_shown_again_without_loading(run: Callable[..., Result], whole: Path, without_loading: None):
@@ -308,7 +364,7 @@ def test_published_files_are_a_task_with_the_samples_they_have(run: Callable[...
         (("--samples", "many"), ("--samples", "'many'")),
         (("--variants", "dense,vllm"), ("variant 'vllm'", "must be one of lserve, dense")),
         (("--variants", "dense,lserve:window=3"), ("unknown field 'window'",)),
-        (("--variants", "dense,lserve:token_budget=32"), ("'lserve:token_budget=32'", "at least 48")),
+        (("--variants", "dense,lserve:token_budget=16"), ("'lserve:token_budget=16'", "at least 32")),
         (("--variants", "dense,lserve:dense_layers=7"), ("dense_layers=[7] do not exist",)),
         (("--variants", "dense,lserve:head_pattern=nowhere"), ("nowhere", "full_attention_heads.tsv")),
         (("--ablation", "colour"), ("ablation 'colour' must be one of page, budget",)),

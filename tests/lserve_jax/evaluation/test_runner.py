@@ -4,7 +4,7 @@ import dataclasses
 import random
 import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from lserve_jax import LLM, SamplingParams
+from lserve_jax.engine.outputs import ScoreOutput
 from lserve_jax.engine.setup import Setup, prepare
+from lserve_jax.evaluation import runner
 from lserve_jax.evaluation.answers import Answers
 from lserve_jax.evaluation.corpus import Windows, python_reference, read_texts
 from lserve_jax.evaluation.drift import Drift
@@ -79,8 +81,22 @@ def echo(tokenizer: Tokenizer, **fields: Any) -> Answers:
     return Answers(**{"tokenizer": tokenizer, "haystack": iter, **known, **fields})
 
 
-def nobody(item: Item) -> Row | None:
-    return None
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The reference's rows, without its distributions; of nothing that is measured already if there are none."""
+
+    known: Mapping[Any, Row] = dataclasses.field(default_factory=dict)
+
+    def row(self, item: Item) -> Row | None:
+        return self.known.get(item.key)
+
+    def compare(self, item: Item, score: ScoreOutput) -> dict[str, float]:
+        assert score.logits is not None
+        assert score.logits.shape[0] == len(item.continuation)
+        return {}
+
+
+nobody = Rows()
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -277,13 +293,13 @@ def test_drift_leads_variants_along_the_text_of_the_reference(tokenizer: Tokeniz
     items = [measurement.make(150, index) for index in range(2)]
     reference = {item.key: row for item, row in zip(items, measurement.measure(llm, items, nobody), strict=True)}
     assert all(len(row["token_ids"]) == 40 and row["agreement"] == 1 for row in reference.values())
-    same = measurement.measure(llm, items, lambda item: reference[item.key])
+    same = measurement.measure(llm, items, Rows(reference))
     for item, row in zip(items, same, strict=True):
         assert row["agreement_by_position"] == reference[item.key]["agreement_by_position"] == [1.0] * 16
         assert row["nll"] == reference[item.key]["nll"]
         assert "token_ids" not in row
     sparse = LLM(TINY, max_model_len=256, page_size=16, sub_page_size=4, sink=0, local=16, token_budget=32, **SIZES)
-    for row in measurement.measure(sparse, items, lambda item: reference[item.key]):
+    for row in measurement.measure(sparse, items, Rows(reference)):
         assert row["agreement"] < 1
         assert row["pages_read_ratio"] < 0.5
 
@@ -310,7 +326,7 @@ def whole(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = execute(plan, folder)
     # Once for each variant, and once for each length where the budget is a share of it.
     assert [setup.config.attention.preset for setup in loaded] == ["dense", "lserve", "lserve"]
-    assert [setup.config.attention.token_budget for setup in loaded] == [None, 48, 64]
+    assert [setup.config.attention.token_budget for setup in loaded] == [None, 32, 64]
     assert len(lines(folder)) == 1 + 2 * 2 * 3 * 2
     return folder
 
@@ -354,7 +370,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_results(plan: Plan, whole: Path,
     kept = b"".join(path.read_bytes().splitlines(keepends=True)[:17])
     path.write_bytes(kept[:-30])  # within the first load of the second variant, and within a line
     loaded = execute(plan, tmp_path)
-    assert [setup.config.attention.token_budget for setup in loaded] == [48, 64]
+    assert [setup.config.attention.token_budget for setup in loaded] == [32, 64]
     assert lines(tmp_path) == lines(whole)
     assert (tmp_path / "prompts.jsonl").read_bytes() == (whole / "prompts.jsonl").read_bytes()
 
@@ -392,6 +408,23 @@ def test_numbers_that_are_none_end_the_run(plan: Plan, tmp_path: Path, monkeypat
     with pytest.raises(ValueError, match="variant 'dense' gave no number for nll on echo at length 96, index 0"):
         execute(plan, tmp_path)
     assert np.size(lines(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("logits_bytes", "expected"), [(2**20, [2, 1]), (1, [1, 1, 1])])
+def test_prompts_whose_logits_are_large_are_measured_in_smaller_batches(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logits_bytes: int, expected: list[int]
+):
+    sizes: list[int] = []
+
+    def counted(self: Any, llm: LLM, items: Sequence[Item], reference: Any) -> list[dict[str, Any]]:
+        sizes.append(len(items))
+        return [{"nll": 0.5} for _ in items]
+
+    monkeypatch.setattr(Answers, "measure", counted)
+    monkeypatch.setattr(runner, "LOGITS_BYTES", logits_bytes)
+    small = dataclasses.replace(plan, measurements=plan.measurements[:1], lengths=[96], variants=plan.variants[:1])
+    execute(small, tmp_path)
+    assert sizes == expected
 
 
 def test_results_of_settings_that_have_changed_since_are_refused(plan: Plan, whole: Path, tmp_path: Path):

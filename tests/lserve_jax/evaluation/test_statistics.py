@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from lserve_jax.evaluation.statistics import difference, proportion
+from lserve_jax.evaluation.statistics import agreement, average, difference, proportion
 
 
 def pairs(both: int, first: int, second: int, neither: int) -> tuple[list[float], list[float]]:
@@ -82,6 +82,23 @@ def test_scores_with_parts_of_a_point_have_students_interval_once_enough_pairs_d
     assert few != difference(first, second, is_score=False)
     assert few.low is not None and few.high is not None
     assert few.low < few.mean < few.high
+
+
+def test_a_mean_by_itself_has_students_interval(rng: np.random.Generator):
+    values = rng.exponential(size=12).tolist()
+    assert average(values) == difference(values, [0.0] * 12, is_score=False)
+    assert average([0.25]).low is None
+
+
+def test_shares_of_agreement_have_an_interval_that_ends_at_one(rng: np.random.Generator):
+    all_agree = agreement([1.0] * 50)
+    assert (all_agree.mean, all_agree.high) == (1, 1)
+    assert all_agree.low == pytest.approx(1 - 0.0714, abs=1e-3)  # as if one more of 50 pairs of hits might differ
+    nearly = [1.0] * 30 + [0.98] * 20
+    found = agreement(nearly)
+    assert found.low is not None and found.high is not None
+    assert found.mean == pytest.approx(0.992)
+    assert 0.989 < found.low < found.mean < found.high < 0.995, "far narrower than that of hits and misses"
 
 
 def test_one_pair_of_likelihoods_has_no_interval():

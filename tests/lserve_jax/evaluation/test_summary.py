@@ -73,6 +73,29 @@ def test_only_prompts_that_both_have_seen_are_compared():
     assert alone["score"]["difference"] is None
 
 
+def test_divergences_have_an_interval_and_no_difference():
+    found = [
+        row | ({"kl": 0.5 + row["index"], "same_token": 0.9} if row["variant"] == SPARSE else {}) for row in rows()
+    ]
+    needles = [row for row in found if row["task"] == "niah" and row["length"] == 64]
+    needles[-1].pop("kl")  # as if measured without the reference's distributions
+    dense, sparse = summarise(needles, "dense")
+    assert not {"kl", "same_token"} & dense.keys()
+    expected = difference([0.5 + index for index in range(9)], [0.0] * 9, is_score=False)
+    assert sparse["kl"] == {"mean": expected.mean, "low": expected.low, "high": expected.high, "n": 9}
+    assert sparse["same_token"] == {
+        "mean": pytest.approx(0.9),
+        "low": pytest.approx(0.9),
+        "high": pytest.approx(0.9),
+        "n": 10,
+    }
+    head, first, second = format_tables([dense, sparse]).splitlines()
+    assert "KL [95%]" in head and "same % [95%]" in head
+    estimates = (f"{value:.5f}" for value in (expected.mean, expected.low, expected.high))
+    assert "{} [{}, {}]  90.0 [".format(*estimates) in second
+    assert "[" not in first
+
+
 def test_tables_are_aligned_and_say_points_and_percent():
     text = format_tables(summarise(rows(), "dense"))
     tasks, perplexity, drift = text.split("\n\n")
@@ -113,22 +136,60 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path: Path):
 def test_long_names_take_no_height_from_what_they_name():
     pytest.importorskip("matplotlib")
     labels = ["dense", *(f"{SPARSE}+head_pattern=random/{seed}+dense_layers=7" for seed in range(6))]
-    figure = plots.score_figure(summarise([needle(0, label, 1.0) for label in labels], "dense"))
+    found = [needle(index, label, 1.0) for label in labels for index in range(2)]
+    figure = plots.score_figure(summarise(found, "dense"))
     figure.canvas.draw()  # warns, which fails, where nothing is left of a panel
-    (axes,) = figure.axes
     (legend,) = figure.legends
-    assert axes.bbox.height > 1.5 * figure.dpi
     assert legend.get_window_extent().y0 >= 0
-    assert legend.get_window_extent().y1 < axes.bbox.y0
+    for axes in figure.axes:
+        lines = np.diff(sorted(axes.transData.transform([(0, place) for place in range(len(labels) - 1)])[:, 1]))
+        assert lines.min() > 0.1 * figure.dpi, "room for a point on each line"
+        assert legend.get_window_extent().y1 < axes.bbox.y0
 
 
 def test_of_a_copy_the_right_tokens_are_drawn():
     copied = needle(9, "dense", 0.0) | {"task": "copy", "token_accuracy": 0.75}
     assert plots.depth_grid([copied], [64])[9, 0] == 0.75
     pytest.importorskip("matplotlib")
-    (axes,) = plots.score_figure(summarise([copied, copied | {"index": 1}], "dense")).axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["copy (tokens)"]
-    assert axes.lines[0].get_ydata() == pytest.approx(75)
+    better = copied | {"variant": SPARSE, "token_accuracy": 0.85}
+    found = [row | {"index": index} for row in (copied, better) for index in range(2)]
+    scores, likelihoods = plots.score_figure(summarise(found, "dense")).axes
+    assert [label.get_text() for label in scores.get_yticklabels()] == ["copy (tokens)"]
+    assert scores.lines[0].get_xdata() == pytest.approx(10)
+    assert likelihoods.lines[0].get_xdata() == pytest.approx(0)
+
+
+def test_comparisons_are_drawn_with_their_intervals_a_line_each():
+    pytest.importorskip("matplotlib")
+    scored = [row for row in rows() if row["task"] != "drift"]
+    more = [row | ({"kl": 0.01 * (1 + row["index"])} if row["variant"] == SPARSE else {}) for row in scored]
+    cells = summarise(more, "dense")
+    figure = plots.score_figure(cells)
+    assert [axes.get_xlabel().partition(" ")[0] for axes in figure.axes[-3:]] == ["score", "nll", "KL"]
+    for panels, length in ((figure.axes[:3], 64), (figure.axes[3:], 128)):
+        assert panels[0].get_title(loc="left") == f"{length} tokens"
+        assert [label.get_text() for label in panels[0].get_yticklabels()] == ["niah", "perplexity (decoded)"]
+        needles, text = (select(cells, task=task, length=length, variant=SPARSE)[0] for task in ("niah", "perplexity"))
+        # Perplexity has no score; of both likelihoods, that of decoded tokens counts.
+        expected = (
+            [(needles["score"]["difference"], 100)],
+            [(needles["nll"]["difference"], 1), (text["tail_nll"]["difference"], 1)],
+            [(needles["kl"], 1), (text["kl"], 1)],
+        )
+        for axes, estimates in zip(panels, expected, strict=True):
+            points: Any = axes.containers[0]
+            assert points.lines[0].get_xdata() == pytest.approx([scale * one["mean"] for one, scale in estimates])
+            assert len(set(points.lines[0].get_ydata())) == len(estimates)
+            (bars,) = points.lines[2]
+            for bar, (one, scale) in zip(bars.get_segments(), estimates, strict=True):
+                assert bar[:, 0] == pytest.approx([scale * one["low"], scale * one["high"]])
+
+
+def test_a_reference_alone_has_no_comparison_to_draw(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    only = [row for row in rows() if row["variant"] == "dense" and row["task"] != "drift"]
+    drawn = plots.draw(summarise(only, "dense"), only, tmp_path)
+    assert [path.name for path in drawn] == ["niah.png", "perplexity.png"]
 
 
 def test_an_axis_has_the_reference_first_and_its_settings_by_what_they_change(tmp_path: Path):

@@ -41,7 +41,7 @@ def test_every_field_of_the_policy_can_be_written():
         ("lserve:token_budget=25%", 4096, 1024),
         ("lserve:token_budget=25%", 4097, 1040),  # whole pages, rounded up
         ("lserve:token_budget=25%", 1000, 256),
-        ("lserve:token_budget=10%+page_size=64", 1000, 192),  # first, newest page and the one before are always read
+        ("lserve:token_budget=10%+page_size=64", 1000, 128),  # the first page and the newest are always read
         ("lserve:token_budget=12.5%+page_size=16+sink=16", 1024, 128),
         ("dense:token_budget=100%", 1024, 1024),
         ("lserve:token_budget=512", 100_000, 512),
@@ -59,7 +59,7 @@ def test_a_budget_may_be_a_share_of_the_length(text: str, length: int, budget: i
         ("", "the preset '' must be one of"),
         ("dense,,lserve", "variant 'dense,': the preset"),
         ("lserve:", "unknown field ''"),
-        ("lserve:window=3", "variant 'lserve:window=3': unknown field 'window'; known are token_budget, page_size"),
+        ("lserve:window=3", "variant 'lserve:window=3': unknown field 'window'; known are token_budget, budget_share"),
         ("lserve:preset=dense", "unknown field 'preset'"),
         ("lserve:sink=64+sink=32", "sink is given twice"),
         ("lserve:sink", "variant 'lserve:sink': sink= must be a whole number"),
@@ -87,7 +87,7 @@ def test_what_is_no_variant_is_refused(text: str, message: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lserve:token_budget=32", "variant 'lserve:token_budget=32': token_budget=32 must be at least 48"),
+        ("lserve:token_budget=16", "variant 'lserve:token_budget=16': token_budget=16 must be at least 32"),
         ("lserve:page_size=40", "variant 'lserve:page_size=40': page_size=40 must be a multiple of sub_page_size=16"),
         ("lserve:static_sparsity=2+token_budget=5%", "static_sparsity=2.0 must be a number from 0 to 1"),
     ],
@@ -148,7 +148,7 @@ def test_a_base_that_is_the_reference_stands_once_in_the_table_of_an_axis():
 
 
 def test_an_unknown_axis_is_refused():
-    with pytest.raises(ValueError, match="ablation 'color' must be one of page, budget, interval"):
+    with pytest.raises(ValueError, match="ablation 'color' must be one of page, budget, selector, interval"):
         ablations.settings(parse_variant(ablations.BASE), ["color"], num_layers=3)
 
 

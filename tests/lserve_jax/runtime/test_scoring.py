@@ -12,7 +12,10 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from lserve_jax import LLM, SamplingParams, attention_recall
+from lserve_jax.runtime.recall import recall_step
 from pallas_kernels import LayerKV, PagedKV, PageTables, Tail
+from tests.lserve_jax.runtime.tiny_steps import Stepper, tiny_config
+from tests.pallas_kernels.cases import assert_same_bits
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +65,46 @@ def test_the_kv_type_shows_in_logits_beyond_the_first_chunk_alone_and_in_scores(
     for length, is_sealed in ((9, False), (chunk, True)):  # an open page is not quantised yet
         (mine,), (exact,) = (llm.score([PROMPT[:length]], [CONTINUATION]) for llm in (int8, dense))
         assert (mine.logprobs != exact.logprobs) == is_sealed
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_logits_are_those_from_which_the_scores_come(kind: str, request: pytest.FixtureRequest):
+    llm: LLM = request.getfixturevalue(kind)
+    prompts, continuations = [PROMPT[:9], PROMPT, PROMPT], [CONTINUATION, CONTINUATION[::-1], [5]]
+    plain = llm.score(prompts, continuations)  # more than there are slots
+    scores = llm.score(prompts, continuations, has_logits=True)
+    for score, without in zip(scores, plain, strict=True):
+        assert without.logits is None
+        assert score.logits is not None
+        assert (score.logits.shape, score.logits.dtype) == ((len(score.token_ids), 128), np.float32)
+        table = log_softmax(score.logits)
+        np.testing.assert_allclose(table[np.arange(len(table)), score.token_ids], score.logprobs, atol=1e-6)
+        assert tuple(table.argmax(-1).tolist()) == score.greedy_token_ids
+        assert (score.logprobs, score.greedy_token_ids) == (without.logprobs, without.greedy_token_ids)
+
+
+def test_dense_logits_of_decode_steps_are_those_of_prefill(dense: LLM):
+    (score,) = dense.score([PROMPT], [CONTINUATION], has_logits=True)
+    assert score.logits is not None
+    expected = dense.logits(PROMPT + CONTINUATION)[len(PROMPT) - 1 : -1]
+    np.testing.assert_allclose(score.logits, expected, atol=1e-3)
+
+
+def test_logits_have_a_program_of_their_own_which_others_do_not_wait_for(dense: LLM):
+    llm = LLM(str(TINY), attention="dense", **SIZES)
+    llm.score([PROMPT], [CONTINUATION])
+    before = set(llm.engine.programs.names)
+    (score,) = llm.score([PROMPT], [CONTINUATION], has_logits=True)
+    assert set(llm.engine.programs.names) - before == {"decode_logits"}
+    stream = llm.stream_output(PROMPT[:20], SamplingParams(max_tokens=40, ignore_eos=True, logprobs=True))
+    next(stream)
+    (beside,) = llm.score([PROMPT], [CONTINUATION], has_logits=True)  # in one batch with a request that wants none
+    *_, (_, output) = stream
+    assert beside.logits is not None
+    np.testing.assert_array_equal(beside.logits, score.logits)
+    (alone,) = dense.generate([PROMPT[:20]], SamplingParams(max_tokens=40, ignore_eos=True, logprobs=True))
+    assert output is not None
+    assert (output.token_ids, output.logprobs) == (alone.token_ids, alone.logprobs)
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
@@ -165,6 +208,24 @@ def test_measuring_recall_changes_nothing_and_is_reported(sparse: LLM):
         assert on.metrics.attention_recall is not None
         assert 0.2 < on.metrics.attention_recall < 1
         assert on.metrics.attention_recall == pytest.approx(np.nanmean(on.metrics.attention_recall_by_layer))
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_measured_step_remembers_as_one_that_is_not_measured(interval: int):
+    """Pages, what is remembered of them, and the logits, bit for bit: a step that is made twice forgets once."""
+    config = tiny_config(token_budget=64, selector_interval=interval, selector_memory=0.6)
+    stepper = Stepper(config, 12)
+    caches = [stepper.prefill(stepper.cache(), np.array(PROMPT), 64)[1] for _ in range(2)]
+    for step, token in enumerate(CONTINUATION[:8]):
+        length = len(PROMPT) + step + 1
+        values = (np.array([value], np.int32) for value in (token, length, step))
+        recall, caches[0] = recall_step(stepper.params, caches[0], *values, stepper.tables, config=config)
+        assert (np.asarray(recall) > 0).all()
+        (first, caches[0]), (second, caches[1]) = (stepper.decode(cache, token, length, step) for cache in caches)
+        assert_same_bits(first, second)
+        assert_same_bits(*([layer.selected for layer in cache] for cache in caches))
+    scores = np.asarray([layer.selected.scores for layer in caches[0] if layer.selected is not None])
+    assert ((scores < 0) & (scores > -np.inf)).any()
 
 
 def test_nothing_left_out_is_no_recall(sparse: LLM):
