@@ -57,8 +57,8 @@ def random_cache(template: KVCache) -> KVCache:
             scale, low = (jnp.full(leaf.scale.shape, value, leaf.scale.dtype) for value in numbers)
             return QuantizedArray(codes=_codes(key, leaf.codes.shape), scale=scale, low=low, bits=leaf.bits)
         match name:
-            case "selected":
-                return jnp.full(leaf.shape, NO_PAGE, leaf.dtype)
+            case "pages" | "scores":  # of a selection
+                return jnp.full(leaf.shape, NO_PAGE if name == "pages" else -jnp.inf, leaf.dtype)
             case "k_min" | "k_max":
                 bound = jnp.abs(_normal(key, leaf.shape, leaf.dtype, 1.0))
                 return -bound if name == "k_min" else bound
