@@ -191,11 +191,11 @@ class AttentionConfig:
         Raises:
           InputError: if a share of the context has no limit.
         """
-        if self.token_budget is None:
-            return None
-        if self.budget_share and self.budget_cap is None:
+        if self.token_budget is None or not self.budget_share:
+            return self.least_selected
+        if self.budget_cap is None:
             raise InputError("budget_share needs a budget_cap where the longest context is not known")
-        return (self.budget_cap or self.token_budget) // self.page_size
+        return self.budget_cap // self.page_size
 
     @property
     def least_selected(self) -> int | None:

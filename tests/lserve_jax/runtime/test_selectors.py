@@ -128,6 +128,11 @@ def test_a_share_of_the_context_is_read_where_it_is_more_than_the_budget(tmp_pat
         assert (np.asarray(layer.selected.pages)[0] >= 0).sum(axis=-1).tolist() == [7, 7]
 
 
+def test_a_limit_without_a_share_changes_nothing():
+    attention = from_preset("lserve", token_budget=4096, budget_cap=8192)
+    assert attention.num_selected == attention.least_selected == 64
+
+
 def test_a_share_without_a_limit_is_refused_where_the_context_is_not_known():
     attention = from_preset("lserve", budget_share=0.25)
     with pytest.raises(InputError, match="budget_share needs a budget_cap"):
