@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "lserve_jax")
-OPS = ("kv_write", "prefill_attention", "page_select", "decode_attention", "quantized_matmul")
+OPS = ("kv_write", "block_select", "prefill_attention", "page_select", "decode_attention", "quantized_matmul")
 COMMANDS = ("generate", "convert", "demo", "calibrate", "evaluate", "harness")
 
 # Bottom first. A module may import from the rows under its own; "name.*" is a room: its modules may import each other.

@@ -21,16 +21,20 @@ NO_PAGE = -1
 
 
 class PagedKV(NamedTuple):
-    """One pool: keys and values [pages, K, page_size, H], and the bounds of keys by sub-page.
+    """One pool: keys and values [pages, K, page_size, H], the bounds of keys by sub-page, and means by page.
 
     ``k_min`` and ``k_max`` [pages, K, subs, H] are the least and the greatest number of each channel of the post-RoPE
-    keys of a sub-page. `page_select` and quantised keys need them; pools without either have none.
+    keys of a sub-page. `page_select` and quantised keys need them; pools without either have none. ``k_mean`` and
+    ``v_mean`` [pages, K, H] are the means of a page's keys and values, which `block_select` needs; other pools have
+    none.
     """
 
     k: jax.Array | QuantizedKeys
     v: jax.Array | QuantizedArray
     k_min: jax.Array | None = None
     k_max: jax.Array | None = None
+    k_mean: jax.Array | None = None
+    v_mean: jax.Array | None = None
 
     @property
     def num_kv_heads(self) -> int:

@@ -1,6 +1,7 @@
 """How a page is sealed: what its pool stores of all its tokens."""
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.core.paging import PagedKV
 from pallas_kernels.core.quantization import (
@@ -24,7 +25,11 @@ def sealed(pool: PagedKV, k: jax.Array, v: jax.Array) -> PagedKV:
     else:
         keys = k.astype(pool.k.dtype)
     values = quantize(v, pool.v.bits) if isinstance(pool.v, QuantizedArray) else v.astype(pool.v.dtype)
-    return PagedKV(keys, values, *bounds)
+    means = [
+        None if mean is None else jnp.mean(x.astype(jnp.float32), axis=-2).astype(mean.dtype)
+        for mean, x in ((pool.k_mean, k), (pool.v_mean, v))
+    ]
+    return PagedKV(keys, values, *bounds, *means)
 
 
 def keys_of(pages: PagedKV, dtype: jax.typing.DTypeLike) -> jax.Array:

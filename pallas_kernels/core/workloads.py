@@ -23,6 +23,7 @@ class Workload:
       sink, local, prefill_local: tokens that streaming heads see.
       num_selected: pages per selection.
       interval: decode steps from one selection to the next.
+      has_means: whether the pages of retrieval heads have means.
     """
 
     batch: int = 1
@@ -42,6 +43,7 @@ class Workload:
     prefill_local: int = 4096
     num_selected: int = 64
     interval: int = 4
+    has_means: bool = False
 
     def __post_init__(self) -> None:
         if self.page_size % self.sub_page_size:

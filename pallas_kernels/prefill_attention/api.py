@@ -52,7 +52,10 @@ def prefill_attention(
         visited[b, k, i] = {block >= 0 in walk's blocks[b, k, i]}
 
     Without a walk, or for a head class without one, it is every block that holds a visible key (`visible_walk`), so
-    that ``seen = visible``. Rows from ``counts[b]`` on are unspecified but finite.
+    that ``seen = visible``. A list may have means of blocks (see `block_select`). Then each block i of the history that
+    is not visited, but ends before own[b] and is held, is one more key and value in the sum: the mean key and the mean
+    value of the block, with the weight of ``keys`` keys (FlashPrefill V2, arXiv 2608.19758). Rows from ``counts[b]`` on
+    are unspecified but finite.
 
     Args:
       q: [B, T, N, H], query heads of retrieval KV heads first.
@@ -140,11 +143,28 @@ def _check(walk: Walk, kv: LayerKV, batch: int, tokens: int) -> None:
                 f"walk.{name}: queries={visited.queries} must be positive, and keys={visited.keys} a multiple of the "
                 f"page size {pool.page_size}"
             )
-        expected = (batch, pool.num_kv_heads, -(-tokens // visited.queries))
-        for array in jax.tree.leaves(visited):
+        expected, arrays = (batch, pool.num_kv_heads, -(-tokens // visited.queries)), jax.tree.leaves(visited)
+        if isinstance(visited, BlockList):
+            arrays = [visited.blocks]
+            _check_means(name, visited, batch, pool)
+        for array in arrays:
             rank = 4 if isinstance(visited, BlockList) else 3
             if array.shape[:3] != expected or array.ndim != rank or 0 in array.shape[3:] or array.dtype != jnp.int32:
                 raise ValueError(
                     f"walk.{name} must be int32 {[*expected, *['n >= 1'] * (rank - 3)]}, got {array.dtype} "
                     f"{[*array.shape]}"
                 )
+
+
+def _check_means(name: str, walk: BlockList, batch: int, pool: PagedKV) -> None:
+    """Refuses means that do not fit the arguments.
+
+    Raises:
+      ValueError: with the reason.
+    """
+    head_dim = pool.k.shape[-1]
+    for mean in walk.means or ():
+        if mean.ndim != 4 or (*mean.shape[:2], mean.shape[3]) != (batch, pool.num_kv_heads, head_dim):
+            raise ValueError(
+                f"walk.{name}: means must be {[batch, pool.num_kv_heads, 'n >= 1', head_dim]}, got {[*mean.shape]}"
+            )

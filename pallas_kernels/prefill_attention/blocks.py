@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from pallas_kernels.core.dtypes import ZERO
 from pallas_kernels.core.paging import div_down, div_up, take
 
+NO_BLOCK = -1
+
 
 class Window(NamedTuple):
     """The keys up to its position that a query sees: all of them, or the sink and the local window."""
@@ -38,7 +40,7 @@ class Ranges(NamedTuple):
         return self.sinks + self.high - self.low
 
     def block(self, step: jax.Array) -> jax.Array:
-        """Returns the block that is visited at a step."""
+        """Returns the blocks that are visited at steps."""
         return jnp.where(step < self.sinks, step, self.low + step - self.sinks)
 
 
@@ -49,8 +51,8 @@ class Listed(NamedTuple):
     count: jax.Array
 
     def block(self, step: jax.Array) -> jax.Array:
-        """Returns the block that is visited at a step."""
-        return take(self.blocks, step)
+        """Returns the blocks that are visited at steps."""
+        return take(self.blocks, jnp.minimum(step, self.blocks.size - 1))
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +97,13 @@ class BlockRanges:
         return (block < sinks) | ((block >= low) & (block < high))
 
 
+class BlockMeans(NamedTuple):
+    """The mean key and the mean value [B, K, n, H] of each of n blocks of the history."""
+
+    k: jax.Array
+    v: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class BlockList:
@@ -102,11 +111,13 @@ class BlockList:
 
     Attributes:
       blocks: [B, K, ceil(T / queries), n] int32, K of one head class; ascending without repeats, -1 after the last.
+      means: what stands for the whole, held blocks of the history that are not listed; None if nothing does.
       queries: queries per block, counted from the first row of the chunk.
       keys: keys per block, counted from the first token of the sequence; whole pages.
     """
 
     blocks: jax.Array
+    means: BlockMeans | None = None
     queries: int = field(metadata={"static": True})
     keys: int = field(metadata={"static": True})
 

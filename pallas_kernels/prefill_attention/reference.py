@@ -40,7 +40,8 @@ def prefill_attention(
         exists = jnp.concatenate([history < own[:, None], is_before, chunk < counts[:, None]], axis=1)
         window = (sink, local) if name == "streaming" else (None, None)
         visible = exists[:, None] & is_visible(positions[:, :, None], at[:, None], *window)
-        visited = _is_visited(getattr(walk or Walk(), name), tokens, history.size, kv.page_size + tokens)
+        walk_of_class = getattr(walk or Walk(), name)
+        visited = _is_visited(walk_of_class, tokens, history.size, kv.page_size + tokens)
         keys, values = (
             jnp.concatenate([_tokens(pages[table]), *(x[:, :, heads].astype(jnp.float32) for x in rest)], axis=1)
             for pages, *rest in (
@@ -48,7 +49,14 @@ def prefill_attention(
                 (dequantize(pool.v, jnp.float32), newest.v, v),
             )
         )
-        outputs.append(_attend(grouped[:, :, heads], keys, values, visible[:, None] & visited))
+        visible = jnp.broadcast_to(visible[:, None] & visited, (batch, pool.num_kv_heads, tokens, at.shape[1]))
+        weights = jnp.ones((batch, at.shape[1]))
+        if isinstance(walk_of_class, BlockList) and walk_of_class.means is not None:
+            means, stands_in = _means(walk_of_class, tokens, own, table, kv.page_size)
+            keys, values = (jnp.concatenate([x, mean], axis=1) for x, mean in zip((keys, values), means, strict=True))
+            visible = jnp.concatenate([visible, stands_in], axis=-1)
+            weights = jnp.pad(weights, ((0, 0), (0, stands_in.shape[-1])), constant_values=walk_of_class.keys)
+        outputs.append(_attend(grouped[:, :, heads], keys, values, visible, weights))
     return jnp.concatenate(outputs, axis=2).reshape(q.shape).astype(q.dtype)
 
 
@@ -58,11 +66,15 @@ def _tokens(pages: jax.Array) -> jax.Array:
     return by_token.reshape(by_token.shape[0], -1, *by_token.shape[3:])
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """Returns [B, T, K, G, H] for q of that shape, k and v [B, S, K, H], and visible [B, K or 1, T, S]."""
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns [B, T, K, G, H] for q of that shape, k and v [B, S, K, H], and visible [B, K, T, S].
+
+    ``weights`` [B, S] are the keys that each one stands for.
+    """
     is_seen = jnp.swapaxes(jnp.any(visible, axis=2), 1, 2)[..., None]
     k, v = (jnp.where(is_seen, x, 0.0) for x in (k, v))
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision="highest") / jnp.sqrt(jnp.float32(q.shape[-1]))
+    scores += jnp.log(weights)[:, None, None, None]
     weights = jax.nn.softmax(jnp.where(visible[:, :, None], scores, -jnp.inf), axis=-1)
     weights = jnp.where(visible[:, :, None], weights, 0.0)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision="highest")
@@ -78,3 +90,18 @@ def _is_visited(walk: BlockRanges | BlockList | None, tokens: int, history: int,
     )
     visited = blocks[:, :, row][..., key]
     return jnp.concatenate([visited, jnp.ones((*visited.shape[:3], own), jnp.bool_)], axis=-1)
+
+
+def _means(
+    walk: BlockList, tokens: int, own: jax.Array, table: jax.Array, page_size: int
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Returns the means [B, n, K, H] of a list's blocks, and where they stand in for them, [B, K, T, n] bool."""
+    assert walk.means is not None
+    block, pages = jnp.arange(walk.means.k.shape[2], dtype=jnp.int32), walk.keys // page_size
+    held = jnp.pad(table >= 0, ((0, 0), (0, max(block.size * pages - table.shape[1], 0))))[:, : block.size * pages]
+    is_held = held.reshape(-1, block.size, pages).all(axis=-1)
+    stands_in = ((block + 1) * walk.keys <= own[:, None]) & is_held
+    row = jnp.arange(tokens, dtype=jnp.int32) // walk.queries
+    unlisted = ~walk.is_visited(block.size)[:, :, row]
+    k, v = (jnp.swapaxes(x, 1, 2).astype(jnp.float32) for x in walk.means)
+    return (k, v), stands_in[:, None, None] & unlisted

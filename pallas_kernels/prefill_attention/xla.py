@@ -1,7 +1,8 @@
 """`prefill_attention` for any device: for each query block over the visible key blocks.
 
-Keys come from two sources, the pages and what is read unquantised (`own_keys`); one loop serves both. Products run in
-the dtype of the queries (bfloat16 uses AMX on CPUs that have it) and accumulate in float32. Trip counts are data.
+Keys come from the pages, from what is read unquantised (`own_keys`), and from means of what is not listed; one loop
+serves all. Products run in the dtype of the queries (bfloat16 uses AMX on CPUs that have it) and accumulate in float32.
+Trip counts are data.
 
 Where the history may be long, one head at a time keeps the scores of large blocks in a core's cache. Where few keys are
 visible, smaller blocks compute fewer hidden ones, and all heads take each step together: a CPU's threads would
@@ -18,10 +19,21 @@ import jax.numpy as jnp
 
 from pallas_kernels.core.dtypes import ZERO
 from pallas_kernels.core.online_softmax import OnlineSoftmax
-from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, div_up, is_visible, pools, take
+from pallas_kernels.core.paging import (
+    NO_PAGE,
+    LayerKV,
+    PagedKV,
+    PageTables,
+    div_down,
+    div_up,
+    is_visible,
+    pools,
+    take,
+)
 from pallas_kernels.core.quantization import dequantize
 from pallas_kernels.core.sealing import keys_of
 from pallas_kernels.prefill_attention.blocks import (
+    NO_BLOCK,
     BlockList,
     BlockRanges,
     KeyRange,
@@ -46,15 +58,24 @@ _HEADS = "heads"
 
 
 class KeySource(NamedTuple):
-    """Keys that a head fetches block by block."""
+    """Keys that a head fetches block by block.
+
+    Attributes:
+      keys: their positions.
+      together: blocks that one step takes.
+      visits: index of a block of queries → the key blocks that it visits.
+      fetch: index of a block of queries, indices of key blocks [together] → keys [S, H], values [S, H], and which of
+        them exist, [S] bool; for blocks below 0 none.
+      hides: whether a query may not see a key that exists, nor a step have any; else the first key of each step exists.
+      weight: how many keys each one stands for.
+    """
 
     keys: KeyRange
+    together: int
     visits: Callable[[jax.Array], Ranges | Listed]
-    """Index of a query block → the key blocks that it visits."""
-    fetch: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
-    """Block index → keys [block, H], values [block, H], and which of them exist, [block] bool; the first one exists."""
-    is_all_visible: bool
-    """Whether each query sees all keys that exist."""
+    fetch: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+    hides: bool
+    weight: int = 1
 
 
 class History(NamedTuple):
@@ -118,7 +139,9 @@ def prefill_attention(
                 at = (b, heads.first + head)
                 sources = [_own(own, at, start, heads)]
                 if heads.history is not None:
-                    sources.insert(0, _history(heads, b, head, take(own.starts, b), q.dtype))
+                    end = take(own.starts, b)
+                    before = [_history(heads, b, head, end, q.dtype), *_means(heads.history, b, head, end)]
+                    sources = [*before, *sources]
                 return _attend_head(q, at, sources, start, count, heads)
 
             each = jax.vmap(attend_head, axis_name=_HEADS) if heads.is_together else partial(jax.lax.map, attend_head)
@@ -179,7 +202,7 @@ def _attend_head(
         positions = jnp.repeat(start + index * block + jnp.arange(block, dtype=jnp.int32), group)
         state = OnlineSoftmax.start((block * group,), head_dim)
         for source in sources:
-            state = _walk(state, queries, positions, source, source.visits(index), heads)
+            state = _walk(state, queries, positions, source, index, heads)
         result = state.finish().reshape(block, group, head_dim).astype(out.dtype)
         return jax.lax.dynamic_update_slice(out, result, (index * block, ZERO, ZERO))
 
@@ -191,30 +214,37 @@ def _walk(
     queries: jax.Array,
     positions: jax.Array,
     source: KeySource,
-    visits: Ranges | Listed,
+    index: jax.Array,
     heads: HeadClass,
 ) -> OnlineSoftmax:
-    """Returns the softmax state of queries [rows, H] at positions [rows] after the visited key blocks of a source."""
+    """Returns the softmax state of a block of queries [rows, H] at positions [rows] after the blocks of a source."""
+    visits, scale = source.visits(index), queries.shape[-1] ** -0.5
     # Of heads that take each step together, some may visit fewer blocks than others.
-    steps = jax.lax.pmax(visits.count, _HEADS) if heads.is_together else visits.count
+    steps = div_up(jax.lax.pmax(visits.count, _HEADS) if heads.is_together else visits.count, source.together)
 
     def visit(step: jax.Array, state: OnlineSoftmax) -> OnlineSoftmax:
-        index = visits.block(step)
-        keys, values, exists = source.fetch(index)
-        if heads.is_together:
-            exists &= step < visits.count
+        places = step * source.together + jnp.arange(source.together, dtype=jnp.int32)
+        blocks = jnp.where(places < visits.count, visits.block(places), NO_BLOCK)
+        keys, values, exists = source.fetch(index, blocks)
         exists = jax.lax.optimization_barrier(exists)  # else XLA computes it for each query
         values = jnp.where(exists[:, None], values, jnp.zeros((), values.dtype))
         visible = None
-        if source.is_all_visible:
-            keys = jnp.where(exists[:, None], keys, keys[:1])  # a key that does not exist must not give the maximum
-        else:
-            at = source.keys.first + index * source.keys.block + jnp.arange(source.keys.block, dtype=jnp.int32)
+        if source.hides:
+            at = source.keys.first + _members(blocks, source.keys.block)
             visible, exists = exists & is_visible(positions[:, None], at, *heads.window), None
+        else:
+            keys = jnp.where(exists[:, None], keys, keys[:1])  # a key that does not exist must not give the maximum
         scores = jnp.einsum("rh,sh->rs", queries, keys, precision="highest", preferred_element_type=jnp.float32)
-        return state.add(scores, values, scale=queries.shape[-1] ** -0.5, visible=visible, exists=exists)
+        if source.weight > 1:
+            scores = scores + math.log(source.weight) / scale
+        return state.add(scores, values, scale=scale, visible=visible, exists=exists)
 
     return jax.lax.fori_loop(0, steps, visit, state)
+
+
+def _members(blocks: jax.Array, size: int) -> jax.Array:
+    """Returns the places [n · size] of the members of blocks [n] of so many."""
+    return (blocks[:, None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(-1)
 
 
 def _may_be_long(window: Window, has_history: bool) -> bool:
@@ -240,19 +270,55 @@ def _history(heads: HeadClass, b: jax.Array, head: jax.Array, end: jax.Array, dt
     size = walk.keys
     pages = size // pool.page_size
     table = take(tables, b)
-    table = jnp.pad(table, (0, -table.size % pages), constant_values=-1)
+    table = jnp.pad(table, (0, -table.size % pages), constant_values=NO_PAGE)
+    together = 1
+    if isinstance(walk, BlockList) and not heads.is_together:
+        # Short blocks together are as fast as a long one.
+        wanted = history_block(walk.queries, pool.page_size, heads.window)
+        together = max((_DENSE_BLOCK if walk.queries >= _SMALL_BLOCK else wanted) // size, 1)
 
     def visits(index: jax.Array) -> Ranges | Listed:
         return walk.of(b, head, index, div_up(end, size))
 
-    def fetch(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        physical = jax.lax.dynamic_slice_in_dim(table, index * pages, pages)
+    def fetch(index: jax.Array, blocks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        del index
+        physical = take(table, _members(jnp.maximum(blocks, 0), pages))
         found = jax.tree.map(lambda x: take(x, jnp.maximum(physical, 0), head), pool)
-        keys, values = (x.reshape(size, -1) for x in (keys_of(found, dtype), dequantize(found.v, dtype)))
-        is_held = jnp.repeat(physical >= 0, pool.page_size)
-        return keys, values, is_held & (index * size + jnp.arange(size, dtype=jnp.int32) < end)
+        keys, values = (x.reshape(-1, x.shape[-1]) for x in (keys_of(found, dtype), dequantize(found.v, dtype)))
+        is_held = jnp.repeat(physical >= 0, pool.page_size) & jnp.repeat(blocks >= 0, size)
+        return keys, values, is_held & (_members(blocks, size) < end)
 
-    return KeySource(KeyRange(0, end, size), visits, fetch, is_all_visible=heads.window.local is None)
+    return KeySource(KeyRange(0, end, size), together, visits, fetch, hides=heads.window.local is not None)
+
+
+def _means(history: History, b: jax.Array, head: jax.Array, end: jax.Array) -> list[KeySource]:
+    """Returns the source of the means of blocks that are not listed, if there is one."""
+    walk = history.walk
+    if not isinstance(walk, BlockList) or walk.means is None:
+        return []
+    keys, values = (take(x, b, head) for x in walk.means)
+    together = min(_DENSE_BLOCK, keys.shape[0])
+    keys, values = (jnp.pad(x, ((0, -x.shape[0] % together), (0, 0))) for x in (keys, values))
+    pages = walk.keys // history.pool.page_size
+    held = jnp.pad(take(history.table, b) >= 0, (0, -history.table.shape[1] % pages)).reshape(-1, pages).all(axis=1)
+    whole = div_down(end, walk.keys)
+
+    def visits(index: jax.Array) -> Ranges:
+        is_all = walk.of(b, head, index, whole).count == whole
+        nothing = jnp.zeros_like(whole)
+        return Ranges(nothing, nothing, jnp.where(is_all, nothing, div_up(whole, together)))
+
+    def fetch(index: jax.Array, blocks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        first, found = jnp.maximum(blocks[0], 0) * together, walk.of(b, head, index, whole)
+        here = first + jnp.arange(together, dtype=jnp.int32)
+        k, v = (jax.lax.dynamic_slice_in_dim(x, first, together) for x in (keys, values))
+        ascending = jnp.where(jnp.arange(found.blocks.size) < found.count, found.blocks, whole)
+        is_listed = take(ascending, jnp.searchsorted(ascending, here).clip(0, found.blocks.size - 1)) == here
+        is_held = take(held, jnp.minimum(here, held.size - 1))
+        return k, v, (here < whole) & is_held & ~is_listed
+
+    # As positions, the places of means are before every query.
+    return [KeySource(KeyRange(0, whole, together), 1, visits, fetch, hides=True, weight=walk.keys)]
 
 
 def _own(own: OwnKeys, at: tuple[jax.Array, jax.Array], start: jax.Array, heads: HeadClass) -> KeySource:
@@ -264,9 +330,11 @@ def _own(own: OwnKeys, at: tuple[jax.Array, jax.Array], start: jax.Array, heads:
     def visits(index: jax.Array) -> Ranges:
         return visible_blocks(start + index * block, block, positions, heads.window)
 
-    def fetch(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        corner, shape = (b, index * block, head, ZERO), (1, block, 1, own.k.shape[-1])
+    def fetch(index: jax.Array, blocks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        del index
+        place = jnp.maximum(blocks[0], 0) * block
+        corner, shape = (b, place, head, ZERO), (1, block, 1, own.k.shape[-1])
         keys, values = (jax.lax.dynamic_slice(x, corner, shape).reshape(block, -1) for x in (own.k, own.v))
-        return keys, values, index * block + jnp.arange(block, dtype=jnp.int32) < count
+        return keys, values, (blocks[0] >= 0) & (place + jnp.arange(block, dtype=jnp.int32) < count)
 
-    return KeySource(positions, visits, fetch, is_all_visible=False)
+    return KeySource(positions, 1, visits, fetch, hides=True)

@@ -27,6 +27,7 @@ from pallas_kernels import (
     Tail,
     dequantize,
 )
+from pallas_kernels.block_select import api as block_select_api
 from pallas_kernels.core.paging import pools, slots_of
 from pallas_kernels.core.sealing import keys_of, sealed
 from pallas_kernels.core.workloads import Workload
@@ -38,6 +39,7 @@ from pallas_kernels.quantized_matmul import api as quantized_matmul_api
 
 TABLES: dict[str, dict[str, Callable[..., Any]]] = {
     "kv_write": kv_write_api.IMPLEMENTATIONS,
+    "block_select": block_select_api.IMPLEMENTATIONS,
     "prefill_attention": prefill_attention_api.IMPLEMENTATIONS,
     "page_select": page_select_api.IMPLEMENTATIONS,
     "decode_attention": decode_attention_api.IMPLEMENTATIONS,
@@ -45,12 +47,13 @@ TABLES: dict[str, dict[str, Callable[..., Any]]] = {
 }
 OPTIONS = {
     "kv_write": (),
+    "block_select": ("queries", "keys", "threshold", "sink", "local", "last", "least", "has_means"),
     "prefill_attention": ("sink", "local", "has_history"),
     "page_select": ("num_selected", "interval", "sink_pages", "reduction", "spread", "memory"),
     "decode_attention": ("sink", "local"),
     "quantized_matmul": ("out_dtype",),
 }
-NOT_FOR_JIT = {("kv_write", "reference"), ("page_select", "reference")}
+NOT_FOR_JIT = {("kv_write", "reference"), ("block_select", "reference"), ("page_select", "reference")}
 
 STORAGE: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -222,7 +225,10 @@ def blank_pool(workload: Workload, num_pages: int, head_class: int) -> PagedKV:
     if head_class == 1 and k_bits is None:
         return PagedKV(k, v)
     subs = workload.page_size // workload.sub_page_size
-    return PagedKV(k, v, *(blank(workload.dtype, num_pages, heads, subs, workload.head_dim) for _ in range(2)))
+    bounds = (blank(workload.dtype, num_pages, heads, subs, workload.head_dim) for _ in range(2))
+    has_means = workload.has_means and head_class == 0
+    means = (blank(workload.dtype, num_pages, heads, workload.head_dim) for _ in range(2 * has_means))
+    return PagedKV(k, v, *bounds, *means)
 
 
 _sealed = jax.jit(sealed)
