@@ -207,6 +207,17 @@ def test_every_flag_that_the_text_names_is_one(monkeypatch: pytest.MonkeyPatch):
     assert not wrong, "\n".join(wrong)
 
 
+def test_every_flag_of_the_server_is_on_its_page_or_a_setting_of_the_page_that_it_names(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    section = PAGES["docs/serving.md"].split("\n### Flags\n")[1].split("\n## ")[0]
+    assert ("attention.md", "settings") in links(section)
+    named = set(re.findall(r"--\w[\w-]*", section))
+    settings = {f"--{name.replace('_', '-')}" for name in settings_explained()}
+    found = {flag.replace("--no-", "--") for flag in flags("lserve_jax.serve", monkeypatch)}
+    assert found - named - settings == set()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
@@ -406,10 +417,14 @@ def test_the_preset_table_shows_every_preset_as_it_is():
     assert {name: list(row) for name, row in rows.items()} == {name: cells(from_preset(name)) for name in PRESETS}
 
 
-def test_every_attention_setting_is_explained():
+def settings_explained() -> set[str]:
+    """The attention settings that have a heading on their page."""
     headings = re.findall(r"^### (.+)$", ATTENTION, re.M)
-    explained = {name for heading in headings for name in re.findall(r"`(\w+)`", heading)}
-    assert explained == set(AttentionConfig.__dataclass_fields__) - {"preset"}
+    return {name for heading in headings for name in re.findall(r"`(\w+)`", heading)}
+
+
+def test_every_attention_setting_is_explained():
+    assert settings_explained() == set(AttentionConfig.__dataclass_fields__) - {"preset"}
 
 
 def test_the_page_sizes_that_follow_from_the_budget_are_as_the_table_says():

@@ -95,6 +95,12 @@ class Answer(ABC):
         return self.chunk([]) | {"prompt_progress": found}
 
     @property
+    def deadline(self) -> float | None:
+        """Returns the time of `time.perf_counter` at which the client wants an end; None if it names no time."""
+        timeout_s = self._request.timeout_s
+        return None if timeout_s is None else self.generations[0].request.arrival + timeout_s
+
+    @property
     def is_echo_alone(self) -> bool:
         """Returns whether the one token that the engine generates at least is not wanted."""
         return self._request.max_tokens == 0

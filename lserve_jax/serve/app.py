@@ -130,7 +130,7 @@ async def _generate(service: Service, begin: Begin, request: Request) -> Respons
     options, thread = service.options, service.thread
     body = await read_body(request, options.max_body_bytes)
     answer = await to_thread.run_sync(lambda: begin(service, parse_body(body), trace_of(request.scope)))
-    tickets = [Ticket(generation=generation) for generation in answer.generations]
+    tickets = [Ticket(generation, deadline=answer.deadline) for generation in answer.generations]
     thread.submit(tickets)
     if answer.is_stream:
         events = stream_of(answer, tickets, options.ping_interval or None)

@@ -23,6 +23,7 @@ def begin_chat(service: Service, body: Mapping[str, Any], trace: Trace) -> "Chat
     request = ChatRequest.of(body)
     trace.id, trace.ignored = request.request_id or trace.id, request.ignored()
     service.require_model(request.model)
+    service.require_time(request.timeout_s)
     service.require_few(request.choices)
     prompt = render(service, request)
     wanted = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens

@@ -28,6 +28,7 @@ def begin_completion(service: Service, body: Mapping[str, Any], trace: Trace) ->
     request = CompletionRequest.of(body)
     trace.id, trace.ignored = request.request_id or trace.id, request.ignored()
     service.require_model(request.model)
+    service.require_time(request.timeout_s)
     prompts = each_prompt(request.prompt)
     service.require_few(request.choices * len(prompts))
     ids = [_encoded(service, prompt, request.add_special_tokens) for prompt in prompts]

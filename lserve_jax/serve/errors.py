@@ -129,7 +129,8 @@ def _(_: EngineFailed) -> ApiError:
 
 @api_error.register
 def _(_: DeadlinePassed) -> ApiError:
-    return ApiError(504, "timeout", "the request's time is over (--request-timeout)", headers=_NO_RETRY)
+    message = "the request's time is over (its timeout_s, or the server's --request-timeout)"
+    return ApiError(504, "timeout", message, headers=_NO_RETRY)
 
 
 @api_error.register

@@ -134,6 +134,7 @@ class GenerationRequest(BaseModel):
     cache_salt: str | None = None
     prompt_cache_key: str | None = None
     priority: _Whole | None = None
+    timeout_s: Annotated[FiniteFloat, Field(gt=0)] | None = None
     request_id: Annotated[str, Field(pattern=f"^{REQUEST_ID.pattern}$")] | None = None
     return_progress: bool = False
     return_lserve: bool = False

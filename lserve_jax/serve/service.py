@@ -92,6 +92,13 @@ class Service:
         if answers > most:
             raise bad_request(f"the request asks for {answers} answers, and at most {most} can wait and run here", "n")
 
+    def require_time(self, timeout_s: float | None) -> None:
+        """Raises `ApiError` if a request asks for more time than the server gives; it may also name no time."""
+        most = self.options.request_timeout
+        if most and timeout_s is not None and timeout_s > most:
+            message = f"timeout_s: at most {most} seconds (the server's --request-timeout), got {timeout_s}"
+            raise bad_request(message, "timeout_s")
+
     def generations(
         self,
         request: ChatRequest | CompletionRequest,

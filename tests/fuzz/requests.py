@@ -39,6 +39,7 @@ _COMMON: dict[str, Any] = {
     "cache_salt": "a",
     "prompt_cache_key": "b",
     "priority": 1,
+    "timeout_s": 600.0,
     "request_id": "mine",
     "return_progress": True,
     "return_lserve": True,

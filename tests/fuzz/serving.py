@@ -75,7 +75,8 @@ def http(rng: random.Random, folder: Path) -> None:
     """A request over HTTP; then a plain one, whose answer must be what it always is."""
     del folder
     expected = _expected()
-    message = answer_to(_server(), damaged_request(rng))
+    # One of the fields that are damaged is a time, which may become too short for any answer.
+    message = answer_to(_server(), damaged_request(rng), allowed=frozenset({"timeout"}))
     assert plain_answer(_server()) == expected, "the server does not answer as before"
     if message is not None:
         raise InputError(message)

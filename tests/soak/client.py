@@ -18,6 +18,9 @@ _WITHOUT_FAULT = frozenset({"queue_full", "timeout"})
 """Codes of errors that a good request may get, if others ask for much or if it has little time."""
 _PATIENT_S = 0.2
 """How long clients wait at most before they ask again after "queue_full", or leave before the first byte."""
+_HURRIED = 0.03
+"""Share of the requests that get little time, and how much at most."""
+_LITTLE_S = 0.1
 
 
 @dataclass
@@ -158,6 +161,8 @@ class Client:
             body |= {"stream": True, "return_progress": rng.random() < 0.2}
         if rng.random() < 0.2:
             body["priority"] = rng.randrange(-2, 3)
+        if rng.random() < _HURRIED:
+            body["timeout_s"] = _LITTLE_S * (1.0 - rng.random())  # never 0
         if rng.random() < 0.2:
             body["cache_salt"] = rng.choice(["one", "two"])
         return number, request_bytes(question.path, json.dumps(body).encode())

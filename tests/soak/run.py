@@ -80,10 +80,10 @@ class Soak:
 
 
 @contextmanager
-def started_server(seed: int) -> Iterator[tuple[subprocess.Popen[str], Address]]:
+def started_server() -> Iterator[tuple[subprocess.Popen[str], Address]]:
     """Yields the process and the address of a server that is ready."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.soak.server", str(seed)],
+        [sys.executable, "-m", "tests.soak.server"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -110,7 +110,7 @@ def soak(*, requests: int, seconds: float | None, clients: int, seed: int) -> So
     """
     found = Soak()
     questions = random_questions(random.Random(seed), QUESTIONS)
-    with started_server(seed) as (process, address):
+    with started_server() as (process, address):
         found.fresh_ms.append(_fresh_ms(address))
         _make_requests(found, Client(address, questions, seed, found.findings), address, requests, seconds, clients)
         _check_idle(found, address)

@@ -1,15 +1,11 @@
-"""`python -m tests.soak.server SEED`: the server of a soak, with too little memory for what is asked of it.
+"""`python -m tests.soak.server`: the server of a soak, with too little memory for what is asked of it.
 
-It is the product's: LLM, engine thread, routes and signals. It has one route more, /soak, which tells what is held, and
-gives some requests little time. All attention is at work: selected pages, streaming heads, int4 pages, small pages.
+It is the product's: LLM, engine thread, routes and signals. It has one route more, /soak, which tells what is held.
+All attention is at work: selected pages, streaming heads, int4 pages, small pages.
 """
 
-import random
 import resource
-import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,6 @@ from lserve_jax.serve.engine_thread import EngineThread
 from lserve_jax.serve.events import Json
 from lserve_jax.serve.options import ServeOptions
 from lserve_jax.serve.server import address_of, serve, take_port
-from lserve_jax.serve.ticket import Ticket
 from tests.soak.questions import CONTEXT
 
 _MODEL = Path(__file__).parents[1] / "golden" / "tiny" / "llama3"
@@ -45,9 +40,6 @@ _SETTINGS: dict[str, Any] = {
     "prefill_chunk": 64,
     "steps_per_call": 4,
 }
-_HURRIED = 0.03
-"""Share of the requests that get little time, and how much at most."""
-_LITTLE_S = 0.1
 
 
 def small_llm(folder: Path) -> LLM:
@@ -67,21 +59,6 @@ def plain_llm(folder: Path) -> LLM:
 def _settings(folder: Path) -> dict[str, Any]:
     (folder / "full_attention_heads.tsv").write_text(_GATES)
     return {"model": str(_MODEL), "head_pattern": folder, **_SETTINGS}
-
-
-class Hurrying(EngineThread):
-    """An engine thread that gives some requests little time."""
-
-    def __init__(self, llm: LLM, options: ServeOptions, rng: random.Random) -> None:
-        super().__init__(llm, options)
-        self._rng = rng
-
-    def submit(self, tickets: Sequence[Ticket]) -> None:
-        """Accepts tickets."""
-        if self._rng.random() < _HURRIED:
-            for ticket in tickets:
-                ticket.deadline = time.perf_counter() + self._rng.random() * _LITTLE_S
-        super().submit(tickets)
 
 
 def held(thread: EngineThread) -> dict[str, Any]:
@@ -111,7 +88,7 @@ def main() -> None:
         options = ServeOptions(
             served_model_name="tiny", max_queued_requests=24, max_body_bytes=100_000, contexts=folder
         )
-        thread = Hurrying(small_llm(Path(folder)), options, random.Random(sys.argv[1]))
+        thread = EngineThread(small_llm(Path(folder)), options)
         app = build_app(thread, options)
 
         async def soak(_: Request) -> Json:
