@@ -328,15 +328,16 @@ class Engine:
         assert not (is_short and chunks[0].start)
         if rows is None:
             rows = 1 if has_all_logits or not is_short else self._turns.short_rows
-        starts, counts = np.zeros((2, rows), np.int32)
+        starts, counts, ends = np.zeros((3, rows), np.int32)
         starts[: len(chunks)] = [chunk.start for chunk in chunks]
         counts[: len(chunks)] = [chunk.count for chunk in chunks]
+        ends[: len(chunks)] = [chunk.sequence.prompt_end for chunk in chunks]
         tokens, tables = self._arrays.chunk_tokens(chunks, rows, size), self._arrays.chunk_tables(chunks, rows)
         name = "prefill_short" if is_short else f"prefill_{size}"
         return Call(
             name + ("_all_logits" if has_all_logits else ""),
             prefill_step,
-            (self.params, self.cache, tokens, starts, counts, tables),
+            (self.params, self.cache, tokens, starts, counts, tables, ends),
             {"config": self.config, "has_history": not is_short, "has_all_logits": has_all_logits},
         )
 
