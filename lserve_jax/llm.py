@@ -286,6 +286,15 @@ class LLM:
         with self._alone() as engine:
             return engine.prompt_logprobs(self._encode(token_ids))
 
+    def prefill_density(self, token_ids: Prompt) -> float | None:
+        """Returns the share of a prompt's history that is read where ``prefill_sparsity`` leaves something out, 0 … 1.
+
+        It counts pairs of a tile of 128 queries and a block of the history, of the retrieval heads of the layers that
+        may leave something out, and reads the prompt once more. None if no layer may.
+        """
+        with self._alone() as engine:
+            return engine.prompt_density(self._encode(token_ids))
+
     def score(
         self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *, has_logits: bool = False
     ) -> list[ScoreOutput]:

@@ -113,6 +113,13 @@ class AttentionConfig:
         default=128,
         metadata={"help": "tokens per block of the history, a multiple of page_size", "least": 1},
     )
+    prefill_near: int = field(
+        default=512,
+        metadata={
+            "help": "tokens before each 128 queries that blocks and triangle always read, beside those of sink",
+            "least": 0,
+        },
+    )
     prefill_last: int | None = field(
         default=None,
         metadata={

@@ -12,9 +12,6 @@ from lserve_jax.config.model import ModelConfig
 DTYPES = ("bfloat16", "float32")
 WEIGHT_DTYPES = ("auto", *DTYPES, "int8", "int4")
 
-_BLOCKS, _TRIANGLE = (256, 512), (8, 512)
-"""Tokens of sink and of window that blocks (FlashPrefill V2) and triangle (TriangleMix) always read of the history."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
@@ -203,13 +200,12 @@ class InferenceConfig:
         first = first if attention.prefill_first_layer is None else attention.prefill_first_layer
         if attention.prefill_sparsity == "none" or layer < first or layer in attention.dense_layers:
             return None
-        sink, local = _TRIANGLE if is_triangle else _BLOCKS
         return BlockRule(
             queries=TILE,
             keys=attention.prefill_block,
             threshold=None if is_triangle else attention.prefill_threshold,
-            sink=sink,
-            local=local,
+            sink=attention.sink,
+            local=attention.prefill_near,
             last=attention.num_last,
             least=attention.prefill_from,
             has_means=not is_triangle and attention.is_prefill_corrected and layer not in attention.uncorrected_layers,

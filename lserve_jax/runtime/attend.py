@@ -81,12 +81,10 @@ def history_walk(
         return None
     assert kv.retrieval is not None
     heads = kind.num_retrieval * (q.shape[2] // (kind.num_retrieval + kind.num_streaming))
-    lists = block_select(
-        *(q[:, :, :heads], kv.retrieval, jnp.asarray(tables.retrieval), *span),
-        **asdict(rule),
-        implementation=config.implementation,
+    # Products with few mean keys: the first implementation that accepts, whatever the others are.
+    return Walk(
+        retrieval=block_select(q[:, :, :heads], kv.retrieval, jnp.asarray(tables.retrieval), *span, **asdict(rule))
     )
-    return Walk(retrieval=lists)
 
 
 def prefill_attend(config: InferenceConfig, tables: PageTables, span: Span, *, has_history: bool = True) -> Attend:
