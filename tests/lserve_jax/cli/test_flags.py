@@ -322,7 +322,10 @@ def test_a_shared_flag_has_aliases_and_changes():
         ("--static-sparsity half", "error: --static-sparsity 'half' must be a number (--help lists the flags)"),
         ("--dense-layers 0;1", "error: --dense-layers '0;1' must be layer numbers with commas between, such as 0,1"),
         ("--group-reduction sum", "error: --group-reduction 'sum' must be one of max, mean (--help lists the flags)"),
-        ("--attention sparse", "error: --attention 'sparse' must be one of lserve, dense, streaming, quest, qserve ("),
+        (
+            "--attention sparse",
+            "error: --attention 'sparse' must be one of lserve, dense, streaming, quest, qserve, minference (",
+        ),
         ("--max-model-len x", "error: --max-model-len 'x' must be a whole number (--help lists the flags)"),
         ("--is-sink-forced=yes", "error: --is-sink-forced takes no value, got 'yes' (--help lists the flags)"),
         ("--json=yes", "error: --json takes no value, got 'yes' (--help lists the flags)"),

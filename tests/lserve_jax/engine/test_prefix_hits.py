@@ -325,7 +325,7 @@ def test_an_abandoned_prompt_leaves_its_chunks_to_the_next(quantised: Pair):
     assert quantised.cache.num_entries == 4
 
 
-@pytest.mark.parametrize("preset", ["dense", "quest", "qserve", "streaming"])
+@pytest.mark.parametrize("preset", ["dense", "quest", "qserve", "streaming", "minference"])
 def test_hits_of_the_other_presets(preset: str, tmp_path_factory: pytest.TempPathFactory):
     gates = GATES["all different"] if preset == "streaming" else None
     unused = dict.fromkeys(SPARSE)  # the preset's own values
