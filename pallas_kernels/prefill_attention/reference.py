@@ -50,7 +50,7 @@ def prefill_attention(
             )
         )
         visible = jnp.broadcast_to(visible[:, None] & visited, (batch, pool.num_kv_heads, tokens, at.shape[1]))
-        weights = jnp.ones((batch, at.shape[1]))
+        weights = jnp.ones((batch, at.shape[1]), jnp.float32)
         if isinstance(walk_of_class, BlockList) and walk_of_class.means is not None:
             means, stands_in = _means(walk_of_class, tokens, own, table, kv.page_size)
             keys, values = (jnp.concatenate([x, mean], axis=1) for x, mean in zip((keys, values), means, strict=True))

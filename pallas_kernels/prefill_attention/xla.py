@@ -312,8 +312,9 @@ def _means(history: History, b: jax.Array, head: jax.Array, end: jax.Array) -> l
         first, found = jnp.maximum(blocks[0], 0) * together, walk.of(b, head, index, whole)
         here = first + jnp.arange(together, dtype=jnp.int32)
         k, v = (jax.lax.dynamic_slice_in_dim(x, first, together) for x in (keys, values))
-        ascending = jnp.where(jnp.arange(found.blocks.size) < found.count, found.blocks, whole)
-        is_listed = take(ascending, jnp.searchsorted(ascending, here).clip(0, found.blocks.size - 1)) == here
+        ascending = jnp.where(jnp.arange(found.blocks.size, dtype=jnp.int32) < found.count, found.blocks, whole)
+        place = jnp.searchsorted(ascending, here).astype(jnp.int32)
+        is_listed = take(ascending, jnp.minimum(place, found.blocks.size - 1)) == here
         is_held = take(held, jnp.minimum(here, held.size - 1))
         return k, v, (here < whole) & is_held & ~is_listed
 

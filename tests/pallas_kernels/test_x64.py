@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import BlockList, PageTables, Selection, Walk, visible_walk
+from pallas_kernels import BlockList, BlockMeans, PageTables, Selection, Walk, visible_walk
 from pallas_kernels.core.dtypes import narrowed
 from pallas_kernels.core.workloads import TINY, Workload
 from tests import x64
@@ -30,10 +30,13 @@ RUNNING = [(op, name) for op, table in TABLES.items() for name in table if name 
 TRACED = [row for row in RUNNING if row not in NOT_FOR_JIT]
 
 
+BLOCKS = {"queries": 16, "keys": 16, "threshold": 0.5, "sink": 5, "local": 7, "last": 3, "least": 4}
+
+
 def _call(op: str, workload: Workload) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments and options of an op, every integer int32 and every number of at most 32 bits."""
     rng = np.random.default_rng(0)
-    cache = filled_cache(workload, rng, [96, 17, 0, 64])
+    cache = filled_cache(replace(workload, has_means=op == "block_select"), rng, [96, 17, 0, 64])
     q, k = (
         random_tokens(workload, rng, workload.chunk, heads) for heads in (workload.num_heads, workload.num_kv_heads)
     )
@@ -47,6 +50,7 @@ def _call(op: str, workload: Workload) -> tuple[tuple[Any, ...], dict[str, Any]]
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "kv_write": ((k, k, cache.kv, cache.tables, starts, counts), {}),
         "prefill_attention": ((q, k, k, cache.kv, cache.tables, starts, counts), window),
+        "block_select": ((q[:, :, : queries.shape[1]], pages, table, starts, counts, cache.lengths), BLOCKS),
         "page_select": ((queries, pages, table, cache.lengths, previous, cache.lengths > 0), selection),
         "decode_attention": ((q[:, 0], cache.kv, cache.tables, cache.lengths, None), window),
         "quantized_matmul": ((q[0].reshape(-1, 32), random_matrix(rng, 9, 32, **MATRICES[matrix])), {}),
@@ -86,7 +90,8 @@ def test_no_equation_of_other_forms_of_the_ops_has_64_bits():
 
     def with_walk(*arguments: Any, implementation: str) -> jax.Array:
         walk = visible_walk(arguments[3], *arguments[5:], tokens=arguments[0].shape[1], **window)
-        listed = BlockList(blocks=jnp.zeros((4, 2, 2, 3), jnp.int32), queries=16, keys=16)
+        means = BlockMeans(*(jnp.zeros((4, 2, 6, 8), jnp.float32) for _ in range(2)))
+        listed = BlockList(blocks=jnp.zeros((4, 2, 2, 3), jnp.int32), means=means, queries=16, keys=16)
         walk = Walk(retrieval=listed, streaming=walk.streaming)
         return pallas_kernels.prefill_attention(*arguments, **window, walk=walk, implementation=implementation)
 
