@@ -11,6 +11,7 @@ import pytest
 from lserve_jax import SamplingParams, attention_recall, init_cache
 from lserve_jax.config.errors import InputError
 from lserve_jax.runtime.adjustments import Adjustments, History
+from lserve_jax.runtime.density import density_step
 from lserve_jax.runtime.recall import recall_step
 from lserve_jax.runtime.sampling import SamplingState
 from lserve_jax.runtime.steps import DecodeState, decode_loop, decode_step, prefill_step, sample_first, score_step
@@ -20,7 +21,8 @@ from tests.pallas_kernels.cases import assert_same_bits
 
 HALF = classes((0, 1), (1, 0), num_retrieval=(1, 1))
 STORED = ("float32", "bfloat16", "int8", "int4")
-CASES = [("lserve", kind) for kind in STORED] + [(name, "int4") for name in ("dense", "streaming", "quest", "qserve")]
+PRESETS = ("dense", "streaming", "quest", "qserve", "minference")
+CASES = [("lserve", kind) for kind in STORED] + [(name, "int4") for name in PRESETS]
 SLOTS, STEPS = 2, 3
 
 
@@ -63,10 +65,14 @@ def calls(one: Stepper) -> dict[str, tuple[Any, tuple[Any, ...]]]:
             partial(decode_loop, **config, max_steps=STEPS),
             (one.params, cache, state, one.tables, sampling(), np.int32(STEPS), forced, adjustments()),
         ),
+        "density_step": (
+            partial(density_step, **config),
+            (one.params, cache, tokens, starts, counts, one.tables, counts),
+        ),
         "sample_first": (sample_first, (logits, lengths, sampling(), forced[0], adjustments())),
         "score_step": (
             partial(score_step, **config),
-            (one.params, cache, tokens, starts, counts, one.tables, tokens, np.bool_(True)),
+            (one.params, cache, tokens, starts, counts, one.tables, counts, tokens, np.bool_(True)),
         ),
     }
 
