@@ -21,7 +21,7 @@ from pallas_kernels.kv_write import reference as kv_write_reference
 from pallas_kernels.prefill_attention import mosaic_gpu, reference
 from pallas_kernels.prefill_attention.blocks import Ranges, Window
 from pallas_kernels.prefill_attention.codes import RowsInRegisters
-from pallas_kernels.prefill_attention.mosaic_gpu import KEYS, QUERIES
+from pallas_kernels.prefill_attention.program import KEYS, QUERIES, Heads, Steps, place_of
 from tests.pallas_kernels import hopper
 from tests.pallas_kernels.cases import (
     Cache,
@@ -258,7 +258,7 @@ def test_exactly_the_blocks_with_a_visible_key_are_visited():
             seen = keys[visible.any(0)]
             old, new = seen[seen < own[b]], seen[seen >= own[b]] - own[b]
             expected = [("old", i) for i in sorted({*(old // KEYS)})] + [("new", i) for i in sorted({*(new // KEYS)})]
-            steps = mosaic_gpu._Steps(Ranges(*walk[:3]), Ranges(*walk[3:]))
+            steps = Steps(Ranges(*walk[:3]), Ranges(*walk[3:]))
             visited = [steps.block(jnp.int32(step)) for step in range(int(steps.count))]
             assert [("old" if is_old else "new", int(i)) for is_old, i in visited] == expected, (sink, local, b, block)
 
@@ -267,10 +267,10 @@ def test_exactly_the_blocks_with_a_visible_key_are_visited():
 def test_every_query_block_has_one_program_and_long_walks_come_first(counts: tuple[int, int]):
     batch, blocks = 2, 4
     names = ("retrieval", "streaming")
-    heads = [mosaic_gpu._Heads("retrieval", 0, counts[0], Window(0, 2**30))] if counts[0] else []
-    heads += [mosaic_gpu._Heads("streaming", counts[0], counts[1], Window(5, 7))] if counts[1] else []
+    heads = [Heads("retrieval", 0, counts[0], Window(0, 2**30))] if counts[0] else []
+    heads += [Heads("streaming", counts[0], counts[1], Window(5, 7))] if counts[1] else []
     programs = jnp.arange(batch * blocks * sum(counts))
-    places = mosaic_gpu._place(programs, heads, batch, blocks)
+    places = place_of(programs, heads, batch, blocks)
     index, head, b, row = (np.broadcast_to(x, programs.shape) for x in places[:4])
     assert len({*zip(head.tolist(), b.tolist(), row.tolist(), strict=True)}) == programs.size
     assert {*row.tolist()} == {i * QUERIES for i in range(blocks)}
