@@ -1,10 +1,12 @@
 """`prefill_attention` for Hopper: one launch for all heads with the same storage; `program` is one program of it.
 
-The ranges of key blocks that a program visits are computed before the launch: per head class and query block (`walks`),
-or per KV head if the caller gives a walk. The multiprocessors take programs in order: retrieval heads first, and late
-queries before early ones. Without a walk, this order is longest first, so that short programs fill the gaps at the end.
+The key blocks that a program visits are computed before the launch: as ranges per head class and query block (`walks`),
+or per KV head if the caller gives a walk, and as lists of steps if that has a list (`_listed`). The multiprocessors
+take programs in order: retrieval heads first, and late queries before early ones. Without a walk, this order is longest
+first, so that short programs fill the gaps at the end.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,18 +18,20 @@ import jax.numpy as jnp
 from pallas_kernels.core.hopper import refuse_pools, refuse_unless, require_hopper
 from pallas_kernels.core.launch import configure
 from pallas_kernels.core.mosaic import tile
+from pallas_kernels.core.online_softmax import HIDDEN
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables, div_up, parts_stored_alike, pools
 from pallas_kernels.core.quantization import QuantizedArray, QuantizedKeys, bits_of
 from pallas_kernels.prefill_attention.blocks import (
     BlockList,
-    BlockRanges,
+    BlockMeans,
     KeyRange,
+    Ranges,
     Walk,
     Window,
     visible_blocks,
 )
 from pallas_kernels.prefill_attention.own import OwnKeys, own_keys
-from pallas_kernels.prefill_attention.program import KEYS, QUERIES, Heads, attend, tile_width
+from pallas_kernels.prefill_attention.program import KEYS, QUERIES, Heads, Source, Walks, attend, tile_width
 
 _EVERYTHING = 2**30
 """The local window of retrieval heads."""
@@ -131,6 +135,8 @@ def _walks_per_head(
 ) -> jax.Array:
     """Returns the ranges [B, K, query blocks, 6] of each KV head: `walks`, with the history's ranges from a walk.
 
+    Of a list, they are ranges of its entries.
+
     Args:
       ranges: `walks` of the classes.
       walk: the layer's walk.
@@ -138,18 +144,103 @@ def _walks_per_head(
       group: query heads per KV head.
       own_starts: [B] int32 position at which the history ends.
     """
-    batch, _, blocks, _ = ranges.shape
     is_empty = jnp.all(ranges == 0, axis=-1, keepdims=True)
+    end = div_up(own_starts, KEYS)[:, None, None]
     found = []
     for index, heads in enumerate(classes):
-        every = jnp.broadcast_to(ranges[:, index, None], (batch, heads.count // group, blocks, 6))
+        shape = (ranges.shape[0], heads.count // group, *ranges.shape[2:])
+        every = jnp.broadcast_to(ranges[:, index, None], shape)
         visited = getattr(walk, heads.name)
-        if isinstance(visited, BlockRanges):
-            history = jnp.stack(visited.within(div_up(own_starts, KEYS)[:, None, None]), axis=-1)
-            history = jnp.where(is_empty[:, index, None], 0, history)
+        if visited is not None:
+            nothing = jnp.zeros(shape[:3], jnp.int32)
+            is_list = isinstance(visited, BlockList)
+            history = Ranges(nothing, nothing, visited.count(end)) if is_list else visited.within(end)
+            history = jnp.where(is_empty[:, index, None], 0, jnp.stack(history, axis=-1))
             every = jnp.concatenate([history, every[..., 3:]], axis=-1)
         found.append(every)
     return jnp.concatenate(found, axis=1)
+
+
+def _listed(
+    ranges: jax.Array, walk: Walk, kv: LayerKV, tables: PageTables, own_starts: jax.Array, own_blocks: int
+) -> Walks:
+    """Returns the lists of steps of each KV head, and the means among them.
+
+    Args:
+      ranges: `_walks_per_head`.
+      walk: the layer's walk, with a list for one class at least.
+      kv: the layer.
+      tables: its page tables.
+      own_starts: [B] int32 position at which the history ends.
+      own_blocks: blocks of own keys.
+    """
+    history, own = (Ranges(*(ranges[..., i, None] for i in range(first, first + 3))) for first in (0, 3))
+    lists = []
+    for name, pool, table, heads in pools(kv, tables):
+        visited = getattr(walk, name)
+        if isinstance(visited, BlockList):
+            lists.append(visited.blocks)
+        else:
+            blocks = jnp.arange(-(-table.shape[1] * pool.page_size // KEYS), dtype=jnp.int32)
+            lists.append(Ranges(*(x[:, heads] for x in history)).block(blocks))
+    means, bias, mean_counts = _means(jnp.any(ranges != 0, axis=-1), walk, kv, tables, own_starts)
+    mean_blocks = 0 if bias is None else bias.shape[-1] // KEYS
+    step = jnp.arange(max(x.shape[-1] for x in lists) + own_blocks + mean_blocks + 1, dtype=jnp.int32)
+    after, mean = step - history.count, step - history.count - own.count
+    entries = jnp.where(mean < mean_counts[..., None], 4 * mean + Source.MEANS, -1)
+    entries = jnp.where(mean < 0, 4 * own.block(after) + Source.OWN, entries)
+    old = jnp.concatenate([_padded(x, step.size) for x in lists], axis=1)
+    entries = jnp.where(after < 0, 4 * old + Source.HISTORY, entries)
+    counts = (history.count + own.count)[..., 0] + mean_counts
+    return Walks(counts=counts, steps=entries, means=means, bias=bias)
+
+
+def _means(
+    has_rows: jax.Array, walk: Walk, kv: LayerKV, tables: PageTables, own_starts: jax.Array
+) -> tuple[dict[str, BlockMeans] | None, jax.Array | None, jax.Array]:
+    """Returns the means and the bias of `Walks`, and how many blocks of means each query block visits.
+
+    Args:
+      has_rows: [B, K, query blocks] bool, which query blocks have queries.
+      walk: the layer's walk.
+      kv: the layer.
+      tables: its page tables.
+      own_starts: [B] int32 position at which the history ends.
+    """
+    found = {name: getattr(getattr(walk, name), "means", None) for name, *_ in pools(kv, tables)}
+    found = {name: means for name, means in found.items() if means is not None}
+    if not found:
+        return None, None, jnp.zeros(has_rows.shape, jnp.int32)
+    width, stands_in = -(-max(x.k.shape[2] for x in found.values()) // KEYS) * KEYS, []
+    for name, pool, table, heads in pools(kv, tables):
+        if name not in found:
+            stands_in.append(jnp.zeros((*has_rows[:, heads].shape, width), jnp.bool_))
+            continue
+        here = _stands_in(getattr(walk, name), own_starts, table, pool.page_size) & has_rows[:, heads, :, None]
+        # Means that stand in nowhere have weight zero, but zero times NaN is NaN.
+        is_read, rest = jnp.any(here, axis=2)[..., None], width - here.shape[-1]
+        means = (jnp.where(is_read, x, jnp.zeros((), x.dtype)) for x in found[name])
+        found[name] = BlockMeans(*(jnp.pad(x, ((0, 0), (0, 0), (0, rest), (0, 0))) for x in means))
+        stands_in.append(_padded(here, width))
+    every = jnp.concatenate(stands_in, axis=1)
+    counts = div_up(jnp.max(jnp.where(every, 1 + jnp.arange(width, dtype=jnp.int32), 0), axis=-1), KEYS)
+    weight = math.log(KEYS) * math.sqrt(kv.tail.k.shape[-1])  # in the unit of products
+    return found, jnp.where(every, jnp.float32(weight), HIDDEN), counts
+
+
+def _stands_in(visited: BlockList, own_starts: jax.Array, table: jax.Array, page_size: int) -> jax.Array:
+    """Returns whether the mean of each block of the history stands in for it, [B, K, query blocks, n] bool."""
+    assert visited.means is not None
+    blocks, pages = visited.means.k.shape[2], KEYS // page_size
+    held = _padded(table >= 0, max(blocks * pages, table.shape[1]))[:, : blocks * pages]
+    is_whole = (1 + jnp.arange(blocks, dtype=jnp.int32)) * KEYS <= own_starts[:, None]
+    stands_in = is_whole & jnp.all(held.reshape(-1, blocks, pages), axis=-1)
+    return stands_in[:, None, None] & ~visited.is_visited(blocks)
+
+
+def _padded(x: jax.Array, width: int) -> jax.Array:
+    """Returns ``x`` [..., n] with zeros after its last axis, up to a width."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
 def _refuse(q: jax.Array, k: jax.Array, v: jax.Array, found: list[PagedKV], walk: Walk | None) -> None:
@@ -169,7 +260,8 @@ def _refuse(q: jax.Array, k: jax.Array, v: jax.Array, found: list[PagedKV], walk
                 f"sub-pages of quantised keys must have {least} tokens or more, not {pool.sub_page_size}",
             )
     for visited in walk or ():
-        refuse_unless(not isinstance(visited, BlockList), "the walk must be ranges, not block lists")
+        for mean in getattr(visited, "means", None) or ():
+            refuse_unless(mean.dtype == jnp.bfloat16, f"means of blocks must be bfloat16, not {mean.dtype}")
         sizes = None if visited is None else (visited.queries, visited.keys)
         refuse_unless(
             sizes in (None, (QUERIES, KEYS)),
@@ -209,7 +301,11 @@ def _launch(
     ranges = walks(starts, counts, own.starts, tokens, [heads.window for heads in classes])
     if walk is not None:
         ranges = _walks_per_head(ranges, walk, classes, num_heads // own.k.shape[2], own.starts)
-    return kernel(q, own, kv, tables, starts, counts, ranges)
+    visits = Walks(ranges)
+    if any(isinstance(getattr(walk, heads.name, None), BlockList) for heads in classes):
+        assert walk is not None
+        visits = _listed(ranges, walk, kv, tables, own.starts, own.k.shape[1] // KEYS)
+    return kernel(q, own, kv, tables, starts, counts, visits)
 
 
 def _scratch(config: Config, pool: PagedKV, head_dim: int) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """One program of the Hopper kernel of `prefill_attention`, in the manner of FlashAttention-3.
 
-A program attends 128 queries of one head. A warpgroup copies key blocks into a ring, from pages and from the sequence's
-own keys, which are not quantised (`own_keys`); two others take 64 queries each. Each of them runs the softmax of a
-block while the tensor cores multiply the values of the previous block, and while the other warpgroup uses the tensor
-cores. Only blocks with a hidden key are masked.
+A program attends 128 queries of one head. A warpgroup copies key blocks into a ring, from pages, from the sequence's
+own keys (`own_keys`) and from means of blocks of the history, which are not quantised; two others take 64 queries each.
+Each of them runs the softmax of a block while the tensor cores multiply the values of the previous block, and while the
+other warpgroup uses the tensor cores. Only blocks with a hidden key are masked.
+
+A mean stands for 128 keys: the logarithm of their number is added to its scores, or `HIDDEN` where the block itself is
+visited, in one array that is made before the launch.
 """
 
+import enum
 import math
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +24,7 @@ from pallas_kernels.core.mosaic import is_interpreted
 from pallas_kernels.core.online_softmax import FLOOR, HIDDEN
 from pallas_kernels.core.paging import LayerKV, PagedKV, PageTables
 from pallas_kernels.core.quantization import QuantizedArray, QuantizedKeys, bits_of
-from pallas_kernels.prefill_attention.blocks import Ranges, Window
+from pallas_kernels.prefill_attention.blocks import BlockMeans, Ranges, Window
 from pallas_kernels.prefill_attention.codes import RowsInRegisters, dequantize_keys, dequantize_values
 from pallas_kernels.prefill_attention.own import OwnKeys
 
@@ -44,6 +48,43 @@ class Heads(NamedTuple):
     window: Window
 
 
+class Source(enum.IntEnum):
+    """Where a block of keys is."""
+
+    HISTORY = 0
+    OWN = 1
+    MEANS = 2
+
+
+class Walks(NamedTuple):
+    """What programs visit, by sequence, head and query block: ranges of blocks, or lists of steps.
+
+    Attributes:
+      ranges: [B, classes or K, query blocks, 6] int32, see `mosaic_gpu.walks`; None if there are lists.
+      counts: [B, K, query blocks] int32 steps; None if there are ranges.
+      steps: [B, K, query blocks, n] int32 entries ``4 · block + source``, the block counted from the first one of the
+        `Source`; -1 after the last one, of which there is at least one.
+      means: by head class, what stands in for blocks of the history, [B, K of the class, m, H] in whole blocks; None if
+        nothing does.
+      bias: [B, K, query blocks, m] float32, what is added to the products of queries and means: `HIDDEN` where a mean
+        does not stand in.
+    """
+
+    ranges: Any = None
+    counts: Any = None
+    steps: Any = None
+    means: dict[str, BlockMeans] | None = None
+    bias: Any = None
+
+
+class Visit(NamedTuple):
+    """A block of keys: its index in its source, and what that is; ``is_mean`` is None if it never is means."""
+
+    block: jax.Array
+    is_history: jax.Array
+    is_mean: jax.Array | None = None
+
+
 class Steps(NamedTuple):
     """The key blocks that a program visits: first of the history, then its own (see `walks`)."""
 
@@ -55,11 +96,38 @@ class Steps(NamedTuple):
         """Number of blocks."""
         return self.history.count + self.own.count
 
-    def block(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns whether a step's block is history, and its index there or among the own keys."""
+    def is_history(self, step: jax.Array) -> jax.Array:
+        """Returns whether there is a step, and its block is history."""
+        return step < self.history.count
+
+    def visit(self, step: jax.Array) -> Visit:
+        """Returns the block of a step."""
         after = step - self.history.count
         old, new = self.history.block(step), self.own.block(after)
-        return after < 0, jnp.where(after < 0, old, new)
+        return Visit(jnp.where(after < 0, old, new), after < 0)
+
+
+class ListedSteps(NamedTuple):
+    """The same from a list [n] in global memory, and what is added to the scores of means [m], if there are any.
+
+    To keep ranges in registers as well would take more than the copying warpgroup has.
+    """
+
+    count: jax.Array
+    steps_gmem: Any
+    bias_gmem: Any
+
+    def is_history(self, step: jax.Array) -> jax.Array:
+        """Returns whether there is a step, and its block is history."""
+        return self.visit(step).is_history
+
+    def visit(self, step: jax.Array) -> Visit:
+        """Returns the block of a step."""
+        # Without the barrier, the compiler would keep an address for each of a step's visits, and spill them.
+        entry = self.steps_gmem[jax.lax.optimization_barrier(step)]
+        source = entry & 3
+        is_mean = None if self.bias_gmem is None else source == Source.MEANS
+        return Visit(entry >> 2, source == Source.HISTORY, is_mean)
 
 
 class Spans(NamedTuple):
@@ -107,7 +175,7 @@ def attend(
     tables_gmem: PageTables,
     starts_gmem: Any,
     counts_gmem: Any,
-    walks_gmem: Any,
+    walks_gmem: Walks,
     out_gmem: Any,
     *,
     scratch: dict[str, Any],
@@ -119,19 +187,28 @@ def attend(
     b, row, head = place.b, place.row, place.head
     role = jax.lax.axis_index("role")
 
-    def read() -> tuple[Spans, Steps]:
+    def read() -> tuple[Spans, Steps | ListedSteps]:
         """Returns spans and steps. Each role reads them, since shared registers would be spilled."""
         start = starts_gmem[b]
         index = head // group if has_walk_per_head else place.index
-        ranges = [walks_gmem[b, index, row // QUERIES, i] for i in range(6)]
-        spans = Spans(own_gmem.starts[b], start, start + counts_gmem[b])
-        return spans, Steps(Ranges(*ranges[:3]), Ranges(*ranges[3:]))
+        at = b, index, row // QUERIES
+        if walks_gmem.steps is None:
+            ranges = [walks_gmem.ranges[(*at, i)] for i in range(6)]
+            steps = Steps(Ranges(*ranges[:3]), Ranges(*ranges[3:]))
+        else:
+            bias = None if walks_gmem.bias is None else walks_gmem.bias.at[at]
+            steps = ListedSteps(walks_gmem.counts[at], walks_gmem.steps.at[at], bias)
+        return Spans(own_gmem.starts[b], start, start + counts_gmem[b]), steps
 
     def feed_walk(heads: Heads) -> None:
         spans, steps = read()
         pool, table = getattr(kv_gmem, heads.name), getattr(tables_gmem, heads.name)
         own = {name: x.at[b, :, head // group] for name, x in (("k", own_gmem.k), ("v", own_gmem.v))}
-        _Feed(pool, own, (head - heads.first) // group, table.at[b], spans, steps, stages, scratch).run()
+        index = (head - heads.first) // group
+        means: Any = (walks_gmem.means or {}).get(heads.name)
+        if means is not None:
+            means = BlockMeans(*(x.at[b, index] for x in means))
+        _Feed(pool, own, means, index, table.at[b], spans, steps, stages, scratch).run()
 
     @pl.when(role == 2)
     def _feed() -> None:
@@ -176,6 +253,8 @@ def tile_width(pool: PagedKV, head_dim: int) -> int:
 class _Feed(NamedTuple):
     """The arguments of the copying warpgroup: a pool, one of its heads, a sequence's pages and spans, and the steps.
 
+    ``own`` are the sequence's own keys and values [S, H] of the head, ``means`` those that stand in [m, H], if any do.
+
     In the ring, rows of tokens that do not exist are numbers, whatever the arrays contain there. (Hidden keys have
     weight zero, but zero times NaN is NaN.) Pages of the history are sealed, also where it ends inside of one. The copy
     engine writes zeros for what is past the end of an array, so pages that are not held, and whole parts of a block
@@ -184,10 +263,11 @@ class _Feed(NamedTuple):
 
     pool: PagedKV
     own: dict[str, Any]
+    means: Any
     head: jax.Array
     table: Any
     spans: Spans
-    steps: Steps
+    steps: Steps | ListedSteps
     stages: int
     scratch: dict[str, Any]
 
@@ -195,7 +275,7 @@ class _Feed(NamedTuple):
         """Copies the blocks in the order of their use: values one step after keys."""
         for name in "kv":
             if self._is_quantized(name):
-                pl.when(self.steps.history.count > 0)(partial(self._request, name, jnp.int32(0)))
+                pl.when(self.steps.is_history(jnp.int32(0)))(partial(self._request, name, jnp.int32(0)))
 
         @pl.loop(jnp.int32(0), self.steps.count + 1)
         def _feed_step(step: jax.Array) -> None:
@@ -209,13 +289,17 @@ class _Feed(NamedTuple):
 
     def _feed(self, name: str, step: jax.Array) -> None:
         """Copies a block of keys or of values into its ring."""
-        is_history, block = self.steps.block(step)
+        block, is_history, is_mean = self.steps.visit(step)
         slot = step % self.stages
         pl.when(step >= self.stages)(partial(plgpu.barrier_wait, self.scratch[f"{name}_free"].at[slot]))
         target, ready = self.scratch[name].at[slot], self.scratch[f"{name}_ready"].at[slot]
         old = self._convert if self._is_quantized(name) else self._copy_pages
         pl.when(is_history)(partial(old, name, step, block, target, ready))
-        pl.when(jnp.logical_not(is_history))(partial(self._copy_own, name, block, target, ready))
+        is_own = jnp.logical_not(is_history)
+        if is_mean is not None and self.means is not None:
+            is_own &= jnp.logical_not(is_mean)
+            pl.when(is_mean)(partial(self._copy_means, name, block, target, ready))
+        pl.when(is_own)(partial(self._copy_own, name, block, target, ready))
 
     def _is_quantized(self, name: str) -> bool:
         return isinstance(getattr(self.pool, name), QuantizedKeys | QuantizedArray)
@@ -230,6 +314,15 @@ class _Feed(NamedTuple):
             rows = jnp.maximum(self.spans.end - self.spans.own - first, 0)
             first = jnp.where(rows > 0, first, source.shape[0])
             self._copy_rows(source.at[pl.ds(first, size)], rows, target.at[pl.ds(i * size, size)], ready)
+
+    def _copy_means(self, name: str, block: jax.Array, target: Any, ready: Any) -> None:
+        """Copies a block of means, in as many parts as all blocks have."""
+        size, source = self.pool.page_size, getattr(self.means, name)
+
+        @pl.loop(0, KEYS // size)
+        def _copy_part(i: jax.Array) -> None:
+            rows = source.at[pl.ds(block * KEYS + i * size, size)]
+            plgpu.copy_gmem_to_smem(rows, target.at[pl.ds(i * size, size)], ready)
 
     def _page(self, block: jax.Array, i: jax.Array) -> jax.Array:
         """Returns a page of a block, or one past the end if it has none."""
@@ -250,7 +343,7 @@ class _Feed(NamedTuple):
 
     def _request(self, name: str, step: jax.Array) -> None:
         """Starts the copy of a block of codes, and of what their dequantisation takes."""
-        size, block, targets = self.pool.page_size, self.steps.block(step)[1], self.scratch[f"{name}_codes"]
+        size, block, targets = self.pool.page_size, self.steps.visit(step).block, self.scratch[f"{name}_codes"]
         pool: Any = self.pool
         sources = (pool.k.codes, pool.k_min, pool.k_max) if name == "k" else (pool.v.codes, pool.v.scale, pool.v.low)
 
@@ -275,7 +368,7 @@ class _Feed(NamedTuple):
         plgpu.commit_smem()
         for _ in range(KEYS // self.pool.page_size):
             plgpu.barrier_arrive(ready)
-        pl.when(step + 1 < self.steps.history.count)(partial(self._request, name, step + 1))
+        pl.when(self.steps.is_history(step + 1))(partial(self._request, name, step + 1))
 
     def _copy_rows(self, source_gmem: Any, rows: jax.Array, target_smem: Any, ready: Any) -> None:
         """Copies a part of a block, of which ``rows`` rows exist, and arrives at ``ready``."""
@@ -285,16 +378,22 @@ class _Feed(NamedTuple):
 
         @pl.when((rows < size) & (rows > 0))
         def _through_registers() -> None:
-            for row in range(0, size, 16):
+            def copy(row: Any) -> None:
                 values = plgpu.load(source_gmem.at[pl.ds(row, 16)], layout=layout, optimized=False)
                 index = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout)
                 target_smem[pl.ds(row, 16)] = jnp.where(index < rows - row, values, jnp.zeros((), values.dtype))
+
+            if isinstance(self.steps, ListedSteps):  # they leave fewer registers
+                pl.loop(0, size, step=16)(copy)
+            else:
+                for row in range(0, size, 16):
+                    copy(row)
             plgpu.commit_smem()
             plgpu.barrier_arrive(ready)
 
 
 def _softmax_of_walk(
-    steps: Steps,
+    steps: Steps | ListedSteps,
     spans: Spans,
     place: Place,
     stages: int,
@@ -311,9 +410,17 @@ def _softmax_of_walk(
 
     def weigh(step: jax.Array, maximum: jax.Array, total: jax.Array, scores: jax.Array) -> tuple[jax.Array, ...]:
         """Returns the new maximum and total, the decay of the previous sums, and the weights of a block."""
-        is_history, block = steps.block(step)
+        block, is_history, is_mean = steps.visit(step)
         key = block * KEYS + jnp.where(is_history, 0, spans.own)
-        scores = _hide(scores, key, jnp.where(is_history, spans.own, spans.end), spans.start + first, place)
+        hidden = partial(
+            _hide, key=key, end=jnp.where(is_history, spans.own, spans.end), query=spans.start + first, place=place
+        )
+        if is_mean is None:
+            scores = hidden(scores)
+        else:
+            assert isinstance(steps, ListedSteps)
+            stand_in = partial(_stand_in, bias_gmem=steps.bias_gmem.at[pl.ds(block * KEYS, KEYS)])
+            scores = jax.lax.cond(is_mean, stand_in, hidden, scores)
         new = jnp.maximum(maximum, jnp.max(scores, axis=1) * scale)
         weights = jnp.exp2(scores * scale - jax.lax.broadcast_in_dim(new, scores.shape, (0,)))
         decay = jnp.exp2(maximum - new)
@@ -395,6 +502,12 @@ def _hide(scores: jax.Array, key: jax.Array, end: jax.Array, query: jax.Array, p
         return jnp.where(visible, scores, HIDDEN)
 
     return jax.lax.cond(is_whole, lambda scores: scores, replace, scores)
+
+
+def _stand_in(scores: jax.Array, bias_gmem: Any) -> jax.Array:
+    """Returns scores [64, `KEYS`] of means with their weight, and `HIDDEN` for those that do not stand in."""
+    bias = plgpu.load(bias_gmem, layout=_WGMMA.reduce(0), optimized=False)
+    return scores + jax.lax.broadcast_in_dim(bias, scores.shape, (1,))
 
 
 def _product(left_smem: Any, right_smem: Any) -> jax.Array:
