@@ -229,6 +229,7 @@ class LLM:
         *,
         priority: int = 0,
         salt: bytes = b"",
+        is_context: bool = False,
     ) -> Generation:
         """Returns a request for this model's `session`, which a server opens, advances and ends by itself.
 
@@ -239,6 +240,7 @@ class LLM:
           sampling_params: None takes `default_sampling_params`.
           priority: requests with a lower number are admitted first.
           salt: only requests with the same salt share cached prefixes.
+          is_context: whether the prompt is read for longer ones that will begin with it.
 
         Raises:
           InputError: as for `generate`.
@@ -252,6 +254,7 @@ class LLM:
             priority=priority,
             salt=salt,
             is_cacheable=not params.prompt_logprobs,  # every token of its prompt must be computed
+            is_context=is_context,
         )
         require_room(len(request.prompt), self.setup.sizes.max_model_len)
         return Generation(request, self.tokenizer, self.compile_seconds)
@@ -282,6 +285,15 @@ class LLM:
         """
         with self._alone() as engine:
             return engine.prompt_logprobs(self._encode(token_ids))
+
+    def prefill_density(self, token_ids: Prompt) -> float | None:
+        """Returns the share of a prompt's history that is read where ``prefill_sparsity`` leaves something out, 0 … 1.
+
+        It counts pairs of a tile of 128 queries and a block of the history, of the retrieval heads of the layers that
+        may leave something out, and reads the prompt once more. None if no layer may.
+        """
+        with self._alone() as engine:
+            return engine.prompt_density(self._encode(token_ids))
 
     def score(
         self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *, has_logits: bool = False
@@ -326,7 +338,7 @@ class LLM:
         ids = self._encode(prompt)
         first = self.context_prompt(ids)
         if not self.has_context(ids):
-            for _ in self._run([self.request(first, SamplingParams(max_tokens=1))]):
+            for _ in self._run([self.request(first, SamplingParams(max_tokens=1), is_context=True)]):
                 pass
         self.contexts.write(Path(path), self.read_context(ids))
         return ids

@@ -29,7 +29,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("pallas_kernels.prefill_attention.program",),
     # An implementation knows neither another one nor another op.
-    tuple(f"pallas_kernels.{op}.{name}" for op in OPS for name in ("reference", "xla", "mosaic_gpu")),
+    (
+        *(f"pallas_kernels.{op}.{name}" for op in OPS for name in ("reference", "xla")),
+        *(f"pallas_kernels.{op}.mosaic_gpu" for op in OPS if op != "block_select"),
+    ),
     tuple(f"pallas_kernels.{op}.api" for op in OPS),
     tuple(f"pallas_kernels.{op}" for op in OPS),
     ("pallas_kernels",),

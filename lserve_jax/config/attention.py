@@ -15,6 +15,9 @@ from lserve_jax.config.settings import settings
 
 KV_DTYPES = ("bfloat16", "float32", "int8", "int4")
 REDUCTIONS = ("max", "mean")
+PREFILL_SPARSITIES = ("none", "triangle", "blocks")
+TILE = 128
+"""Queries of a prompt that read the same blocks of the history."""
 ALL = "all"
 """The value of ``token_budget``, in `from_preset` and on command lines, that reads all pages."""
 _OF_BUDGET = "the preset's, or what suits the budget: {} from 4096 tokens"
@@ -90,6 +93,55 @@ class AttentionConfig:
     prefill_local: int = field(
         default=4096, metadata={"help": "newest tokens that streaming heads see during prefill", "least": 1}
     )
+    prefill_sparsity: str = field(
+        default="none",
+        metadata={
+            "help": "what retrieval heads read of a long prompt's history: none leaves nothing out; blocks reads those "
+            "that look important, and means of the others; triangle reads sink and window in the upper layers",
+            "choices": PREFILL_SPARSITIES,
+        },
+    )
+    prefill_from: int = field(
+        default=16384,
+        metadata={"help": "position in a prompt from which prefill_sparsity leaves something out", "least": 0},
+    )
+    prefill_threshold: float = field(
+        default=0.1,
+        metadata={"help": "share of the best block's estimated attention from which blocks reads a block, above 0"},
+    )
+    prefill_block: int = field(
+        default=128,
+        metadata={"help": "tokens per block of the history, a multiple of page_size", "least": 1},
+    )
+    prefill_near: int = field(
+        default=512,
+        metadata={
+            "help": "tokens before each 128 queries that blocks and triangle always read, beside those of sink",
+            "least": 0,
+        },
+    )
+    prefill_last: int | None = field(
+        default=None,
+        metadata={
+            "help": "tokens at the end of a prompt, of its last chunk at most, that read everything",
+            "least": 0,
+            "default": "1024 with blocks, 128 with triangle",
+        },
+    )
+    prefill_first_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "first layer that leaves something out",
+            "least": 0,
+            "default": "2 with blocks, half of the layers with triangle",
+        },
+    )
+    is_prefill_corrected: bool = field(
+        default=True, metadata={"help": "let the mean of a block stand in for it where blocks does not read it"}
+    )
+    uncorrected_layers: tuple[int, ...] = field(
+        default=(), metadata={"help": "layers in which no means stand in for blocks that are not read"}
+    )
     static_sparsity: float = field(default=0.5, metadata={"help": "share of the model's KV heads that stream, 0 to 1"})
     dense_layers: tuple[int, ...] = field(
         default=(), metadata={"help": "layers whose retrieval heads always read all pages"}
@@ -126,7 +178,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         for name, setting in settings(type(self)).items():
-            if "least" in setting.metadata:
+            if "least" in setting.metadata and not (setting.default is None and getattr(self, name) is None):
                 object.__setattr__(self, name, require_whole(name, getattr(self, name), setting.metadata["least"]))
         if self.page_size % self.sub_page_size:
             raise InputError(f"page_size={self.page_size} must be a multiple of sub_page_size={self.sub_page_size}")
@@ -136,16 +188,34 @@ class AttentionConfig:
                 raise InputError(f"{name}={shown(share)} must be a number from 0 to 1")
             object.__setattr__(self, name, float(share))
         require_selector(self.selector)
-        if not isinstance(self.is_sink_forced, bool):
-            raise InputError(f"is_sink_forced={shown(self.is_sink_forced)} must be true or false")
+        for name in ("is_sink_forced", "is_prefill_corrected"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={shown(getattr(self, name))} must be true or false")
+        self._check_prefill()
         if self.kv_dtype not in ("auto", *KV_DTYPES):
             raise InputError(f"kv_dtype={shown(self.kv_dtype)} must be auto or one of {', '.join(KV_DTYPES)}")
         if self.group_reduction not in REDUCTIONS:
             raise InputError(f'group_reduction={shown(self.group_reduction)} must be "max" or "mean"')
         # Always a tuple: the configuration is a static argument of the compiled steps and must hash.
-        layers = self.dense_layers if isinstance(self.dense_layers, tuple | list) else (self.dense_layers,)
-        object.__setattr__(self, "dense_layers", tuple(require_whole("dense_layers", layer, 0) for layer in layers))
+        for name in ("dense_layers", "uncorrected_layers"):
+            value = getattr(self, name)
+            layers = value if isinstance(value, tuple | list) else (value,)
+            object.__setattr__(self, name, tuple(require_whole(name, layer, 0) for layer in layers))
         self._check_budget()
+
+    def _check_prefill(self) -> None:
+        if self.prefill_sparsity not in PREFILL_SPARSITIES:
+            choices = ", ".join(PREFILL_SPARSITIES)
+            raise InputError(f"prefill_sparsity={shown(self.prefill_sparsity)} must be one of {choices}")
+        threshold = self.prefill_threshold
+        if not (isinstance(threshold, Real) and 0 < float(threshold) < math.inf):
+            raise InputError(f"prefill_threshold={shown(threshold)} must be a number above 0")
+        object.__setattr__(self, "prefill_threshold", float(threshold))
+        if self.prefill_sparsity != "none" and self.prefill_block % self.page_size:
+            raise InputError(
+                f"prefill_block={self.prefill_block} must be a multiple of page_size={self.page_size}: blocks of the "
+                "history are whole pages"
+            )
 
     def _check_budget(self) -> None:
         if self.token_budget is None:
@@ -185,6 +255,13 @@ class AttentionConfig:
         return max(self.prefill_local, self.local)
 
     @property
+    def num_last(self) -> int:
+        """Returns how many tokens at the end of a prompt, of its last chunk at most, read everything."""
+        if self.prefill_last is not None:
+            return self.prefill_last
+        return 1024 if self.prefill_sparsity == "blocks" else 128
+
+    @property
     def num_selected(self) -> int | None:
         """Returns the most pages per selection; None for all.
 
@@ -203,11 +280,15 @@ class AttentionConfig:
         return None if self.token_budget is None else self.token_budget // self.page_size
 
     def capped(self, longest: int) -> "AttentionConfig":
-        """Returns the policy with the limit that a share of a context of at most ``longest`` tokens needs."""
+        """Returns the policy for contexts of at most ``longest`` tokens: with the limit that a share of them needs.
+
+        If no prompt comes to the position from which something is left out, nothing is.
+        """
+        policy = self if longest > self.prefill_from else replace(self, prefill_sparsity="none")
         if not self.budget_share or self.token_budget is None or self.budget_cap is not None:
-            return self
+            return policy
         needed = math.ceil(self.budget_share * -(-longest // self.page_size)) * self.page_size
-        return replace(self, budget_cap=max(needed, self.token_budget))
+        return replace(policy, budget_cap=max(needed, self.token_budget))
 
     def budgets(self, pages: Any) -> Any:
         """Returns the pages that sequences of so many pages select, an int32 array like ``pages``."""
@@ -234,8 +315,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "selector_memory": 0.0,
     },
     "qserve": {**_NO_SELECTOR, **_NO_STREAMING, "kv_dtype": "int4"},
+    "minference": {
+        **_NO_SELECTOR,
+        **_NO_STREAMING,
+        "prefill_sparsity": "blocks",
+        "prefill_from": 0,
+        "prefill_block": 64,
+        "prefill_last": 0,
+        "prefill_first_layer": 0,
+        "is_prefill_corrected": False,
+    },
 }
-"""The fields of each system that differ from the defaults: LServe, vLLM-like, DuoAttention, Quest, QServe."""
+"""The fields of each system that differ from the defaults: LServe, vLLM-like, DuoAttention, Quest, QServe, MInference.
+
+MInference takes vertical and slash lines in most heads; here, all take blocks by mean keys, as some of its heads do.
+"""
 
 _SMALL_PAGES: tuple[tuple[int, dict[str, Any]], ...] = (
     (512, {"page_size": 16, "sub_page_size": 2}),

@@ -4,7 +4,7 @@ import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from lserve_jax.config.attention import AttentionConfig
+from lserve_jax.config.attention import TILE, AttentionConfig
 from lserve_jax.config.errors import InputError
 from lserve_jax.config.heads import HeadClasses
 from lserve_jax.config.model import ModelConfig
@@ -22,11 +22,27 @@ class Storage:
       dtype: element type: "bfloat16", "float32", "int8" or "int4".
       sub_page_size: tokens whose keys have their bounds stored, which page selection and quantised keys need; None if
         neither does.
+      has_means: whether pages have the means of their keys and values, which the choice of blocks needs.
     """
 
     num_kv_heads: int
     dtype: str
     sub_page_size: int | None
+    has_means: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRule:
+    """Which blocks of the history retrieval heads read; the fields are options of `pallas_kernels.block_select`."""
+
+    queries: int
+    keys: int
+    threshold: float | None
+    sink: int
+    local: int
+    last: int
+    least: int
+    has_means: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +53,13 @@ class Reading:
       sink: first tokens that streaming heads see.
       local: newest tokens that streaming heads see, the current one included.
       num_selected: pages per selection of retrieval heads; None reads all pages.
+      blocks: what a prompt's tokens read of their history; None for all of it.
     """
 
     sink: int
     local: int
     num_selected: int | None
+    blocks: BlockRule | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +126,10 @@ class InferenceConfig:
                 f"head classes of {given.num_layers} layers of {given.num_kv_heads} KV heads do not fit a model of "
                 f"{layers} layers of {heads}"
             )
-        beyond = [layer for layer in self.attention.dense_layers if layer >= layers]
-        if beyond:
-            raise InputError(f"dense_layers={beyond} do not exist: the model has layers 0 … {layers - 1}")
+        for name in ("dense_layers", "uncorrected_layers"):
+            beyond = [layer for layer in getattr(self.attention, name) if layer >= layers]
+            if beyond:
+                raise InputError(f"{name}={beyond} do not exist: the model has layers 0 … {layers - 1}")
 
     @property
     def num_retrieval(self) -> tuple[int, ...]:
@@ -158,17 +177,38 @@ class InferenceConfig:
         attention, retrieval = self.attention, self.num_retrieval[layer]
         streaming = self.model.num_kv_heads - retrieval
         num_selected = None if layer in attention.dense_layers or not retrieval else attention.num_selected
+        blocks = self._blocks(layer) if retrieval else None
 
-        def storage(heads: int, dtype: str, *, is_selected: bool) -> Storage | None:
+        def storage(heads: int, dtype: str, *, is_selected: bool, has_means: bool) -> Storage | None:
             needs_bounds = is_selected or dtype in ("int8", "int4")
             size = self.sub_page_size if needs_bounds else None
-            return Storage(num_kv_heads=heads, dtype=dtype, sub_page_size=size) if heads else None
+            return Storage(num_kv_heads=heads, dtype=dtype, sub_page_size=size, has_means=has_means) if heads else None
 
+        has_means = blocks is not None and (blocks.has_means or blocks.threshold is not None)
         return LayerKind(
-            retrieval=storage(retrieval, self.kv_dtype, is_selected=num_selected is not None),
-            streaming=storage(streaming, self.streaming_dtype, is_selected=False),
-            prefill=Reading(sink=attention.sink, local=attention.prefill_local, num_selected=None),
+            retrieval=storage(retrieval, self.kv_dtype, is_selected=num_selected is not None, has_means=has_means),
+            streaming=storage(streaming, self.streaming_dtype, is_selected=False, has_means=False),
+            prefill=Reading(sink=attention.sink, local=attention.prefill_local, num_selected=None, blocks=blocks),
             decode=Reading(sink=attention.sink, local=attention.local, num_selected=num_selected),
+        )
+
+    def _blocks(self, layer: int) -> BlockRule | None:
+        """Returns what the retrieval heads of a layer read of a prompt's history; None for all of it."""
+        attention = self.attention
+        is_triangle = attention.prefill_sparsity == "triangle"
+        first = self.model.num_layers // 2 if is_triangle else 2
+        first = first if attention.prefill_first_layer is None else attention.prefill_first_layer
+        if attention.prefill_sparsity == "none" or layer < first or layer in attention.dense_layers:
+            return None
+        return BlockRule(
+            queries=TILE,
+            keys=attention.prefill_block,
+            threshold=None if is_triangle else attention.prefill_threshold,
+            sink=attention.sink,
+            local=attention.prefill_near,
+            last=attention.num_last,
+            least=attention.prefill_from,
+            has_means=not is_triangle and attention.is_prefill_corrected and layer not in attention.uncorrected_layers,
         )
 
     @property

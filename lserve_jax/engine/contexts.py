@@ -11,6 +11,7 @@ import jax
 
 from lserve_jax.config.digest import text_digest
 from lserve_jax.config.errors import InputError
+from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.engine.context_file import ContextFormat, SavedContext
 from lserve_jax.engine.engine import Engine
 from lserve_jax.engine.host_pages import HostPages
@@ -21,7 +22,7 @@ from lserve_jax.runtime.implementations import by_op
 from lserve_jax.text.tokenizer import Tokenizer
 from lserve_jax.weights.tensors import forms_digest
 
-_READING = ("kv_write", "prefill_attention", "quantized_matmul")
+_READING = ("kv_write", "block_select", "prefill_attention", "quantized_matmul")
 """The ops on which the pages of a prompt depend."""
 
 
@@ -49,10 +50,17 @@ def context_format(setup: Setup, tokenizer: Tokenizer | None) -> ContextFormat:
         "sink": str(attention.sink),
         "prefill_local": str(attention.prefill_local),
         "prefill_window": str(attention.prefill_window),
+        "prefill_blocks": _blocks_read(config),
         "prefill_chunk": str(sizes.prefill_chunk),
         "implementation": " ".join(f"{op}={name}" for op, name in implementations.items() if op in _READING),
     }
     return ContextFormat(config=config, sizes=sizes, pools=setup.plan.pools, identity=identity)
+
+
+def _blocks_read(config: InferenceConfig) -> str:
+    """Returns what stands for the blocks of the history that each layer reads."""
+    rules = [kind.prefill.blocks for kind in config.kinds]
+    return text_digest(repr(rules)) if any(rules) else "all"
 
 
 def require_prefix_cache(engine: Engine) -> PrefixCache:

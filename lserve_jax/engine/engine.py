@@ -22,6 +22,7 @@ from lserve_jax.engine.scheduler import Scheduler, Turns
 from lserve_jax.models.llama import Params
 from lserve_jax.runtime.adjustments import Adjustments
 from lserve_jax.runtime.cache import KVCache, empty_cache
+from lserve_jax.runtime.density import Density, density_step
 from lserve_jax.runtime.freed_memory import give_back_freed_memory
 from lserve_jax.runtime.programs import Call, Programs
 from lserve_jax.runtime.recall import recall_step
@@ -186,6 +187,23 @@ class Engine:
             raise not_finite(len(prompt))
         return logprobs
 
+    def prompt_density(self, prompt: tuple[int, ...]) -> float | None:
+        """Returns the share of a prompt's history that retrieval heads read; None if no layer may leave anything out.
+
+        Only layers count that may.
+        """
+        if not any(kind.prefill.blocks for kind in self.config.kinds):
+            return None
+        found = [density for _, density in self._prompt_chunks(prompt, self._run_density)]
+        read, every = (sum(int(np.asarray(part).sum()) for part in parts) for parts in zip(*found, strict=True))
+        return read / every if every else 1.0
+
+    def _run_density(self, chunk: Chunk) -> Density:
+        plain = self._prefill_call([chunk], rows=1)
+        call = Call(f"{plain.name}_density", density_step, plain.args, {"config": self.config})
+        density, self.cache = self.programs.run(call)
+        return density
+
     def _prompt_chunks[T](
         self, prompt: tuple[int, ...], run: Callable[[Chunk], T], *, prompt_logprobs: bool = False
     ) -> Iterator[tuple[Chunk, T]]:
@@ -328,15 +346,16 @@ class Engine:
         assert not (is_short and chunks[0].start)
         if rows is None:
             rows = 1 if has_all_logits or not is_short else self._turns.short_rows
-        starts, counts = np.zeros((2, rows), np.int32)
+        starts, counts, ends = np.zeros((3, rows), np.int32)
         starts[: len(chunks)] = [chunk.start for chunk in chunks]
         counts[: len(chunks)] = [chunk.count for chunk in chunks]
+        ends[: len(chunks)] = [chunk.sequence.prompt_end for chunk in chunks]
         tokens, tables = self._arrays.chunk_tokens(chunks, rows, size), self._arrays.chunk_tables(chunks, rows)
         name = "prefill_short" if is_short else f"prefill_{size}"
         return Call(
             name + ("_all_logits" if has_all_logits else ""),
             prefill_step,
-            (self.params, self.cache, tokens, starts, counts, tables),
+            (self.params, self.cache, tokens, starts, counts, tables, ends),
             {"config": self.config, "has_history": not is_short, "has_all_logits": has_all_logits},
         )
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lserve_jax.config.checks import LARGEST_INT
 from lserve_jax.config.errors import InputError
 
 
@@ -55,6 +56,7 @@ class Request:
       is_cacheable: whether its prompt may be taken from the prefix cache and entered there, and read in one call with
         others; not if the caller wants more of the prompt than its last logits.
       has_logits: whether the caller wants the logits from which each token is chosen.
+      is_context: whether longer prompts will begin with it, so that none of its tokens are a prompt's last ones.
     """
 
     id: int
@@ -66,6 +68,7 @@ class Request:
     salt: bytes = b""
     is_cacheable: bool = True
     has_logits: bool = False
+    is_context: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.forced) in (0, self.sampling.max_tokens)
@@ -174,6 +177,11 @@ class Sequence:
     def prompt_length(self) -> int:
         """Returns how many tokens the prompt has."""
         return len(self.request.prompt)
+
+    @property
+    def prompt_end(self) -> int:
+        """Returns where the prompt ends; beyond all positions if longer ones will begin with it."""
+        return LARGEST_INT if self.request.is_context else self.prompt_length
 
     @property
     def num_generated(self) -> int:

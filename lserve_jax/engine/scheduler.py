@@ -273,7 +273,7 @@ class Scheduler:
             return
         self.cache.use(hit, sequence.prompt_length)
         self.allocator.share(sequence, hit.retrieval, hit.window)
-        whole, prefix = sequence.prompt_length // self.sizes.prefill_chunk, sequence.prefix
+        whole, prefix = len(self._digests(sequence)), sequence.prefix
         prefix.entry, prefix.num_chunks = (hit.entries[-1] if hit.entries else None), hit.num_chunks
         prefix.windows = frozenset({whole, whole - 1, hit.reach})
         sequence.num_cached = prefix.num_hit = hit.num_chunks * self.sizes.prefill_chunk
@@ -285,7 +285,11 @@ class Scheduler:
         if self.cache is None or not sequence.request.is_cacheable or self._is_short(sequence):
             return ()
         if sequence.prefix.digests is None:
-            sequence.prefix.digests = self.cache.digests(sequence.request.prompt, sequence.request.salt)
+            request = sequence.request
+            # A longer prompt may read less in the chunk with which this one ends.
+            ends_apart = self.attention.prefill_sparsity != "none" and not request.is_context
+            prompt = request.prompt[:-1] if ends_apart else request.prompt
+            sequence.prefix.digests = self.cache.digests(prompt, request.salt)
         return sequence.prefix.digests
 
     def _hit(self, sequence: Sequence) -> Hit:

@@ -51,6 +51,7 @@ class Setup:
       has_recall: whether the recall of page selection is measured.
       has_tails: whether the last chunk of a prompt of several chunks has smaller programs of its own.
       forms: the form of every parameter.
+      has_idle_sparsity: whether ``prefill_sparsity`` is set, but no prompt can be so long that it leaves something out.
     """
 
     checkpoint: Checkpoint
@@ -61,6 +62,7 @@ class Setup:
     pattern: HeadPattern | None = None
     has_recall: bool = False
     has_tails: bool = True
+    has_idle_sparsity: bool = False
 
     @property
     def sizes(self) -> Sizes:
@@ -195,7 +197,8 @@ def prepare(
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     pattern = find_pattern(checkpoint, head_pattern)
     length = max_model_len or checkpoint.config.max_context
-    policy = from_preset(attention, of_model=pattern.settings if pattern else None, **options).capped(length)
+    wanted = from_preset(attention, of_model=pattern.settings if pattern else None, **options)
+    policy = wanted.capped(length)
     pattern = pattern if policy.static_sparsity > 0 else None
     config = InferenceConfig(
         model=checkpoint.config,
@@ -219,6 +222,7 @@ def prepare(
         pattern=pattern,
         has_recall=recall_interval is not None,
         has_tails=has_tails,
+        has_idle_sparsity=policy.prefill_sparsity != wanted.prefill_sparsity,
     )
     if config.implementation is not None:
         try:  # here, before anything is loaded
@@ -290,6 +294,11 @@ def _warnings(setup: Setup) -> Iterator[str]:
         yield (
             f"max_model_len={setup.sizes.max_model_len} is beyond the {model.max_context} tokens that this model was "
             "made for: expect nonsense past them"
+        )
+    if setup.has_idle_sparsity:
+        yield (
+            f"prefill_sparsity has no effect: it leaves out nothing before prefill_from={config.attention.prefill_from}"
+            f", and max_model_len={setup.sizes.max_model_len} is no more"
         )
     if setup.forms.weight_dtype == "int8" and setup.forms.smoothing is None and not setup.checkpoint.is_w8a8:
         yield (

@@ -216,7 +216,8 @@ def run(
                 ) from None
             seconds = time.perf_counter() - begin - (llm.compile_seconds - compiled)
             for item, values in zip(items, found, strict=True):
-                store.append(_row(load, item, values, seconds / len(items)))
+                density = llm.prefill_density(tuple(item.prompt.tolist()))
+                store.append(_row(load, item, {**values, "prefill_density": density}, seconds / len(items)))
             done += len(items)
             report(stage, done, len(load.items))
         del llm

@@ -17,7 +17,7 @@ LIKELIHOODS = ("nll", "tail_nll")
 """Negative log-likelihoods per token, in nats."""
 CLOSENESS = {"kl": average, "same_token": agreement}
 """How near a variant's distributions are to the reference's, whose own rows have none, and their intervals."""
-_MEANS = ("streaming_share", "pages_read_ratio", "attention_recall", "prompt_tokens", "seconds")
+_MEANS = ("streaming_share", "pages_read_ratio", "attention_recall", "prefill_density", "prompt_tokens", "seconds")
 _CURVES = ("nll_by_position", "agreement_by_position")
 
 

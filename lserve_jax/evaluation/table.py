@@ -78,6 +78,7 @@ _SPARSITY = (
     _share("streams %", "streaming_share"),
     _share("pages %", "pages_read_ratio"),
     _share("recall %", "attention_recall"),
+    _share("prefill %", "prefill_density"),
 )
 _TASKS = (
     *_KEY,

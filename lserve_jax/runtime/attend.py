@@ -1,5 +1,8 @@
 """The one interface between model and cache: ``attend`` callables that write to and read from the paged KV cache."""
 
+from dataclasses import asdict
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +16,8 @@ from pallas_kernels import (
     LayerKV,
     PageTables,
     Selection,
+    Walk,
+    block_select,
     choose_pages,
     decode_attention,
     kv_write,
@@ -45,13 +50,46 @@ def _or_all(pages: jax.Array, reads_all: jax.Array, held: int) -> jax.Array:
     return jnp.where(reads_all[:, None, None], jnp.arange(size, dtype=pages.dtype), padded)
 
 
-def prefill_attend(
-    config: InferenceConfig, tables: PageTables, starts: jax.Array, counts: jax.Array, *, has_history: bool = True
-) -> Attend:
-    """Returns the attention of a prompt chunk: tokens ``starts[b] … starts[b] + counts[b] − 1`` of each sequence.
+class Span(NamedTuple):
+    """The chunks of a call: tokens ``starts[b] … starts[b] + counts[b] − 1`` of prompts of ``ends[b]`` tokens, [B]."""
 
-    Without ``has_history`` all ``starts`` must be 0.
+    starts: jax.Array
+    counts: jax.Array
+    ends: jax.Array
+
+    @classmethod
+    def last(cls, starts: jax.Array, counts: jax.Array) -> "Span":
+        """Returns chunks that end their prompts."""
+        return cls(starts, counts, starts + counts)
+
+
+def history_walk(
+    config: InferenceConfig, kind: LayerKind, q: jax.Array, kv: LayerKV, tables: PageTables, span: Span
+) -> Walk | None:
+    """Returns the blocks of the history that a layer's retrieval heads read; None for all of them.
+
+    Args:
+      config: static settings.
+      kind: the layer's.
+      q: [B, T, N, H] queries after RoPE.
+      kv: the layer's pools with the chunk.
+      tables: page tables [B, max_pages].
+      span: the chunks.
     """
+    rule = kind.prefill.blocks
+    if rule is None:
+        return None
+    assert kv.retrieval is not None
+    heads = kind.num_retrieval * (q.shape[2] // (kind.num_retrieval + kind.num_streaming))
+    # Products with few mean keys: the first implementation that accepts, whatever the others are.
+    return Walk(
+        retrieval=block_select(q[:, :, :heads], kv.retrieval, jnp.asarray(tables.retrieval), *span, **asdict(rule))
+    )
+
+
+def prefill_attend(config: InferenceConfig, tables: PageTables, span: Span, *, has_history: bool = True) -> Attend:
+    """Returns the attention of chunks of prompts. Without ``has_history`` all ``span.starts`` must be 0."""
+    starts, counts, _ = span
 
     def attend(
         kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache
@@ -65,6 +103,7 @@ def prefill_attend(
             sink=sink,
             local=local,
             has_history=has_history,
+            walk=history_walk(config, kind, q, kv, tables, span) if has_history else None,
             implementation=config.implementation,
         )
         return as_stored(config, out), state._replace(kv=kv)

@@ -117,7 +117,11 @@ def _pool(config: InferenceConfig, storage: Storage | None, pages: int) -> Paged
         v: Any = QuantizedArray(codes=jnp.zeros(codes, jnp.uint8), scale=scale, low=low, bits=bits)
     else:
         k, v = (jnp.zeros(shape, storage.dtype) for _ in range(2))
-    if storage.sub_page_size is None:
-        return PagedKV(k, v)
-    subs = page_size // storage.sub_page_size
-    return PagedKV(k, v, *(jnp.zeros((pages, heads, subs, head_dim), config.dtype) for _ in range(2)))
+    found = PagedKV(k, v)
+    if storage.sub_page_size is not None:
+        bounds = (pages, heads, page_size // storage.sub_page_size, head_dim)
+        found = found._replace(k_min=jnp.zeros(bounds, config.dtype), k_max=jnp.zeros(bounds, config.dtype))
+    if storage.has_means:
+        means = (pages, heads, head_dim)
+        found = found._replace(k_mean=jnp.zeros(means, config.dtype), v_mean=jnp.zeros(means, config.dtype))
+    return found

@@ -10,7 +10,7 @@ from lserve_jax.config.pages import retrieval_pages
 from lserve_jax.config.sizes import PoolSizes, Sizes
 from lserve_jax.models.layers import project
 from lserve_jax.models.llama import Attend, Params
-from lserve_jax.runtime.attend import decode_attend, prefill_attend
+from lserve_jax.runtime.attend import Span, decode_attend, prefill_attend
 from lserve_jax.runtime.cache import LayerCache, empty_cache
 from pallas_kernels import Choice, PageTables, QuantizedMatrix, observe_choices
 from pallas_kernels.core.quantized_matrix import quantized_matrices
@@ -36,7 +36,7 @@ def implementations(
     with observe_choices() as choices:
         cache = jax.eval_shape(lambda: empty_cache(config, sizes, pools))
         for kind, layer in dict(zip(config.kinds, cache, strict=True)).items():
-            _trace(config, sizes, kind, layer, prefill_attend, batch=1, tokens=sizes.prefill_chunk)
+            _trace(config, sizes, kind, layer, _prefill_attend, batch=1, tokens=sizes.prefill_chunk)
             _trace(config, sizes, kind, layer, decode_attend, batch=sizes.max_num_seqs, tokens=1)
         _trace_products(config, sizes, params or {})
     return tuple(dict.fromkeys(choices))
@@ -70,6 +70,10 @@ def describe(choices: Sequence[Choice], *, with_ops: bool = False) -> str:
     if len(ops) == 1 and not with_ops:
         taken = next(iter(ops))
     return "; ".join([taken, *refused])
+
+
+def _prefill_attend(config: InferenceConfig, tables: PageTables, starts: jax.Array, counts: jax.Array) -> Attend:
+    return prefill_attend(config, tables, Span.last(starts, counts))
 
 
 def _trace(

@@ -17,7 +17,7 @@ from lserve_jax.config.sampling import MOST_TOP_LOGPROBS
 from lserve_jax.models.layerwise import run_model, unembed
 from lserve_jax.models.llama import Params
 from lserve_jax.runtime.adjustments import Adjustments, adjust
-from lserve_jax.runtime.attend import decode_attend, prefill_attend
+from lserve_jax.runtime.attend import Span, decode_attend, prefill_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
 from lserve_jax.runtime.sampling import SamplingState, likeliest, sample, token_logprobs
 from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray, QuantizedKeys, Selection, Tail
@@ -88,6 +88,7 @@ def prefill_step(
     starts: jax.Array,
     counts: jax.Array,
     tables: PageTables,
+    ends: jax.Array | None = None,
     *,
     config: InferenceConfig,
     has_history: bool = True,
@@ -103,12 +104,16 @@ def prefill_step(
       counts: [B] int32 valid tokens of each row, 0 … T.
       tables: page tables [B, max_pages] int32 with the pages of the history that is still visible and of the chunk, and
         the slot of each row, which will decode it; rows without tokens may name any.
+      ends: [B] int32 tokens of each sequence's whole prompt, whose last tokens read more where ``prefill_sparsity``
+        leaves something out; None if the chunks end their prompts.
       config: static settings.
       has_history: False promises that all ``starts`` are 0: a smaller program for prompts of one chunk.
       has_all_logits: whether to return the logits of every token, [B, T, V].
     """
-    params, cache, tokens, starts, counts, tables = narrowed((params, cache, tokens, starts, counts, tables))
-    hidden, cache = _prefill(params, cache, tokens, starts, counts, tables, config, has_history=has_history)
+    arguments = (params, cache, tokens, starts, counts, tables, ends)
+    params, cache, tokens, starts, counts, tables, ends = narrowed(arguments)
+    span = Span.last(starts, counts) if ends is None else Span(starts, counts, ends)
+    hidden, cache = _prefill(params, cache, tokens, span, tables, config, has_history=has_history)
     return unembed(params, config, hidden if has_all_logits else _last(hidden, counts)), cache
 
 
@@ -120,6 +125,7 @@ def score_step(
     starts: jax.Array,
     counts: jax.Array,
     tables: PageTables,
+    ends: jax.Array,
     following: jax.Array,
     has_top: jax.Array,
     *,
@@ -135,14 +141,16 @@ def score_step(
       starts: [B] int32.
       counts: [B] int32.
       tables: page tables [B, max_pages] int32.
+      ends: [B] int32.
       following: [B, T] int32 the token after each one.
       has_top: scalar bool, whether the likeliest tokens are wanted too.
       config: static settings.
       has_history: False promises that all ``starts`` are 0.
     """
-    params, cache, tokens, starts, counts, tables = narrowed((params, cache, tokens, starts, counts, tables))
-    following = narrowed(following)
-    hidden, cache = _prefill(params, cache, tokens, starts, counts, tables, config, has_history=has_history)
+    arguments = (params, cache, tokens, tables, following)
+    params, cache, tokens, tables, following = narrowed(arguments)
+    span = Span(*narrowed((starts, counts, ends)))
+    hidden, cache = _prefill(params, cache, tokens, span, tables, config, has_history=has_history)
     batch, length = tokens.shape
     block = min(_SCORED_TOGETHER, length)
 
@@ -156,23 +164,22 @@ def score_step(
 
     found = jax.lax.map(score, (in_blocks(hidden), in_blocks(following)))
     scores = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1, *x.shape[3:])[:, :length], found)
-    return unembed(params, config, _last(hidden, counts)), scores, cache
+    return unembed(params, config, _last(hidden, span.counts)), scores, cache
 
 
 def _prefill(
     params: Params,
     cache: KVCache,
     tokens: jax.Array,
-    starts: jax.Array,
-    counts: jax.Array,
+    span: Span,
     tables: PageTables,
     config: InferenceConfig,
     *,
     has_history: bool,
 ) -> tuple[jax.Array, KVCache]:
     """Returns the hidden states [B, T, D] of a chunk, and the cache with it."""
-    positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    attend = prefill_attend(config, tables, starts, counts, has_history=has_history)
+    positions = span.starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    attend = prefill_attend(config, tables, span, has_history=has_history)
     return run_model(params, cache, tokens, positions, attend, config)
 
 

@@ -89,7 +89,7 @@ class Contexts:
         """Returns the pages of a prompt, after the engine thread has read it."""
         llm, thread, found = self._service.llm, self._service.thread, []
         generation = await to_thread.run_sync(
-            lambda: llm.request(llm.context_prompt(ids), SamplingParams(max_tokens=1))  # takes its time
+            lambda: llm.request(llm.context_prompt(ids), SamplingParams(max_tokens=1), is_context=True)  # takes time
         )
         ticket = Ticket(generation=generation, on_finish=lambda: found.append(llm.read_context(ids)))
         thread.submit([ticket])

@@ -40,11 +40,13 @@ def block_select(
         listed  = {J in ranked : E[J] >= threshold · max over ranked of E}
                   ∪ {J : the block has one of the first ``sink`` tokens, or one at p − local or behind, or one of the
                      page in which the chunk begins}
-                  or every J, if the tile has one of the last ``last`` tokens of the prompt, or p < least
+                  or every J, if p < least, or if the chunk ends the prompt and the tile has one of its last ``last``
+                  tokens
 
     of the blocks that begin before ``starts[b]``. Tiles behind ``counts`` list nothing. k_mean[J] is the mean of the
-    block's keys, by page means. So which of two blocks a tile prefers does not depend on how the prompt is split into
-    chunks, as long as tiles begin at the same positions; without a threshold, only the other two rules list blocks.
+    block's keys, by page means. What a tile of another than the last chunk lists does not depend on what follows, nor,
+    of blocks before it, on how the prompt is split into chunks, as long as tiles begin at the same positions. Without a
+    threshold, only the other rules list blocks.
 
     Args:
       q: [B, T, K · G, H] queries of the pool's heads.

@@ -43,7 +43,7 @@ def block_select(
         for tile in range(-(-count // queries)):
             first = start + tile * queries
             rows = slice(tile * queries, min((tile + 1) * queries, count))
-            reads_all = first + queries > end - last or first < least
+            reads_all = first < least or (start + count >= end and first + queries > end - last)
             here = [block for block in ranked if (block + 1) * keys <= first]
             for head in range(heads):
                 listed = _best(grouped[b, rows, head], means[0, b, head, here], here, threshold)

@@ -150,7 +150,8 @@ def _listed(best: jax.Array, sequence: Sequence, tile: jax.Array, rule: Rule, pa
     begin, end = block * rule.keys, (block + 1) * rule.keys
     first, open_page = sequence.start + tile * rule.queries, div_down(sequence.start, page_size) * page_size
     is_forced = (begin < rule.sink) | (end > jnp.minimum(first - rule.local, open_page))
-    is_forced |= (first + rule.queries > sequence.end - rule.last) | (first < rule.least)
+    is_end = sequence.start + sequence.count >= sequence.end
+    is_forced |= (first < rule.least) | (is_end & (first + rule.queries > sequence.end - rule.last))
     is_used = (tile * rule.queries < sequence.count) & (begin < sequence.start)
     nowhere = best.shape[1]
     found = jnp.sort(jnp.where((best | is_forced) & is_used, block, nowhere), axis=-1)

@@ -32,6 +32,16 @@ def test_presets_differ_from_the_defaults_in_what_makes_each_system():
             "dense_layers": (0, 1),
         },
         "qserve": {"token_budget": None, "static_sparsity": 0.0, "kv_dtype": "int4"},
+        "minference": {
+            "token_budget": None,
+            "static_sparsity": 0.0,
+            "prefill_sparsity": "blocks",
+            "prefill_from": 0,
+            "prefill_block": 64,
+            "prefill_last": 0,
+            "prefill_first_layer": 0,
+            "is_prefill_corrected": False,
+        },
     }
     assert set(PRESETS) == {"lserve", *expected}
     for preset, fields in expected.items():
@@ -203,7 +213,7 @@ def test_a_value_that_cannot_be_is_refused_in_one_line(fields: dict[str, Any], m
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    message = "attention='sparse' must be one of lserve, dense, streaming, quest, qserve"
+    message = "attention='sparse' must be one of lserve, dense, streaming, quest, qserve, minference"
     with pytest.raises(ValueError, match=re.escape(message)):
         from_preset("sparse")
 

@@ -150,6 +150,26 @@ def test_a_restored_context_gives_the_logits_of_a_model_that_has_read_it(
     assert used(llm) == dict.fromkeys(used(llm), 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [3 * CHUNK, 3 * CHUNK + 20])
+def test_the_end_of_a_context_is_not_read_as_the_end_of_a_prompt(length: int, pattern: str, tmp_path: Path):
+    """Where the last tokens of a prompt read more of their history: those of the question do, in every case."""
+    fewer = {"prefill_sparsity": "blocks", "prefill_block": 16, "prefill_from": 0, "prefill_near": 16}
+    fewer |= {"prefill_threshold": 0.9, "prefill_first_layer": 0}
+    llm, path, text = _model(pattern, 0.5, "int8", **fewer), tmp_path / "document", document(length, seed=3)
+    poison(llm)
+    cold = answer(llm, text + QUESTION)
+    poison(llm)
+    assert llm.save_context(text, path) == tuple(text)
+    poison(llm)
+    assert llm.load_context(path) == tuple(text)
+    found = answer(llm, text + QUESTION)
+    assert found.metrics.cached_tokens == 3 * CHUNK
+    assert result(found) == result(cold)
+    with pytest.raises(InputError, match="prefill_blocks"):
+        _model(pattern, 0.5, "int8").load_context(path)
+
+
 _PROGRAM = """
 import json, sys
 from lserve_jax import LLM, SamplingParams

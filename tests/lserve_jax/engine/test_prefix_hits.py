@@ -325,7 +325,7 @@ def test_an_abandoned_prompt_leaves_its_chunks_to_the_next(quantised: Pair):
     assert quantised.cache.num_entries == 4
 
 
-@pytest.mark.parametrize("preset", ["dense", "quest", "qserve", "streaming"])
+@pytest.mark.parametrize("preset", ["dense", "quest", "qserve", "streaming", "minference"])
 def test_hits_of_the_other_presets(preset: str, tmp_path_factory: pytest.TempPathFactory):
     gates = GATES["all different"] if preset == "streaming" else None
     unused = dict.fromkeys(SPARSE)  # the preset's own values
@@ -335,6 +335,51 @@ def test_hits_of_the_other_presets(preset: str, tmp_path_factory: pytest.TempPat
     assert pair.hit(tokens)[0] == 0
     assert pair.hit([*tokens[:280], *prompt(60, seed=1)])[:2] == (256, {"prefill_128": 1})
     assert pair.hit(tokens)[:2] == (256, {"prefill_64": 1})
+
+
+FEW_BLOCKS: dict[str, Any] = {
+    "prefill_sparsity": "blocks",
+    "prefill_block": 16,
+    "prefill_from": 0,
+    "prefill_near": 16,
+    "prefill_threshold": 0.9,
+    "prefill_first_layer": 0,
+}
+
+
+@pytest.fixture(scope="module", params=["int8", "float32"])
+def blocks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Models whose prompts leave blocks of their history out, but not for their last tokens."""
+    return make_pair(
+        tmp_path_factory, 0.5, GATES["one of each"], kv_dtype=request.param, prefix_windows=12, **FEW_BLOCKS
+    )
+
+
+def test_hits_where_the_last_tokens_of_a_prompt_read_more(blocks: Pair):
+    document = prompt(4 * CHUNK + 20)
+    assert blocks.hit(document)[0] == 0
+    assert blocks.hit([*document, *prompt(10, seed=1)])[0] == 4 * CHUNK
+    assert blocks.hit([*document, *prompt(100, seed=2)])[0] == 4 * CHUNK
+    assert blocks.hit(document[: 4 * CHUNK])[0] == 3 * CHUNK
+
+
+def test_density_of_a_prompt(blocks: Pair, quantised: Pair):
+    """A prompt of one chunk has no history; requests do not notice."""
+    density = blocks.warm.prefill_density(prompt(400))
+    assert density is not None and 0.05 < density < 0.9
+    assert density == blocks.cold.prefill_density(prompt(400))
+    assert blocks.warm.prefill_density(prompt(CHUNK)) == 1.0
+    assert quantised.warm.prefill_density(prompt(400)) is None
+
+
+def test_the_last_chunk_of_a_prompt_of_whole_chunks_is_no_part_of_a_longer_one(blocks: Pair):
+    """Its tokens have read everything; those of the longer prompt have not."""
+    blocks.warm.engine.scheduler.forget_pages()
+    document = prompt(3 * CHUNK, seed=5)
+    assert blocks.hit(document)[0] == 0
+    assert blocks.hit([*document, *prompt(30, seed=6)])[0] == 2 * CHUNK
+    assert blocks.hit(document)[0] == 2 * CHUNK
+    assert blocks.hit([*document, *prompt(31, seed=7)])[0] == 3 * CHUNK
 
 
 def test_a_prompt_of_one_chunk_that_is_read_by_a_program_of_its_own_is_never_taken_for_a_chunk(
