@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pallas_kernels.quantized_matmul.digits",
         "pallas_kernels.quantized_matmul.program",
     ),
+    ("pallas_kernels.prefill_attention.program",),
     # An implementation knows neither another one nor another op.
     (
         *(f"pallas_kernels.{op}.{name}" for op in OPS for name in ("reference", "xla")),

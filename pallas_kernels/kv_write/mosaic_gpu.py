@@ -6,9 +6,10 @@ donates them copies nothing, also in loops; a program that keeps them makes one 
 
 There is one program per sequence, head and tile of rows in a page, over as many pages as a chunk may fill. It gathers
 the rows of its tile in shared memory, from the chunk and, in the page in which the chunk begins, from the tail, and
-stores what the pool keeps of them. Tiles consist of whole sub-pages. The programs of the first page also write the same
-rows of the tail, when they have read it: no other program touches these. A decode step is a chunk of one token, whose
-tiles are pages. Mostly it fills none, and its programs copy one row directly from memory to memory.
+stores what the pool keeps of them. Tiles consist of whole sub-pages, or are the pages themselves if a pool has their
+means. The programs of the first page also write the same rows of the tail, when they have read it: no other program
+touches these. A decode step is a chunk of one token, whose tiles are pages. Mostly it fills none, and its programs copy
+one row directly from memory to memory.
 """
 
 from collections.abc import Callable
@@ -69,7 +70,8 @@ def kv_write(
     classes = [_Pool(getattr(refs, name), table, range(num_heads)[heads]) for name, _, table, heads in found]
     sub_page_size = max(1 if pool.k_min is None else pool.sub_page_size for _, pool, *_ in found)
     config = Config(rows=kv.page_size)
-    if tokens > 1:
+    has_means = any(pool.k_mean is not None for _, pool, *_ in found)
+    if tokens > 1 and not has_means:
         shape = f"page{kv.page_size}_sub{sub_page_size}_H{head_dim}"
         config = configure("kv_write", device.kind, shape, heuristic(kv.page_size, sub_page_size))
     _launch((k, v), classes, refs.tail, (starts, counts, slots_of(tables, batch)), config.rows)
@@ -83,7 +85,7 @@ def _check(k: jax.Array, v: jax.Array, kv: LayerKV) -> None:
     refuse_unless(k.dtype == v.dtype == jnp.bfloat16, f"the kernel writes bfloat16 tokens, not {k.dtype}, {v.dtype}")
     refuse_unless(
         all(x.dtype == jnp.bfloat16 for x in plain),
-        "the tail, pages that are not quantised, and bounds of keys must be bfloat16",
+        "the tail, pages that are not quantised, bounds of keys and means must be bfloat16",
     )
     refuse_unless(head_dim in (64, 128), f"the kernel is made for a head_dim of 64 or 128, not {head_dim}")
     refuse_unless(
@@ -234,7 +236,23 @@ def _seal(pages: Any, at: tuple[Any, Any, Any], keys_smem: Any, values_smem: Any
         plgpu.copy_smem_to_gmem(keys_smem, pages.k.at[target])
     if pages.k_min is not None:
         _bound_keys(pages, at, keys_smem)
+    if pages.k_mean is not None:
+        for mean, smem in ((pages.k_mean, keys_smem), (pages.v_mean, values_smem)):
+            mean.at[page, head][...] = _mean(smem).astype(mean.dtype)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _mean(rows_smem: Any) -> jax.Array:
+    """Returns the mean [H] float32 of the rows of a whole page."""
+    size, head_dim = rows_smem.shape
+    layout, rows = _channel_a_thread(head_dim), 16  # in registers at a time
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        [some] = _parts(rows_smem.at[pl.ds(i * rows, rows)], 1, layout)
+        return total + jnp.sum(some.astype(jnp.float32), axis=0)
+
+    nothing = plgpu.layout_cast(jnp.zeros(head_dim, jnp.float32), layout.reduce((0,)))
+    return jax.lax.fori_loop(0, size // rows, add, nothing) * (1 / size)
 
 
 def _bound_keys(pages: Any, at: tuple[Any, Any, Any], keys_smem: Any) -> None:

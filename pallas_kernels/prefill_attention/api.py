@@ -71,7 +71,7 @@ def prefill_attention(
       has_history: False promises that all ``starts`` are 0, and makes a smaller program where it can.
       walk: the visited blocks of the history, for each head class a `BlockRanges` or `BlockList` [B, K, …] of its KV
         heads, or None. Block sizes are its static fields; ``keys`` must be a multiple of the page size. Entries behind
-        the history mean nothing. `reference` and `xla` take all sizes and both forms.
+        the history mean nothing. `mosaic_gpu` takes blocks of 128 queries and 128 keys, the others all sizes.
       implementation: a backend name, or None for the first that accepts.
 
     Raises:

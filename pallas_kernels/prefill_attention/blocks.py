@@ -123,12 +123,21 @@ class BlockList:
 
     def of(self, b: jax.Array, head: jax.Array, index: jax.Array, end: jax.Array) -> Listed:
         """Returns what one block of queries of one head visits, of the blocks before ``end``."""
-        blocks = take(self.blocks, b, head, index)
-        return Listed(blocks, jnp.sum((blocks >= 0) & (blocks < end), dtype=jnp.int32))
+        one = BlockList(blocks=take(self.blocks, b, head, index), queries=self.queries, keys=self.keys)
+        return Listed(one.blocks, one.count(end))
+
+    def count(self, end: jax.Array) -> jax.Array:
+        """Returns how many blocks before ``end``, which broadcasts against [B, K, query blocks], are listed, int32."""
+        is_before = (self.blocks >= 0) & (self.blocks < jnp.expand_dims(end, -1))
+        return jnp.sum(is_before, axis=-1, dtype=jnp.int32)
 
     def is_visited(self, blocks: int) -> jax.Array:
         """Returns whether each of the first ``blocks`` blocks is visited, [B, K, query blocks, blocks] bool."""
-        return jnp.any(self.blocks[..., None] == jnp.arange(blocks, dtype=jnp.int32), axis=-2)
+        lists = self.blocks.reshape(-1, self.blocks.shape[-1])
+        row = jnp.arange(lists.shape[0], dtype=jnp.int32)[:, None]
+        visited = jnp.zeros((lists.shape[0], blocks), jnp.bool_)
+        visited = visited.at[row, jnp.where(lists >= 0, lists, blocks)].set(True, mode="drop")
+        return visited.reshape(*self.blocks.shape[:-1], blocks)
 
 
 class Walk(NamedTuple):

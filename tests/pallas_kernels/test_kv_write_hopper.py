@@ -113,6 +113,25 @@ def test_writes_what_the_reference_writes(shape: dict[str, Any], tokens: int, rn
         _assert_writes(cache, *_chunk(workload, rng, tokens, counts), starts, counts)
 
 
+@pytest.mark.parametrize("tokens", [1, 150])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_means_are_those_of_the_reference(shape: dict[str, Any], tokens: int, rng: np.random.Generator):
+    """Of whole steps of 1/32, whose sums are exact in any order."""
+    workload = replace(SMALL, **shape, context=512, has_means=True)
+    size, counts = workload.page_size, np.minimum(tokens, [150, 17, 139])
+
+    def in_steps(x: Any) -> Any:
+        return (np.round(np.asarray(x, np.float32) * 32) / 32).astype(jnp.dtype(workload.dtype))
+
+    for starts in ([0, size - 1, size], [5, size + 1, 2 * size - 7]):
+        cache = _cache(workload, rng, starts)
+        held = [np.where(rng.random(x.shape) < 0.2, NO_PAGE, x) for x in cache.tables[:2]]
+        kv = cache.kv._replace(tail=jax.tree.map(lambda x: jnp.asarray(in_steps(x)), cache.kv.tail))
+        cache = cache._replace(kv=kv, tables=PageTables(held[0], held[1], cache.tables.slots))
+        k, v = (in_steps(x) for x in _chunk(workload, rng, tokens, counts))
+        _assert_writes(cache, k, v, starts, counts)
+
+
 @pytest.mark.parametrize(("page_size", "tokens"), [(16, 1), (16, 90), (64, 40)])
 def test_pages_that_end_with_a_chunk_are_sealed_and_stay_in_the_tail(
     page_size: int, tokens: int, rng: np.random.Generator
@@ -292,6 +311,17 @@ def test_every_launch_of_a_chunk_compiles(
     assert_fits(kernels, count=1)
 
 
+@pytest.mark.parametrize("tokens", [1, 512])
+@pytest.mark.parametrize(("head_dim", "bits"), [(64, (4, 4)), (128, (8, 8)), (128, (None, None))])
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+def test_every_launch_with_means_compiles(
+    page_size: int, head_dim: int, bits: tuple[int | None, int | None], tokens: int
+):
+    workload = replace(SMALL, page_size=page_size, head_dim=head_dim, bits=bits, has_means=True)
+    _, kernels = compiled(_write, *_arguments(workload, tokens))
+    assert_fits(kernels, count=1)
+
+
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("sub_page_size", [0, 1, 4, 8, 16, 32, 64, 128])
 def test_tiles_are_whole_sub_pages_and_divide_the_page(page_size: int, sub_page_size: int):
@@ -368,7 +398,7 @@ def test_refuses_what_it_is_not_made_for(shape: dict[str, Any], reason: str):
 def test_refuses_pages_of_another_dtype():
     arguments = _arguments(replace(SMALL, bits=(None, None)), 1)
     kv = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), arguments[0])
-    reason = "the tail, pages that are not quantised, and bounds of keys must be bfloat16"
+    reason = "the tail, pages that are not quantised, bounds of keys and means must be bfloat16"
     with interpreted(), pytest.raises(NotImplementedError, match=reason):
         jax.eval_shape(_write, kv, *arguments[1:])
 

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pallas_kernels import BlockList, BlockRanges, PageTables, Walk, prefill_attention, visible_walk
+from pallas_kernels import BlockList, BlockMeans, BlockRanges, PageTables, Walk, prefill_attention, visible_walk
 from pallas_kernels.core.paging import LayerKV
 from pallas_kernels.core.workloads import SERVING, Workload
 from pallas_kernels.kv_write import reference as kv_write_reference
 from pallas_kernels.prefill_attention import mosaic_gpu, reference
 from pallas_kernels.prefill_attention.blocks import Ranges, Window
 from pallas_kernels.prefill_attention.codes import RowsInRegisters
-from pallas_kernels.prefill_attention.mosaic_gpu import KEYS, QUERIES
+from pallas_kernels.prefill_attention.program import KEYS, QUERIES, Heads, Steps, place_of
 from tests.pallas_kernels import hopper
 from tests.pallas_kernels.cases import (
     Cache,
@@ -33,6 +33,7 @@ from tests.pallas_kernels.cases import (
     random_tokens,
 )
 from tests.pallas_kernels.hopper import compiled, evaluate, interpreted
+from tests.pallas_kernels.test_prefill_walk import as_list, poison
 
 SMALL = Workload(
     batch=1,
@@ -70,9 +71,21 @@ def _attend(workload: Workload) -> Any:
 def _check(workload: Workload, starts: list[int], counts: list[int], *, detect_races: bool = False) -> None:
     """Real rows are as the reference has them, all others zero."""
     _, arguments = _chunk(workload, starts, counts)
-    out = np.asarray(evaluate(_attend(workload), *arguments, detect_races=detect_races), np.float32)
+    _assert_attends(workload, arguments, counts, detect_races=detect_races)
+
+
+def _assert_attends(
+    workload: Workload,
+    arguments: tuple[Any, ...],
+    counts: list[int],
+    walk: Walk | None = None,
+    *,
+    detect_races: bool = False,
+) -> None:
+    """Real rows are as the reference has them, all others zero."""
+    out = np.asarray(evaluate(partial(_attend(workload), walk=walk), *arguments, detect_races=detect_races), np.float32)
     window = {"sink": workload.sink, "local": workload.prefill_local}
-    expected = np.asarray(jax.jit(partial(reference.prefill_attention, **window))(*arguments), np.float32)
+    expected = np.asarray(jax.jit(partial(reference.prefill_attention, walk=walk, **window))(*arguments), np.float32)
     for b, count in enumerate(counts):
         assert_close(out[b, :count], expected[b, :count], "bfloat16")
         np.testing.assert_array_equal(out[b, count:], 0.0)
@@ -161,15 +174,120 @@ def test_ranges_per_head(fields: dict[str, Any], starts: list[int], counts: list
     """Where classes are stored apart, one of them without a walk."""
     rng, workload = np.random.default_rng(2), replace(SMALL, context=704, **fields)
     _, arguments = _chunk(workload, starts, counts)
-    window = {"sink": workload.sink, "local": workload.prefill_local}
     walk = Walk(*(_ranges(rng, starts, heads, workload.chunk) for heads in (workload.retrieval, workload.streaming)))
     if workload.streaming_bits is not None:
         walk = walk._replace(streaming=None)
-    out = np.asarray(evaluate(partial(_attend(workload), walk=walk), *arguments), np.float32)
-    expected = np.asarray(jax.jit(partial(reference.prefill_attention, walk=walk, **window))(*arguments), np.float32)
-    for b, count in enumerate(counts):
-        assert_close(out[b, :count], expected[b, :count], "bfloat16")
-        np.testing.assert_array_equal(out[b, count:], 0.0)
+    _assert_attends(workload, arguments, counts, walk)
+
+
+def _list(rng: np.random.Generator, starts: list[int], heads: int, tokens: int, share: float = 0.5) -> BlockList:
+    """Random lists of history blocks, that differ by head and query block; some reach behind the history."""
+    shape = (len(starts), heads, -(-tokens // QUERIES), max(starts) // KEYS + 2)
+    return as_list(rng.random(shape) < share, QUERIES, KEYS)
+
+
+def _poisoned(workload: Workload, kv: LayerKV, tables: PageTables, walk: Walk) -> LayerKV:
+    """The layer with NaN in all pages that a head's list has not, of any query block."""
+    for name, visited in walk._asdict().items():
+        if isinstance(visited, BlockList):
+            blocks = visited.is_visited(-(-workload.max_pages * workload.page_size // KEYS))
+            pages = (
+                np.asarray(blocks).any(axis=2).repeat(KEYS // workload.page_size, axis=-1)[..., : workload.max_pages]
+            )
+            kv = kv._replace(**{name: poison(getattr(kv, name), getattr(tables, name), pages)[0]})
+    return kv
+
+
+def _with_means(
+    rng: np.random.Generator, walk: Walk, workload: Workload, tables: PageTables, starts: list[int], counts: list[int]
+) -> Walk:
+    """The walk with random means in its lists, NaN where they stand in for nothing: they replace what is not listed."""
+    size, start = workload.page_size, np.asarray(starts)
+    page = start // size * size
+    own = np.where(start + np.asarray(counts) <= page + size, page, start)
+    for name, visited in walk._asdict().items():
+        if not isinstance(visited, BlockList):
+            continue
+        blocks = workload.max_pages * size // KEYS
+        table = np.asarray(getattr(tables, name))[:, : blocks * KEYS // size]
+        held = (table >= 0).reshape(len(starts), blocks, -1).all(axis=-1)
+        stands_in = held & ((np.arange(blocks) + 1) * KEYS <= own[:, None])
+        stands_in = (stands_in[:, None, None] & ~np.asarray(visited.is_visited(blocks))).any(axis=2)
+        means = rng.normal(size=(2, *stands_in.shape, workload.head_dim))
+        means = np.where(stands_in[..., None], means, np.nan).astype(jnp.bfloat16)
+        walk = walk._replace(**{name: replace(visited, means=BlockMeans(*map(jnp.asarray, means)))})
+    return walk
+
+
+LISTS = [
+    pytest.param({"retrieval": 2, "group": 2}, [500], [140], id="two-query-blocks"),
+    pytest.param({"retrieval": 2, "bits": (8, 8), "head_dim": 128}, [640], [129], id="int8"),
+    pytest.param({"bits": (4, 4), "page_size": 16}, [611], [40], id="int4"),
+    pytest.param({"bits": (8, 4), "page_size": 128, "streaming": 0}, [390], [150], id="all_retrieval"),
+    pytest.param({"bits": (4, 4), "streaming_bits": (8, 8)}, [300], [40], id="stored-apart"),
+    pytest.param({"chunk": 40, "batch": 3}, [0, 390, 257], [40, 0, 33], id="ragged"),
+    pytest.param({"chunk": 10, "batch": 2, "page_size": 128}, [516, 385], [10, 9], id="in-the-page-of-the-tail"),
+]
+"""Shapes, starts and counts."""
+
+
+@pytest.mark.parametrize("has_means", [False, True], ids=["alone", "with-means"])
+@pytest.mark.parametrize(("fields", "starts", "counts"), LISTS)
+def test_lists_per_head(fields: dict[str, Any], starts: list[int], counts: list[int], has_means: bool):
+    """NaN in what no query block lists, and in means that stand in for nothing; streaming heads have ranges."""
+    rng, workload = np.random.default_rng(3), replace(SMALL, context=704, **fields)
+    cache, arguments = _chunk(workload, starts, counts)
+    ranges = _ranges(rng, starts, workload.streaming, workload.chunk) if workload.streaming else None
+    walk = Walk(_list(rng, starts, workload.retrieval, workload.chunk), ranges)
+    kv = _poisoned(workload, arguments[3], cache.tables, walk)
+    if has_means:
+        walk = _with_means(rng, walk, workload, cache.tables, starts, counts)
+    _assert_attends(workload, (*arguments[:3], kv, *arguments[4:]), counts, walk)
+
+
+@pytest.mark.parametrize("means_of", ["retrieval", "streaming", "both"])
+def test_lists_of_both_classes(means_of: str):
+    """One is longer than the other, and has more means."""
+    rng, starts, counts = np.random.default_rng(4), [560], [140]
+    workload = replace(SMALL, context=704, prefill_local=400)
+    cache, arguments = _chunk(workload, starts, counts)
+    walk = Walk(*(_list(rng, starts, 1, workload.chunk) for _ in range(2)))
+    found = _with_means(rng, walk, workload, cache.tables, starts, counts)
+    assert isinstance(found.streaming, BlockList) and isinstance(walk.streaming, BlockList)
+    short = replace(found.streaming, blocks=found.streaming.blocks[..., :4])
+    if short.means is not None:
+        short = replace(short, means=BlockMeans(*(x[:, :, :3] for x in short.means)))
+    found = found._replace(streaming=short)
+    if means_of == "retrieval":
+        found = found._replace(streaming=replace(short, means=None))
+    elif means_of == "streaming":
+        found = found._replace(retrieval=walk.retrieval)
+    _assert_attends(workload, arguments, counts, found)
+
+
+def test_more_means_than_a_block_has():
+    """132 of a history of 17,000 tokens: one query block lists few of those blocks, the other one all but 20."""
+    rng, starts, counts = np.random.default_rng(5), [17_000], [140]
+    workload = replace(SMALL, context=17_152, streaming=0)
+    cache, arguments = _chunk(workload, starts, counts)
+    visited = rng.random((1, 1, 2, 134)) < 0.03
+    visited[:, :, 1, 20:] = True  # so that it reads one block of means
+    walk = Walk(as_list(visited, QUERIES, KEYS))
+    kv = _poisoned(workload, arguments[3], cache.tables, walk)
+    walk = _with_means(rng, walk, workload, cache.tables, starts, counts)
+    _assert_attends(workload, (*arguments[:3], kv, *arguments[4:]), counts, walk)
+
+
+@pytest.mark.parametrize("bits", [(None, None), (8, 4)], ids=str)
+def test_a_list_of_all_blocks_gives_the_same_bits_as_no_walk(bits: tuple[int | None, int | None]):
+    """With spare room, and with means, of which none stands in."""
+    rng, starts, counts = np.random.default_rng(6), [300], [140]
+    workload = replace(SMALL, bits=bits)
+    cache, arguments = _chunk(workload, starts, counts)
+    every = Walk(as_list(np.ones((1, 1, 2, 4), bool), QUERIES, KEYS, width=6))
+    expected = evaluate(_attend(workload), *arguments)
+    for walk in (every, _with_means(rng, every, workload, cache.tables, starts, counts)):
+        assert_same_bits(evaluate(partial(_attend(workload), walk=walk), *arguments), expected)
 
 
 def test_the_default_walk_gives_the_same_bits():
@@ -233,6 +351,16 @@ def test_races(bits: tuple[int | None, int | None]):
     _check(replace(SMALL, head_dim=128, bits=bits, chunk=140), [300], [135], detect_races=True)
 
 
+@pytest.mark.parametrize("bits", [(None, None), (8, 8)], ids=str)
+def test_races_with_means(bits: tuple[int | None, int | None]):
+    rng, starts, counts = np.random.default_rng(7), [600], [135]
+    workload = replace(SMALL, context=768, head_dim=128, bits=bits, chunk=140)
+    cache, arguments = _chunk(workload, starts, counts)
+    walk = Walk(_list(rng, starts, 1, workload.chunk))
+    walk = _with_means(rng, walk, workload, cache.tables, starts, counts)
+    _assert_attends(workload, arguments, counts, walk, detect_races=True)
+
+
 def test_exactly_the_blocks_with_a_visible_key_are_visited():
     """Against every key of random chunks, histories and windows; a query block without queries visits nothing.
 
@@ -258,19 +386,20 @@ def test_exactly_the_blocks_with_a_visible_key_are_visited():
             seen = keys[visible.any(0)]
             old, new = seen[seen < own[b]], seen[seen >= own[b]] - own[b]
             expected = [("old", i) for i in sorted({*(old // KEYS)})] + [("new", i) for i in sorted({*(new // KEYS)})]
-            steps = mosaic_gpu._Steps(Ranges(*walk[:3]), Ranges(*walk[3:]))
-            visited = [steps.block(jnp.int32(step)) for step in range(int(steps.count))]
-            assert [("old" if is_old else "new", int(i)) for is_old, i in visited] == expected, (sink, local, b, block)
+            steps = Steps(Ranges(*walk[:3]), Ranges(*walk[3:]))
+            visited = [steps.visit(jnp.int32(step)) for step in range(int(steps.count))]
+            names = [("old" if visit.is_history else "new", int(visit.block)) for visit in visited]
+            assert names == expected, (sink, local, b, block)
 
 
 @pytest.mark.parametrize("counts", [(8, 8), (0, 6), (6, 0)], ids=str)
 def test_every_query_block_has_one_program_and_long_walks_come_first(counts: tuple[int, int]):
     batch, blocks = 2, 4
     names = ("retrieval", "streaming")
-    heads = [mosaic_gpu._Heads("retrieval", 0, counts[0], Window(0, 2**30))] if counts[0] else []
-    heads += [mosaic_gpu._Heads("streaming", counts[0], counts[1], Window(5, 7))] if counts[1] else []
+    heads = [Heads("retrieval", 0, counts[0], Window(0, 2**30))] if counts[0] else []
+    heads += [Heads("streaming", counts[0], counts[1], Window(5, 7))] if counts[1] else []
     programs = jnp.arange(batch * blocks * sum(counts))
-    places = mosaic_gpu._place(programs, heads, batch, blocks)
+    places = place_of(programs, heads, batch, blocks)
     index, head, b, row = (np.broadcast_to(x, programs.shape) for x in places[:4])
     assert len({*zip(head.tolist(), b.tolist(), row.tolist(), strict=True)}) == programs.size
     assert {*row.tolist()} == {i * QUERIES for i in range(blocks)}
@@ -301,12 +430,18 @@ def test_refusals(fields: dict[str, Any], reason: str):
 
 
 def test_refuses_walks_that_it_does_not_take():
-    blocks = jnp.zeros((1, 1, 2, 1), jnp.int32)
-    lists = Walk(BlockList(blocks=blocks, queries=QUERIES, keys=KEYS))
-    ranges = Walk(None, BlockRanges(sinks=blocks, low=blocks, high=blocks, queries=QUERIES, keys=64))
+    blocks, means = jnp.zeros((1, 1, 2, 1), jnp.int32), jnp.zeros((1, 1, 1, 64))
+    lists = BlockList(blocks=blocks, means=BlockMeans(means, means), queries=QUERIES, keys=KEYS)
     for walk, reason in (
-        (lists, "the walk must be ranges, not block lists"),
-        (ranges, "blocks of the walk must be 128 queries and 128 keys, not (128, 64)"),
+        (Walk(lists), "means of blocks must be bfloat16, not float32"),
+        (
+            Walk(replace(lists, means=None, queries=64)),
+            "blocks of the walk must be 128 queries and 128 keys, not (64, 128)",
+        ),
+        (
+            Walk(None, BlockRanges(sinks=blocks, low=blocks, high=blocks, queries=QUERIES, keys=64)),
+            "blocks of the walk must be 128 queries and 128 keys, not (128, 64)",
+        ),
     ):
         with interpreted(), pytest.raises(NotImplementedError, match=re.escape(reason)):
             jax.eval_shape(partial(_attend(SMALL), walk=walk), *_arguments(SMALL))
@@ -411,6 +546,42 @@ def test_machine_code_with_a_walk():
     program, kernels = compiled(attend, walk, *arguments)
     hopper.assert_fits(kernels, count=1)
     assert program.memory_analysis().temp_size_in_bytes < _bytes(arguments[1:3]) + 64 * 1024
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_means"),
+    [
+        *((fields, True) for fields in FEW),
+        *((fields, False) for fields in ({}, {"bits": (8, 8)}, {"bits": (8, 8), "page_size": 128}, {"bits": (4, 4)})),
+        *(pytest.param(fields, has_means, marks=pytest.mark.sweep) for fields in ALL for has_means in (False, True)),
+    ],
+    ids=str,
+)
+def test_machine_code_with_a_list(fields: dict[str, Any], has_means: bool, monkeypatch: pytest.MonkeyPatch):
+    """Of a history of a million tokens: lists of 8192 blocks for each of 16 query blocks take memory, not pages."""
+    said, read = [], hopper._kernel
+    monkeypatch.setattr(hopper, "_kernel", lambda folder, file: said.append(file.read_text()) or read(folder, file))
+    workload = replace(SERVING["llama3_8b_8k"], chunk=2048, **fields)
+    name = "retrieval" if workload.retrieval else "streaming"
+    heads = getattr(workload, name)
+    means = abstract(1, heads, 8192, workload.head_dim, dtype="bfloat16")
+    lists = BlockList(
+        blocks=abstract(1, heads, 16, 8192),
+        means=BlockMeans(means, means) if has_means else None,
+        queries=QUERIES,
+        keys=KEYS,
+    )
+
+    def attend(walk: Walk, *arguments: Any) -> jax.Array:
+        return _attend(workload)(*arguments, walk=walk)
+
+    arguments = _arguments(workload, 1_000_000 // workload.page_size)
+    program, kernels = compiled(attend, Walk(**{name: lists}), *arguments)
+    hopper.assert_fits(kernels, count=1)
+    assert len(said) == 1 and "serialized" not in said[0], said
+    numbers = workload.num_kv_heads * 16 * 8448  # entries of steps, and of biases
+    used = _bytes(arguments[1:3]) + 4 * numbers * (4 if has_means else 2) + _bytes(lists.means or ())
+    assert program.memory_analysis().temp_size_in_bytes < used
 
 
 def test_dispatch_chooses_the_kernel():
