@@ -66,7 +66,7 @@ class KeySource(NamedTuple):
       visits: index of a block of queries → the key blocks that it visits.
       fetch: index of a block of queries, indices of key blocks [together] → keys [S, H], values [S, H], and which of
         them exist, [S] bool; for blocks below 0 none.
-      hides: whether a query may not see a key that exists, nor a step have any; else the first key of each step exists.
+      window: what a query sees of the keys that exist; None if it is all of them, and the first key of each step exists.
       weight: how many keys each one stands for.
     """
 
@@ -74,7 +74,7 @@ class KeySource(NamedTuple):
     together: int
     visits: Callable[[jax.Array], Ranges | Listed]
     fetch: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
-    hides: bool
+    window: Window | None
     weight: int = 1
 
 
@@ -229,9 +229,9 @@ def _walk(
         exists = jax.lax.optimization_barrier(exists)  # else XLA computes it for each query
         values = jnp.where(exists[:, None], values, jnp.zeros((), values.dtype))
         visible = None
-        if source.hides:
+        if source.window is not None:
             at = source.keys.first + _members(blocks, source.keys.block)
-            visible, exists = exists & is_visible(positions[:, None], at, *heads.window), None
+            visible, exists = exists & is_visible(positions[:, None], at, *source.window), None
         else:
             keys = jnp.where(exists[:, None], keys, keys[:1])  # a key that does not exist must not give the maximum
         scores = jnp.einsum("rh,sh->rs", queries, keys, precision="highest", preferred_element_type=jnp.float32)
@@ -288,7 +288,8 @@ def _history(heads: HeadClass, b: jax.Array, head: jax.Array, end: jax.Array, dt
         is_held = jnp.repeat(physical >= 0, pool.page_size) & jnp.repeat(blocks >= 0, size)
         return keys, values, is_held & (_members(blocks, size) < end)
 
-    return KeySource(KeyRange(0, end, size), together, visits, fetch, hides=heads.window.local is not None)
+    window = None if heads.window.local is None else heads.window
+    return KeySource(KeyRange(0, end, size), together, visits, fetch, window)
 
 
 def _means(history: History, b: jax.Array, head: jax.Array, end: jax.Array) -> list[KeySource]:
@@ -318,8 +319,8 @@ def _means(history: History, b: jax.Array, head: jax.Array, end: jax.Array) -> l
         is_held = take(held, jnp.minimum(here, held.size - 1))
         return k, v, (here < whole) & is_held & ~is_listed
 
-    # As positions, the places of means are before every query.
-    return [KeySource(KeyRange(0, whole, together), 1, visits, fetch, hides=True, weight=walk.keys)]
+    # As positions, the places of means are before every query. A step may have none that exists.
+    return [KeySource(KeyRange(0, whole, together), 1, visits, fetch, Window(None, None), weight=walk.keys)]
 
 
 def _own(own: OwnKeys, at: tuple[jax.Array, jax.Array], start: jax.Array, heads: HeadClass) -> KeySource:
@@ -338,4 +339,4 @@ def _own(own: OwnKeys, at: tuple[jax.Array, jax.Array], start: jax.Array, heads:
         keys, values = (jax.lax.dynamic_slice(x, corner, shape).reshape(block, -1) for x in (own.k, own.v))
         return keys, values, (blocks[0] >= 0) & (place + jnp.arange(block, dtype=jnp.int32) < count)
 
-    return KeySource(positions, 1, visits, fetch, hides=True)
+    return KeySource(positions, 1, visits, fetch, heads.window)

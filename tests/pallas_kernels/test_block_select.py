@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -259,7 +260,7 @@ def test_means_of_single_tokens_are_dense_attention(implementation: str, rng: np
 @pytest.mark.parametrize("storage", STORAGE)
 def test_lists_of_all_blocks_give_the_same_bits_as_no_list(storage: str, rng: np.random.Generator):
     chunk = Chunk(replace(WORKLOAD, **STORAGE[storage]), rng)
-    everything = chunk.select("xla", last=10_000, queries=48, keys=48)
+    everything = chunk.select("xla", least=10_000, queries=48, keys=48)
     assert everything.means is not None
     assert_same_bits(chunk.attend(everything), chunk.attend(None))
 
@@ -320,6 +321,26 @@ def test_means_of_blocks_that_are_not_held_do_not_stand_in(rng: np.random.Genera
     chunk.cache = chunk.cache._replace(tables=PageTables(tables, *chunk.cache.tables[1:]))
     for mine, theirs in zip(chunk.attend(walk), chunk.attend(walk, "reference"), strict=True):
         assert_close(mine, theirs, "float32")
+
+
+@pytest.mark.parametrize("implementation", ["xla"])
+def test_means_stand_in_for_blocks_of_streaming_heads_too(implementation: str, rng: np.random.Generator):
+    """Whatever their window is: who gives means says what they stand for."""
+    chunk = Chunk(WORKLOAD, rng)
+    blocks = jnp.full((4, 1, 3, 18), -1, jnp.int32).at[0, 0, :, 0].set(5)
+    means = BlockMeans(*(jnp.asarray(rng.normal(size=(4, 1, 18, 32)), jnp.float32) for _ in range(2)))
+    walk = Walk(streaming=BlockList(blocks=blocks, means=means, queries=16, keys=24))
+    tables = PageTables(chunk.cache.tables.retrieval, chunk.cache.tables.retrieval, chunk.cache.tables.slots)
+    streaming = chunk.cache.kv.retrieval
+    assert streaming is not None
+    one = jax.tree.map(lambda x: x[:, :1], streaming)
+    arrays = (chunk.q, chunk.k, chunk.v, chunk.cache.kv._replace(streaming=one), tables, STARTS, COUNTS)
+    found, expected = (
+        np.asarray(jitted("prefill_attention", name)(*arrays, sink=1, local=7, walk=walk))
+        for name in (implementation, "reference")
+    )
+    for b, count in enumerate(COUNTS):
+        assert_close(found[b, :count], expected[b, :count], "float32")
 
 
 def test_means_of_another_shape_are_refused(rng: np.random.Generator):
