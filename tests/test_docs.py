@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -305,10 +306,8 @@ SETTINGS = {
     "dense": "dense",
     "lserve, int8": "lserve:token_budget=25%+kv_dtype=int8",
     "lserve, int4": "lserve:token_budget=25%+kv_dtype=int4",
-    "lserve, int8, 75% streaming": "lserve:token_budget=25%+kv_dtype=int8+static_sparsity=0.75",
-    "lserve, int8, windows of 512": "lserve:token_budget=25%+kv_dtype=int8+local=512+prefill_local=512",
-    "lserve, int8, 75% streaming, windows of 512": "lserve:token_budget=25%+kv_dtype=int8+static_sparsity=0.75"
-    "+local=512+prefill_local=512",
+    "lserve, int8, half of the context": "lserve:token_budget=50%+kv_dtype=int8",
+    "lserve, int8, everything read": "lserve:token_budget=100%+kv_dtype=int8",
 }
 
 
@@ -378,8 +377,24 @@ def test_accuracies_are_those_of_the_committed_results():
             interval(score(cell)["difference"], 100, 1),
             f"{cell['nll']['mean']:.3f}",
             interval(cell["nll"]["difference"], 1, 3),
+            f"{cell['kl']['mean']:.3f}" if "kl" in cell else "–",
             f"{cell['pages_read_ratio']:.0%}",
         ], (task, length, setting)
+
+
+def test_perplexities_are_those_of_the_committed_results():
+    found = accuracies()
+    _, *shown = rows_after("docs/accuracy.md", "### Prose")
+    assert len(shown) == sum("tail_nll" in cell for cell in found.values())
+    for setting, *numbers in shown:
+        cell = found["perplexity", 2048, SETTINGS[setting]]
+        expected = [str(cell["n"])]
+        for name in ("nll", "tail_nll"):
+            difference = cell[name].get("difference")
+            more = difference and {part: math.expm1(difference[part]) for part in ("mean", "low", "high")}
+            shares = interval(more, 100, 1)
+            expected += [f"{math.exp(cell[name]['mean']):.2f}", re.sub(r"^(\S+)", r"\1%", shares) if more else "–"]
+        assert numbers == [*expected, f"{cell['kl']['mean']:.3f}" if "kl" in cell else "–"], setting
 
 
 def test_the_accuracies_of_the_readme_are_those_of_the_committed_results():

@@ -66,7 +66,7 @@ class KeySource(NamedTuple):
       visits: index of a block of queries → the key blocks that it visits.
       fetch: index of a block of queries, indices of key blocks [together] → keys [S, H], values [S, H], and which of
         them exist, [S] bool; for blocks below 0 none.
-      window: what a query sees of the keys that exist; None if it is all of them, and the first key of each step exists.
+      window: what a query sees of the keys that exist; None if all, and then the first key of each step exists.
       weight: how many keys each one stands for.
     """
 
