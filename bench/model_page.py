@@ -38,11 +38,11 @@ _SYSTEMS = {
 }
 _FIELDS = {
     "token_budget=25%": "",
+    "token_budget=50%": "half of the context",
+    "token_budget=100%": "everything read",
     "kv_dtype=int8": "int8",
     "kv_dtype=int4": "int4",
     "static_sparsity=0.75": "75% streaming",
-    "local=512": "windows of 512",
-    "prefill_local=512": "",
 }
 """How the page writes a field of a variant; an empty text for a field that the page takes for granted."""
 
@@ -139,13 +139,13 @@ def _accuracy() -> str:
     tasks.sort(key=lambda cell: (cell["length"], cell["task"]))
     prose = [cell for cell in found if "tail_nll" in cell]
     task_heads = ("task", "length", "settings", "n", "correct", "difference, points", "nll difference", "KV read")
-    prose_heads = ("settings", "perplexity by prefill", "more", "last 128 tokens, decoded", "more")
+    prose_heads = ("settings", "windows", "perplexity by prefill", "more", "last 128 tokens, decoded", "more")
     return "\n\n".join(
         (
             "## Accuracy",
             _ACCURACY_TEXT,
             _table(task_heads, map(_task_row, tasks)),
-            "Perplexity of 32 windows of 2,048 tokens of Python's language reference:",
+            "Perplexity of windows of 2,048 tokens of Python's language reference:",
             _table(prose_heads, map(_prose_row, prose)),
         )
     )
@@ -176,6 +176,7 @@ def _prose_row(cell: Mapping[str, Any]) -> tuple[str, ...]:
     whole, tail = cell["nll"], cell["tail_nll"]
     return (
         _setting(cell["variant"]),
+        str(cell["n"]),
         *(f"{math.exp(whole['mean']):.2f}", more(whole)),
         *(f"{math.exp(tail['mean']):.2f}", more(tail)),
     )
@@ -236,9 +237,9 @@ def _settings(setup: Setup) -> str:
 The pattern's own settings are in force without a flag: {windows}, layer {dense} dense.
 
 - To find facts or passages: `--token-budget` of about a quarter of the prompt, `--kv-dtype int8`.
-- For prose and at 8K: `--local 512 --prefill-local 512`, and a larger budget.
+- For prose: a budget of half of the prompt.
 - Not `--kv-dtype int4`: it costs this model half a point of copying and two needles of 100.
-- More than half of the heads streaming (`--static-sparsity 0.75`) costs about two points, with windows of 512 one.
+- More than half of the heads streaming (`--static-sparsity 0.75`) costs about a point.
 
 ```bash
 python -m lserve_jax.generate --prompt-file report.txt --token-budget 1024 --kv-dtype int8
