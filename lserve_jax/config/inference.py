@@ -126,8 +126,10 @@ class InferenceConfig:
                 f"head classes of {given.num_layers} layers of {given.num_kv_heads} KV heads do not fit a model of "
                 f"{layers} layers of {heads}"
             )
-        for name in ("dense_layers", "uncorrected_layers"):
-            beyond = [layer for layer in getattr(self.attention, name) if layer >= layers]
+        first = self.attention.prefill_first_layer
+        named = {name: getattr(self.attention, name) for name in ("dense_layers", "uncorrected_layers")}
+        for name, members in (named | {"prefill_first_layer": () if first is None else (first,)}).items():
+            beyond = [layer for layer in members if layer >= layers]
             if beyond:
                 raise InputError(f"{name}={beyond} do not exist: the model has layers 0 … {layers - 1}")
 

@@ -6,6 +6,7 @@ same logits as if the model had read it, and it is evicted when other prompts ne
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import jax
 
@@ -48,9 +49,8 @@ def context_format(setup: Setup, tokenizer: Tokenizer | None) -> ContextFormat:
         "page_size": str(attention.page_size),
         "sub_page_size": str(attention.sub_page_size),
         "sink": str(attention.sink),
-        "prefill_local": str(attention.prefill_local),
+        "prefill_local": str(attention.prefill_local) + _blocks_read(config),
         "prefill_window": str(attention.prefill_window),
-        "prefill_blocks": _blocks_read(config),
         "prefill_chunk": str(sizes.prefill_chunk),
         "implementation": " ".join(f"{op}={name}" for op, name in implementations.items() if op in _READING),
     }
@@ -58,9 +58,12 @@ def context_format(setup: Setup, tokenizer: Tokenizer | None) -> ContextFormat:
 
 
 def _blocks_read(config: InferenceConfig) -> str:
-    """Returns what stands for the blocks of the history that each layer reads."""
-    rules = [kind.prefill.blocks for kind in config.kinds]
-    return text_digest(repr(rules)) if any(rules) else "all"
+    """Returns what stands for the blocks of the history that each layer reads; nothing if it is all of them.
+
+    No token of a context is the last one of a prompt.
+    """
+    rules = [kind.prefill.blocks and replace(kind.prefill.blocks, last=0) for kind in config.kinds]
+    return f", of {text_digest(repr(rules))}" if any(rules) else ""
 
 
 def require_prefix_cache(engine: Engine) -> PrefixCache:

@@ -222,7 +222,7 @@ def prepare(
         pattern=pattern,
         has_recall=recall_interval is not None,
         has_tails=has_tails,
-        has_idle_sparsity=policy.prefill_sparsity != wanted.prefill_sparsity,
+        has_idle_sparsity=wanted.prefill_sparsity != "none" and not any(kind.prefill.blocks for kind in config.kinds),
     )
     if config.implementation is not None:
         try:  # here, before anything is loaded
@@ -297,8 +297,9 @@ def _warnings(setup: Setup) -> Iterator[str]:
         )
     if setup.has_idle_sparsity:
         yield (
-            f"prefill_sparsity has no effect: it leaves out nothing before prefill_from={config.attention.prefill_from}"
-            f", and max_model_len={setup.sizes.max_model_len} is no more"
+            f"prefill_sparsity has no effect: before prefill_from={config.attention.prefill_from}, in layers before "
+            "prefill_first_layer, in dense_layers and where all heads stream it leaves out nothing, and here "
+            f"max_model_len={setup.sizes.max_model_len}"
         )
     if setup.forms.weight_dtype == "int8" and setup.forms.smoothing is None and not setup.checkpoint.is_w8a8:
         yield (

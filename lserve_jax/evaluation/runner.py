@@ -215,8 +215,8 @@ def run(
                     f"variant {load.variant.label!r} on {first.task} at length {first.length}: {error}"
                 ) from None
             seconds = time.perf_counter() - begin - (llm.compile_seconds - compiled)
-            for item, values in zip(items, found, strict=True):
-                density = llm.prefill_density(tuple(item.prompt.tolist()))
+            densities = [llm.prefill_density(tuple(item.prompt.tolist())) for item in items]
+            for item, values, density in zip(items, found, densities, strict=True):
                 store.append(_row(load, item, {**values, "prefill_density": density}, seconds / len(items)))
             done += len(items)
             report(stage, done, len(load.items))

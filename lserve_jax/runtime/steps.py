@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.sampling import MOST_TOP_LOGPROBS
 from lserve_jax.models.layerwise import run_model, unembed
@@ -104,14 +105,19 @@ def prefill_step(
       counts: [B] int32 valid tokens of each row, 0 … T.
       tables: page tables [B, max_pages] int32 with the pages of the history that is still visible and of the chunk, and
         the slot of each row, which will decode it; rows without tokens may name any.
-      ends: [B] int32 tokens of each sequence's whole prompt, whose last tokens read more where ``prefill_sparsity``
-        leaves something out; None if the chunks end their prompts.
+      ends: [B] int32 tokens of each sequence's whole prompt; may be None unless ``prefill_sparsity`` leaves something
+        out, but not for a prompt's last tokens.
       config: static settings.
       has_history: False promises that all ``starts`` are 0: a smaller program for prompts of one chunk.
       has_all_logits: whether to return the logits of every token, [B, T, V].
+
+    Raises:
+      InputError: if ``ends`` is needed and None.
     """
     arguments = (params, cache, tokens, starts, counts, tables, ends)
     params, cache, tokens, starts, counts, tables, ends = narrowed(arguments)
+    if ends is None and any(kind.prefill.blocks for kind in config.kinds):
+        raise InputError("prefill_step needs ends, the lengths of the prompts: with prefill_sparsity they matter")
     span = Span.last(starts, counts) if ends is None else Span(starts, counts, ends)
     hidden, cache = _prefill(params, cache, tokens, span, tables, config, has_history=has_history)
     return unembed(params, config, hidden if has_all_logits else _last(hidden, counts)), cache

@@ -39,11 +39,13 @@ def block_select(
         for kind, stored in enumerate((pages.k_mean, pages.v_mean)):
             for block in ranked if stored is not None else ():
                 held = np.asarray(table[b])[block * keys // size : (block + 1) * keys // size]
-                means[kind, b, :, block] = np.asarray(stored, np.float32)[held].mean(axis=0)
+                mean = np.asarray(stored, np.float32)[held].mean(axis=0)
+                means[kind, b, :, block] = mean.astype(q.dtype).astype(np.float32)
         for tile in range(-(-count // queries)):
             first = start + tile * queries
             rows = slice(tile * queries, min((tile + 1) * queries, count))
-            reads_all = first < least or (start + count >= end and first + queries > end - last)
+            has_last = start + count >= end and min(first + queries, start + count) > end - last
+            reads_all = first < least or has_last
             here = [block for block in ranked if (block + 1) * keys <= first]
             for head in range(heads):
                 listed = _best(grouped[b, rows, head], means[0, b, head, here], here, threshold)

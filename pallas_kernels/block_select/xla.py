@@ -14,8 +14,8 @@ from pallas_kernels.core.dtypes import ZERO
 from pallas_kernels.core.paging import NO_PAGE, PagedKV, div_down, div_up, take
 from pallas_kernels.prefill_attention.blocks import NO_BLOCK, BlockList, BlockMeans
 
-_TOGETHER = 256
-"""Blocks whose scores are in memory at once."""
+_TOGETHER = 128
+"""Blocks whose scores are computed at once, at any length of the table: other shapes may round otherwise."""
 
 
 class Rule(NamedTuple):
@@ -91,7 +91,7 @@ def _block_means(
 ) -> BlockMeans:
     """Returns the means [K, n, H] of the first ``filled`` blocks of a sequence that are held, and zeros for others."""
     per_block, blocks = keys // pages.page_size, held.shape[0]
-    together = min(_TOGETHER, blocks)
+    together = _TOGETHER
     assert pages.k_mean is not None and pages.v_mean is not None
     stored = BlockMeans(pages.k_mean, pages.v_mean)
     shape = (-(-blocks // together) * together, *stored.k.shape[1:])
@@ -123,7 +123,7 @@ def _best(q: jax.Array, k_mean: jax.Array, sequence: Sequence, tile: jax.Array, 
     q = jnp.transpose(q, (1, 0, 2, 3)).reshape(heads, rows * group, head_dim)
     is_row = jnp.repeat(tile * rule.queries + jnp.arange(rows, dtype=jnp.int32) < sequence.count, group)
     blocks = k_mean.shape[1]
-    together = min(_TOGETHER, blocks)
+    together = _TOGETHER
     k_mean = jnp.pad(k_mean, ((0, 0), (0, -blocks % together), (0, 0)))
     filled = div_down(sequence.start + tile * rule.queries, rule.keys)
     ranked = jnp.pad(sequence.held, (0, k_mean.shape[1] - blocks))
@@ -150,8 +150,9 @@ def _listed(best: jax.Array, sequence: Sequence, tile: jax.Array, rule: Rule, pa
     begin, end = block * rule.keys, (block + 1) * rule.keys
     first, open_page = sequence.start + tile * rule.queries, div_down(sequence.start, page_size) * page_size
     is_forced = (begin < rule.sink) | (end > jnp.minimum(first - rule.local, open_page))
-    is_end = sequence.start + sequence.count >= sequence.end
-    is_forced |= (first < rule.least) | (is_end & (first + rule.queries > sequence.end - rule.last))
+    chunk_end = sequence.start + sequence.count
+    has_last = jnp.minimum(first + rule.queries, chunk_end) > sequence.end - rule.last
+    is_forced |= (first < rule.least) | ((chunk_end >= sequence.end) & has_last)
     is_used = (tile * rule.queries < sequence.count) & (begin < sequence.start)
     nowhere = best.shape[1]
     found = jnp.sort(jnp.where((best | is_forced) & is_used, block, nowhere), axis=-1)

@@ -162,9 +162,9 @@ def _check_means(name: str, walk: BlockList, batch: int, pool: PagedKV) -> None:
     Raises:
       ValueError: with the reason.
     """
-    head_dim = pool.k.shape[-1]
+    head_dim, blocks = pool.k.shape[-1], () if walk.means is None else walk.means.k.shape[2:3]
     for mean in walk.means or ():
-        if mean.ndim != 4 or (*mean.shape[:2], mean.shape[3]) != (batch, pool.num_kv_heads, head_dim):
+        if mean.shape != (batch, pool.num_kv_heads, *blocks, head_dim) or 0 in mean.shape:
             raise ValueError(
                 f"walk.{name}: means must be {[batch, pool.num_kv_heads, 'n >= 1', head_dim]}, got {[*mean.shape]}"
             )

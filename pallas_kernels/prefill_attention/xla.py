@@ -50,6 +50,8 @@ _BLOCK = 256
 """Tokens per query block, and per block of the chunk's keys, where the history may be long."""
 _DENSE_BLOCK = 2 * _BLOCK
 """Keys per block of such a history."""
+_MEANS = 128
+"""Means of blocks per step, at any number of them: another length of the sums would round otherwise."""
 _SMALL_BLOCK = 128
 """Tokens per query block and per block of keys elsewhere; a block of history is at least a page."""
 
@@ -298,11 +300,11 @@ def _means(history: History, b: jax.Array, head: jax.Array, end: jax.Array) -> l
     if not isinstance(walk, BlockList) or walk.means is None:
         return []
     keys, values = (take(x, b, head) for x in walk.means)
-    together = min(_DENSE_BLOCK, keys.shape[0])
+    blocks, together = keys.shape[0], _MEANS
     keys, values = (jnp.pad(x, ((0, -x.shape[0] % together), (0, 0))) for x in (keys, values))
     pages = walk.keys // history.pool.page_size
     held = jnp.pad(take(history.table, b) >= 0, (0, -history.table.shape[1] % pages)).reshape(-1, pages).all(axis=1)
-    whole = div_down(end, walk.keys)
+    whole = jnp.minimum(div_down(end, walk.keys), blocks)
 
     def visits(index: jax.Array) -> Ranges:
         is_all = walk.of(b, head, index, whole).count == whole

@@ -154,6 +154,18 @@ def test_the_last_queries_and_early_ones_list_everything(implementation: str, rn
 
 
 @each_implementation
+def test_without_last_tokens_a_last_tile_that_is_not_full_reads_like_the_others(
+    implementation: str, rng: np.random.Generator
+):
+    chunk = Chunk(WORKLOAD, rng)
+    ends = np.array([384, 118, 48, 240], np.int32)  # the second prompt ends with its chunk, inside of a tile
+    found, other = (chunk.select(implementation, ends=x, last=0).blocks for x in (ends, ENDS + 1000))
+    np.testing.assert_array_equal(found, other)
+    some = np.asarray(chunk.select(implementation, ends=ends, last=1).blocks) >= 0
+    assert (some[1, :, 2, :4]).all() and not (np.asarray(found)[0, :, 2, :14] >= 0).all()
+
+
+@each_implementation
 def test_pages_that_are_not_held_are_not_ranked(implementation: str, rng: np.random.Generator):
     chunk = Chunk(WORKLOAD, rng)
     table = np.array(chunk.cache.tables.retrieval)
@@ -250,6 +262,7 @@ def test_a_mean_stands_for_its_keys_in_the_softmax(rng: np.random.Generator):
 def test_means_of_single_tokens_are_dense_attention(implementation: str, rng: np.random.Generator):
     """Every key is its own mean, whichever are listed."""
     chunk = Chunk(replace(WORKLOAD, page_size=1, sub_page_size=1), rng)
+    chunk.q /= 2  # scores of the size for which the tolerance is meant
     lists = chunk.select("xla", keys=1, queries=16, local=0, sink=0, threshold=0.9)
     assert (np.asarray(lists.blocks[0]) >= 0).mean() < 0.2
     dense = chunk.attend(None, implementation)
@@ -341,6 +354,16 @@ def test_means_stand_in_for_blocks_of_streaming_heads_too(implementation: str, r
     )
     for b, count in enumerate(COUNTS):
         assert_close(found[b, :count], expected[b, :count], "float32")
+
+
+def test_means_of_some_blocks_stand_in_for_these_alone(rng: np.random.Generator):
+    """Fewer means than whole blocks, and fewer than a step takes."""
+    chunk = Chunk(WORKLOAD, rng)
+    lists = chunk.select("xla", threshold=None, local=0)
+    assert lists.means is not None
+    walk = replace(lists, means=BlockMeans(*(x[:, :, :3] for x in lists.means)))
+    for mine, theirs in zip(chunk.attend(walk), chunk.attend(walk, "reference"), strict=True):
+        assert_close(mine, theirs, "float32")
 
 
 def test_means_of_another_shape_are_refused(rng: np.random.Generator):

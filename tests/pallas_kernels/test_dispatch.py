@@ -177,11 +177,16 @@ def test_every_op_refuses_names_that_it_does_not_have(
     workload = TINY["mixed"]
     cache = empty_cache(workload, rng)
     x = random_tokens(workload, rng, 1)
+    no_means = {"has_means": False}
     calls = {
         "kv_write": ((x, x, cache.kv, cache.tables, cache.lengths, cache.lengths), {}),
         "prefill_attention": (
             (x, x, x, cache.kv, cache.tables, cache.lengths, cache.lengths),
             {"sink": 1, "local": 1},
+        ),
+        "block_select": (
+            (x, cache.kv.retrieval, cache.tables.retrieval, cache.lengths, cache.lengths, cache.lengths),
+            {**no_means, "queries": 16, "keys": 16, "threshold": None, "sink": 0, "local": 0, "last": 0, "least": 0},
         ),
         "page_select": (
             (x[:, 0], cache.kv.retrieval, cache.tables.retrieval, cache.lengths, None, None),

@@ -166,7 +166,7 @@ def test_the_end_of_a_context_is_not_read_as_the_end_of_a_prompt(length: int, pa
     found = answer(llm, text + QUESTION)
     assert found.metrics.cached_tokens == 3 * CHUNK
     assert result(found) == result(cold)
-    with pytest.raises(InputError, match="prefill_blocks"):
+    with pytest.raises(InputError, match="was saved with prefill_local '100, of "):
         _model(pattern, 0.5, "int8").load_context(path)
 
 

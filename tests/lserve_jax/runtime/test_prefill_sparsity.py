@@ -76,6 +76,7 @@ def density(one: Stepper, prompt: NDArray[np.int32], start: int, end: int) -> tu
         jnp.zeros(1, jnp.int32),
         jnp.full(1, start, jnp.int32),
         tables,
+        jnp.full(1, end, jnp.int32),
         config=one.config,
     )
     span = (np.array([start], np.int32), np.array([len(prompt) - start], np.int32))
@@ -150,6 +151,7 @@ def test_defaults_and_the_rival():
         ({"prefill_block": 40}, "prefill_block=40 must be a multiple of page_size=16"),
         ({"prefill_last": -1}, "prefill_last=-1 must be a whole number from 0"),
         ({"is_prefill_corrected": 1}, "is_prefill_corrected=1 must be true or false"),
+        ({"prefill_first_layer": 2}, r"prefill_first_layer=\[2\] do not exist"),
         ({"uncorrected_layers": (2,)}, r"uncorrected_layers=\[2\] do not exist"),
     ],
 )

@@ -58,7 +58,10 @@ def calls(one: Stepper) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     decoding = (one.params, cache, tokens[:, 0], lengths, steps, one.tables)
     config = {"config": one.config}
     return {
-        "prefill_step": (partial(prefill_step, **config), (one.params, cache, tokens, starts, counts, one.tables)),
+        "prefill_step": (
+            partial(prefill_step, **config),
+            (one.params, cache, tokens, starts, counts, one.tables, counts),
+        ),
         "decode_step": (partial(decode_step, **config), decoding),
         "recall_step": (partial(recall_step, **config), decoding),
         "decode_loop": (

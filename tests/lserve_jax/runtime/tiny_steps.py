@@ -79,7 +79,9 @@ class Stepper:
             piece[0, :count] = tokens[start : start + count]
             starts, counts = (np.array([value], np.int32) for value in (start, count))
             logits, cache = prefill_step(
-                *(self.params, cache, piece, starts, counts, tables), config=self.config, has_all_logits=True
+                *(self.params, cache, piece, starts, counts, tables, np.array([len(tokens)], np.int32)),
+                config=self.config,
+                has_all_logits=True,
             )
             parts.append(np.asarray(logits)[0, :count])
         return np.concatenate(parts), cache
