@@ -8,7 +8,7 @@ shares of the time of dense attention. The lists are random; what a model lists,
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,9 @@ DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.05)
 QUERIES = KEYS = 128
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the bench."""
-    args = _arguments()
+    args = _arguments(arguments)
     workload = replace(PREFILL["smollm2_135m_8k_chunk2k_int8"], streaming=0, context=args.context, chunk=args.chunk)
     calls = _calls(workload)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -50,13 +50,13 @@ def main() -> None:
     )
 
 
-def _arguments() -> Namespace:
+def _arguments(arguments: Sequence[str] | None) -> Namespace:
     parser = command_parser("bench.blocks", __doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--context", type=int, default=32768, help="tokens up to the chunk's end (default: 32768)")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of the chunk (default: 512)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: 9)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def _calls(w: Workload) -> Mapping[str, Callable[[], Any]]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lserve_jax.config.inference import InferenceConfig
-from lserve_jax.runtime.attend import Span, decode_attend, prefill_attend
+from lserve_jax.runtime.attend import decode_attend, prefill_attend
 from lserve_jax.runtime.cache import KVCache
 from pallas_kernels import PageTables
 
@@ -44,7 +44,7 @@ def attention_chunk(
     config: InferenceConfig,
 ) -> tuple[Any, KVCache]:
     """Returns the outputs of every layer's write and attention for a chunk, and the cache."""
-    return _all_layers(prefill_attend(config, tables, Span.last(starts, counts)), config, cache, q, kv)
+    return _all_layers(prefill_attend(config, tables, starts, counts, ends=starts + counts), config, cache, q, kv)
 
 
 def _all_layers(

@@ -13,7 +13,7 @@ from lserve_jax.calibration.prompts import Prompt
 from lserve_jax.config.inference import InferenceConfig, LayerKind
 from lserve_jax.models.layerwise import run_model
 from lserve_jax.models.llama import Attend, Params
-from lserve_jax.runtime.attend import Span, decode_attend, prefill_attend
+from lserve_jax.runtime.attend import decode_attend, prefill_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache, init_cache
 from pallas_kernels import NO_PAGE, PageTables
 
@@ -61,7 +61,7 @@ def read_step(
       tables: page tables [1, max_pages] int32, and the slot.
       config: static settings.
     """
-    attend = prefill_attend(config, tables, Span.last(start[None], count[None]))
+    attend = prefill_attend(config, tables, start[None], count[None])
 
     def ordered(
         kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: tuple[LayerCache, jax.Array]

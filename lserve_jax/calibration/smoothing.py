@@ -17,7 +17,7 @@ from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.models import layerwise
 from lserve_jax.models.layers import each_layer, parts_of
 from lserve_jax.models.llama import Layer, Params
-from lserve_jax.runtime.attend import Span, prefill_attend
+from lserve_jax.runtime.attend import prefill_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
 from lserve_jax.weights.smoothing import SITES, STEPS, Smoothing
 from lserve_jax.weights.tensors import get_leaf
@@ -89,7 +89,7 @@ def channel_sizes(
     positions = chunk.start + jnp.arange(chunk.tokens.size, dtype=jnp.int32)
     x, rope = layerwise.begin(params, config, chunk.tokens[None], positions[None])
     table = chunk.table[None]
-    attend = prefill_attend(config, PageTables(table, table), Span.last(chunk.start[None], chunk.count[None]))
+    attend = prefill_attend(config, PageTables(table, table), chunk.start[None], chunk.count[None])
     is_token = jnp.arange(chunk.tokens.size) < chunk.count
 
     def run(layer: int, x: jax.Array, state: LayerCache) -> tuple[jax.Array, tuple[dict[str, jax.Array], LayerCache]]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig, LayerKind, Reading
 from lserve_jax.config.selectors import BOUND, page_scores
 from lserve_jax.models.llama import Attend
@@ -57,11 +58,6 @@ class Span(NamedTuple):
     counts: jax.Array
     ends: jax.Array
 
-    @classmethod
-    def last(cls, starts: jax.Array, counts: jax.Array) -> "Span":
-        """Returns chunks that end their prompts."""
-        return cls(starts, counts, starts + counts)
-
 
 def history_walk(
     config: InferenceConfig, kind: LayerKind, q: jax.Array, kv: LayerKV, tables: PageTables, span: Span
@@ -87,9 +83,34 @@ def history_walk(
     )
 
 
-def prefill_attend(config: InferenceConfig, tables: PageTables, span: Span, *, has_history: bool = True) -> Attend:
-    """Returns the attention of chunks of prompts. Without ``has_history`` all ``span.starts`` must be 0."""
-    starts, counts, _ = span
+def prefill_attend(
+    config: InferenceConfig,
+    tables: PageTables,
+    starts: jax.Array,
+    counts: jax.Array,
+    *,
+    ends: jax.Array | None = None,
+    has_history: bool = True,
+) -> Attend:
+    """Returns the attention of a prompt chunk: tokens ``starts[b] … starts[b] + counts[b] − 1`` of each sequence.
+
+    Args:
+      config: static settings.
+      tables: page tables [B, max_pages].
+      starts: [B] tokens of each sequence that are already in the cache.
+      counts: [B] tokens of each chunk.
+      ends: [B] tokens of each whole prompt; may be None unless a layer leaves something out, but not for a prompt's
+        last tokens.
+      has_history: False promises that all ``starts`` are 0.
+
+    Raises:
+      InputError: if ``ends`` is needed and None.
+    """
+    if ends is None:
+        if any(kind.prefill.blocks for kind in config.kinds):
+            raise InputError("ends (lengths of prompts) must be given: prefill_sparsity leaves something out")
+        ends = starts + counts
+    span = Span(starts, counts, ends)
 
     def attend(
         kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache

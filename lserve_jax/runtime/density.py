@@ -47,7 +47,7 @@ def density_step(
     arguments = (params, cache, tokens, tables)
     params, cache, tokens, tables = narrowed(arguments)
     span = Span(*narrowed((starts, counts, ends)))
-    inner = prefill_attend(config, tables, span)
+    inner = prefill_attend(config, tables, *span[:2], ends=span.ends)
 
     def attend(
         kind: LayerKind, q: jax.Array, k: jax.Array, v: jax.Array, state: LayerCache

@@ -10,7 +10,7 @@ from lserve_jax.config.pages import retrieval_pages
 from lserve_jax.config.sizes import PoolSizes, Sizes
 from lserve_jax.models.layers import project
 from lserve_jax.models.llama import Attend, Params
-from lserve_jax.runtime.attend import Span, decode_attend, prefill_attend
+from lserve_jax.runtime.attend import decode_attend, prefill_attend
 from lserve_jax.runtime.cache import LayerCache, empty_cache
 from pallas_kernels import Choice, PageTables, QuantizedMatrix, observe_choices
 from pallas_kernels.core.quantized_matrix import quantized_matrices
@@ -73,7 +73,7 @@ def describe(choices: Sequence[Choice], *, with_ops: bool = False) -> str:
 
 
 def _prefill_attend(config: InferenceConfig, tables: PageTables, starts: jax.Array, counts: jax.Array) -> Attend:
-    return prefill_attend(config, tables, Span.last(starts, counts))
+    return prefill_attend(config, tables, starts, counts, ends=starts)
 
 
 def _trace(

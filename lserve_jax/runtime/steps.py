@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from lserve_jax.config.errors import InputError
 from lserve_jax.config.inference import InferenceConfig
 from lserve_jax.config.sampling import MOST_TOP_LOGPROBS
 from lserve_jax.models.layerwise import run_model, unembed
 from lserve_jax.models.llama import Params
 from lserve_jax.runtime.adjustments import Adjustments, adjust
-from lserve_jax.runtime.attend import Span, decode_attend, prefill_attend
+from lserve_jax.runtime.attend import decode_attend, prefill_attend
 from lserve_jax.runtime.cache import KVCache, LayerCache
 from lserve_jax.runtime.sampling import SamplingState, likeliest, sample, token_logprobs
 from pallas_kernels import LayerKV, PagedKV, PageTables, QuantizedArray, QuantizedKeys, Selection, Tail
@@ -116,9 +115,7 @@ def prefill_step(
     """
     arguments = (params, cache, tokens, starts, counts, tables, ends)
     params, cache, tokens, starts, counts, tables, ends = narrowed(arguments)
-    if ends is None and any(kind.prefill.blocks for kind in config.kinds):
-        raise InputError("prefill_step needs ends, the lengths of the prompts: with prefill_sparsity they matter")
-    span = Span.last(starts, counts) if ends is None else Span(starts, counts, ends)
+    span = starts, counts, ends
     hidden, cache = _prefill(params, cache, tokens, span, tables, config, has_history=has_history)
     return unembed(params, config, hidden if has_all_logits else _last(hidden, counts)), cache
 
@@ -155,7 +152,7 @@ def score_step(
     """
     arguments = (params, cache, tokens, tables, following)
     params, cache, tokens, tables, following = narrowed(arguments)
-    span = Span(*narrowed((starts, counts, ends)))
+    span = narrowed((starts, counts, ends))
     hidden, cache = _prefill(params, cache, tokens, span, tables, config, has_history=has_history)
     batch, length = tokens.shape
     block = min(_SCORED_TOGETHER, length)
@@ -170,22 +167,23 @@ def score_step(
 
     found = jax.lax.map(score, (in_blocks(hidden), in_blocks(following)))
     scores = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1, *x.shape[3:])[:, :length], found)
-    return unembed(params, config, _last(hidden, span.counts)), scores, cache
+    return unembed(params, config, _last(hidden, span[1])), scores, cache
 
 
 def _prefill(
     params: Params,
     cache: KVCache,
     tokens: jax.Array,
-    span: Span,
+    span: tuple[jax.Array, jax.Array, jax.Array | None],
     tables: PageTables,
     config: InferenceConfig,
     *,
     has_history: bool,
 ) -> tuple[jax.Array, KVCache]:
-    """Returns the hidden states [B, T, D] of a chunk, and the cache with it."""
-    positions = span.starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    attend = prefill_attend(config, tables, span, has_history=has_history)
+    """Returns the hidden states [B, T, D] of a chunk, and the cache with it; ``span`` is (starts, counts, ends)."""
+    starts, counts, ends = span
+    positions = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    attend = prefill_attend(config, tables, starts, counts, ends=ends, has_history=has_history)
     return run_model(params, cache, tokens, positions, attend, config)
 
 
