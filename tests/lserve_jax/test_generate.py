@@ -119,7 +119,7 @@ def test_json_is_one_object_a_line_with_the_promised_fields(run: Callable[..., R
     for name in ("ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "compile_s"):
         assert found[name] > 0
     policy = dataclasses.asdict(AttentionConfig(preset="lserve", kv_dtype="int8"))
-    assert found["attention"].items() >= (policy | {"dense_layers": []}).items()
+    assert found["attention"].items() >= (policy | {"dense_layers": [], "uncorrected_layers": []}).items()
     assert found["attention"]["retrieval_heads"] == [2, 2]
     # One page of 64 tokens, 2 layers of 2 retrieval heads of 16: codes; scales and offsets; bounds in float32.
     page = 4 * (64 * (16 + 16 + 2 + 2) + 2 * 4 * 16 * 4)

@@ -200,7 +200,7 @@ def test_results_of_earlier_versions_are_read_with_a_remark_and_compared_by_name
 def test_committed_results_are_read(name: str):
     folder = Path(__file__).parents[3] / "bench" / "results" / name
     settings = json.loads((folder / "results.jsonl").read_text(encoding="utf-8").splitlines()[0])["settings"]
-    assert len(Store(folder, settings, ORIGIN).rows) > 0
+    assert len(Store(folder, settings).rows) > 0
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path):

@@ -104,7 +104,7 @@ def test_tables_are_aligned_and_say_points_and_percent():
     cell = select(summarise(rows(), "dense"), task="niah", length=64, variant=SPARSE)[0]["score"]["difference"]
     low, high = (f"{100 * cell[end]:+.1f}".replace("-", "−") for end in ("low", "high"))
     assert f" 90.0  −10.0 [{low}, {high}] " in line
-    assert line.endswith("50.0     25.0         –")
+    assert line.endswith("50.0     25.0         –          –")
     (sparse,) = (line for line in perplexity.splitlines() if SPARSE in line and "128" in line)
     assert f"{math.exp(3.51):.3f}  +1.01 [+1.01, +1.01]" in sparse
     assert "99.0" in drift.splitlines()[-1]
