@@ -74,7 +74,7 @@ def test_a_cpu_multiplies_integers_where_factors_are_known(tmp_path: Path):
 
 
 def test_prefill_sparsity_that_no_prompt_can_come_to_is_said():
-    asked = {"prefill_sparsity": "blocks", "prefill_from": 1024}
+    asked = {"prefill_sparsity": "blocks", "prefill_from": 1024, "prefill_first_layer": 0}
     short, long = (prepare(str(MODEL), max_model_len=length, **asked) for length in (1024, 1025))
     assert any("prefill_sparsity has no effect" in warning for warning in short.warnings)
     assert not any("prefill_sparsity" in warning for warning in long.warnings)
