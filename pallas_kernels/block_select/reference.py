@@ -50,11 +50,8 @@ def block_select(
             for head in range(heads):
                 listed = _best(grouped[b, rows, head], means[0, b, head, here], here, threshold)
                 for block in range(-(-start // keys)):
-                    is_first, is_new = (
-                        block * keys < sink,
-                        (block + 1) * keys > min(first - local, start // size * size),
-                    )
-                    if reads_all or is_first or is_new:
+                    is_new = (block + 1) * keys > min(first - local, start // size * size)
+                    if reads_all or is_new or block * keys < sink:
                         listed.add(block)
                 kept = sorted(block for block in listed if block * keys < start)
                 lists[b, head, tile, : len(kept)] = kept

@@ -91,28 +91,27 @@ def _block_means(
 ) -> BlockMeans:
     """Returns the means [K, n, H] of the first ``filled`` blocks of a sequence that are held, and zeros for others."""
     per_block, blocks = keys // pages.page_size, held.shape[0]
-    together = _TOGETHER
     assert pages.k_mean is not None and pages.v_mean is not None
     stored = BlockMeans(pages.k_mean, pages.v_mean)
-    shape = (-(-blocks // together) * together, *stored.k.shape[1:])
+    shape = (-(-blocks // _TOGETHER) * _TOGETHER, *stored.k.shape[1:])
     table = jnp.pad(table, (0, shape[0] * per_block - table.shape[0]), constant_values=NO_PAGE)
     held = jnp.pad(held, (0, shape[0] - blocks)) & (jnp.arange(shape[0], dtype=jnp.int32) < filled)
 
     def add(group: jax.Array, means: BlockMeans) -> BlockMeans:
-        first = group * together
-        physical = jax.lax.dynamic_slice_in_dim(table, first * per_block, together * per_block)
-        is_held = jax.lax.dynamic_slice_in_dim(held, first, together)[:, None, None]
+        first = group * _TOGETHER
+        physical = jax.lax.dynamic_slice_in_dim(table, first * per_block, _TOGETHER * per_block)
+        is_held = jax.lax.dynamic_slice_in_dim(held, first, _TOGETHER)[:, None, None]
 
         def of(mean: jax.Array, target: jax.Array) -> jax.Array:
             rows = take(mean, jnp.maximum(physical, 0)).astype(jnp.float32)
-            found = jnp.mean(rows.reshape(together, per_block, *shape[1:]), axis=1)
+            found = jnp.mean(rows.reshape(_TOGETHER, per_block, *shape[1:]), axis=1)
             found = jnp.where(is_held, found, 0.0).astype(dtype)
             return jax.lax.dynamic_update_slice_in_dim(target, found, first, axis=0)
 
         return BlockMeans(*map(of, stored, means))
 
     nothing = BlockMeans(*(jnp.zeros(shape, dtype) for _ in range(2)))
-    found = jax.lax.fori_loop(ZERO, div_up(filled, together), add, nothing)
+    found = jax.lax.fori_loop(ZERO, div_up(filled, _TOGETHER), add, nothing)
     return BlockMeans(*(x[:blocks].swapaxes(0, 1) for x in found))
 
 
@@ -123,23 +122,22 @@ def _best(q: jax.Array, k_mean: jax.Array, sequence: Sequence, tile: jax.Array, 
     q = jnp.transpose(q, (1, 0, 2, 3)).reshape(heads, rows * group, head_dim)
     is_row = jnp.repeat(tile * rule.queries + jnp.arange(rows, dtype=jnp.int32) < sequence.count, group)
     blocks = k_mean.shape[1]
-    together = _TOGETHER
-    k_mean = jnp.pad(k_mean, ((0, 0), (0, -blocks % together), (0, 0)))
+    k_mean = jnp.pad(k_mean, ((0, 0), (0, -blocks % _TOGETHER), (0, 0)))
     filled = div_down(sequence.start + tile * rule.queries, rule.keys)
     ranked = jnp.pad(sequence.held, (0, k_mean.shape[1] - blocks))
     ranked &= jnp.arange(k_mean.shape[1], dtype=jnp.int32) < filled
 
     def add(step: jax.Array, mass: jax.Array) -> jax.Array:
-        first = step * together
-        keys = jax.lax.dynamic_slice_in_dim(k_mean, first, together, axis=1)
+        first = step * _TOGETHER
+        keys = jax.lax.dynamic_slice_in_dim(k_mean, first, _TOGETHER, axis=1)
         scores = jnp.einsum("krh,knh->krn", q, keys, precision="highest", preferred_element_type=jnp.float32)
         scores = scores * head_dim**-0.5
-        is_ranked = jax.lax.dynamic_slice_in_dim(ranked, first, together)
+        is_ranked = jax.lax.dynamic_slice_in_dim(ranked, first, _TOGETHER)
         scores = jnp.where(is_row[:, None] & is_ranked, scores, -jnp.inf)
         return jax.lax.dynamic_update_slice_in_dim(mass, jax.nn.logsumexp(scores, axis=1), first, axis=1)
 
     nothing = jnp.full((heads, k_mean.shape[1]), -jnp.inf, jnp.float32)
-    mass = jax.lax.fori_loop(ZERO, div_up(filled, together), add, nothing)
+    mass = jax.lax.fori_loop(ZERO, div_up(filled, _TOGETHER), add, nothing)
     enough = jnp.max(mass, axis=1, keepdims=True) + math.log(rule.threshold)
     return (ranked & (mass >= enough))[:, :blocks]
 
