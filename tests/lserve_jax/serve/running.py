@@ -1,6 +1,7 @@
 """A server for tests: the application on a real socket, over an engine thread that tests can hold."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class HeldEngine(EngineThread):
     metrics: Counts
 
     def __init__(self, llm: LLM) -> None:
-        super().__init__(llm, ServeOptions(), Counts())
+        self.ahead = 0.0  # seconds by which its clock is set forward
+        super().__init__(llm, ServeOptions(), Counts(), clock=lambda: time.perf_counter() + self.ahead)
         self.state: Health | None = None
         self.refusal: Exception | None = None
         self.before_call: Callable[[], object] = lambda: None

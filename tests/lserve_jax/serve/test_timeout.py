@@ -1,7 +1,6 @@
 """`timeout_s` over HTTP: a request that takes longer ends, before its first call or between two, and others do not."""
 
 import json
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -73,7 +72,7 @@ def test_time_runs_out_between_two_calls_for_its_request_alone(server: Running, 
             for _ in range(8):
                 calls.permit()
                 calls.wait()
-            monkeypatch.setattr(server.engine, "_clock", lambda: time.perf_counter() + HOURS)
+            monkeypatch.setattr(server.engine, "ahead", HOURS)
             calls.permit(1000)
             *chunks, last = (json.loads(line) for line in events(answer.read()))
         assert patient.result().json()["choices"] == expected
